@@ -1,0 +1,3 @@
+"""Train small ResNets from a laptop CPU to many GPUs; a run is a pure function of its configuration."""
+
+__version__ = "0.1.0"

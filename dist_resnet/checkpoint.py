@@ -1,0 +1,138 @@
+"""Checkpoints: written whole, named by their own checksum, checked when read.
+
+torch.load does not verify its archive's checksums (192 of 200 flipped bits loaded silently), so the
+first 16 digits of the file's SHA-256 stand in its name: one rename publishes data and checksum.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_resnet.errors import UserError
+from dist_resnet.storage import sync_folder, write_atomically
+
+FORMAT = 1
+_NAME = re.compile(r"(step|best)-(\d{8,})-([0-9a-f]{16})\.pt")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Plain tensors and numbers of one checkpoint.
+
+    Raises:
+        UserError: unreadable, damaged, or not a checkpoint of this program.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    match = _NAME.fullmatch(path.name)
+    if match and hashlib.sha256(content).hexdigest()[:16] != match[3]:
+        raise UserError(f"{path}: damaged: its content does not match the checksum in its name")
+    try:
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, zipfile and pickle each have their own
+        line = str(error).splitlines()[0][:120]
+        raise UserError(f"{path}: not a checkpoint, or damaged: {line}") from None
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of dist_resnet (format {FORMAT})")
+    return saved
+
+
+class CheckpointStore:
+    """The checkpoints of one run folder. One process writes; any may read."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, content: dict[str, Any], step: int, best: bool) -> Path:
+        """Write a checkpoint, then delete those beyond the newest `keep`.
+
+        Args:
+            best: also keep it as the best one, by a hard link.
+
+        Raises:
+            OSError: disk full or read-only; every older checkpoint is still there.
+        """
+        buffer = io.BytesIO()
+        torch.save({"format": FORMAT, **content}, buffer)
+        data = buffer.getvalue()
+        name = f"{step:08d}-{hashlib.sha256(data).hexdigest()[:16]}.pt"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{name}"
+        write_atomically(path, data)
+        if best:
+            self._keep_as_best(path, self.folder / f"best-{name}")
+        for old in self._named("step")[self.keep :]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def newest(self, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+        """The valid checkpoint of the highest step, or None where there has been none.
+
+        Damaged ones are renamed to *.corrupt and told to `report`. Times of files play no part:
+        clocks differ.
+
+        Raises:
+            UserError: there are checkpoints, and none of them is valid.
+        """
+        candidates = sorted([*self._named("step"), *self._named("best")], key=_step, reverse=True)
+        for path in candidates:
+            try:
+                return path, read_checkpoint(path)
+            except UserError as error:
+                with contextlib.suppress(OSError):
+                    path.rename(path.with_suffix(".pt.corrupt"))
+                report(f"{error}; set aside, using the one before it")
+        damaged = candidates or list(self.folder.glob("*.corrupt"))
+        if damaged:
+            names = ", ".join(sorted(path.name for path in damaged))
+            raise UserError(
+                f"{self.folder}: no checkpoint is valid ({names}); "
+                "restore one, or start anew with run.overwrite=true"
+            )
+        return None
+
+    def newest_path(self) -> Path | None:
+        """The file of the highest step, not read."""
+        return next(iter(self._named("step")), None)
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename checkpoints of later steps to *.superseded: the run is taken back to `step`."""
+        for path in [*self._named("step"), *self._named("best")]:
+            if _step(path) > step:
+                path.rename(path.with_suffix(".pt.superseded"))
+
+    def remove_leftovers(self) -> None:
+        """Delete unfinished files of dead processes; only for the holder of the run's lock."""
+        for path in self.folder.glob(".tmp.*"):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _keep_as_best(self, path: Path, best: Path) -> None:
+        with contextlib.suppress(FileExistsError):
+            os.link(path, best)
+        for old in self._named("best"):
+            if old != best:
+                old.unlink(missing_ok=True)
+        sync_folder(self.folder)
+
+    def _named(self, kind: str) -> list[Path]:
+        """Files of one kind, the highest step first."""
+        if not self.folder.is_dir():
+            return []
+        found = [p for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name)) and m[1] == kind]
+        return sorted(found, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match
+    return int(match[2])

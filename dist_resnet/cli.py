@@ -1,0 +1,40 @@
+"""What every command does around its work: exit codes, one line for an error, from one rank only."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from dist_resnet.launcher import environment_rank
+from dist_resnet.errors import EXIT_PREEMPTED, DistResnetError, Preempted
+
+# torchrun ends all ranks as soon as one has left: the others let rank 0 speak first.
+_PATIENCE_SECONDS = 10.0
+
+
+def run_command(action: Callable[[], int]) -> NoReturn:
+    """Run `action` and exit with its code, or with that of its `DistResnetError`."""
+    try:
+        code = action()
+    except DistResnetError as error:
+        _reset_signals()
+        code = error.exit_code
+        if environment_rank() == 0:
+            print(f"dist_resnet: {error}", file=sys.stderr)
+        elif not isinstance(error, Preempted):
+            sys.stderr.flush()
+            time.sleep(_PATIENCE_SECONDS)
+    except KeyboardInterrupt:
+        code = EXIT_PREEMPTED
+        print("dist_resnet: interrupted", file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+def _reset_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)

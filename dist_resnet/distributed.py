@@ -1,0 +1,170 @@
+"""Ranks, collectives and agreements: the only module that imports torch.distributed."""
+
+import ctypes
+import datetime
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_resnet.errors import PeerLost, UserError
+from dist_resnet.launcher import (
+    environment_int,
+    environment_rank,
+    environment_world_size,
+    under_torchrun,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """What this process is among the others."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str, timeout_seconds: int) -> World:
+    """Join the process group: NCCL on GPUs, gloo on CPUs, a world of one without torchrun.
+
+    Args:
+        device: auto, cpu or cuda.
+        timeout_seconds: longest wait in a collective.
+
+    Raises:
+        UserError: no GPU for this rank, or the other ranks cannot be reached.
+    """
+    rank, size = environment_rank(), environment_world_size()
+    local_rank, local_size = environment_int("LOCAL_RANK", 0), environment_int("LOCAL_WORLD_SIZE", 1)
+    place = _choose_device(device, local_rank, local_size)
+    if under_torchrun():
+        _die_with_parent()
+    if size > 1 and not dist.is_initialized():
+        try:
+            dist.init_process_group(
+                "nccl" if place.type == "cuda" else "gloo",
+                # Two ranks time out in a collective after the watchdog has shown their stacks.
+                timeout=datetime.timedelta(seconds=timeout_seconds + 10),
+                device_id=place if place.type == "cuda" else None,
+            )
+        except (dist.DistError, ValueError, RuntimeError) as error:
+            line = str(error).splitlines()[0]
+            raise UserError(f"rank {rank} of {size} cannot reach the others: {line}") from None
+    return World(rank, size, local_rank, local_size, place)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(tensor: Tensor) -> None:
+    """Sum `tensor` over the ranks, in place."""
+    if dist.is_initialized():
+        with _collective():
+            dist.all_reduce(tensor)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Stack every rank's (n, ...) into (world size * n, ...), by rank; the same on all ranks."""
+    if not dist.is_initialized():
+        return rows
+    gathered = rows.new_empty((dist.get_world_size() * rows.shape[0], *rows.shape[1:]))
+    with _collective():
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+    return gathered
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; a UserError on any of them becomes a UserError on all.
+
+    Without this the others would wait for the failed rank until the time limit.
+    """
+    result, message = _attempt(action)
+    if dist.is_initialized():
+        messages: list[str | None] = [None] * dist.get_world_size()
+        with _collective():
+            dist.all_gather_object(messages, message)
+        message = next((text for text in messages if text), None)
+    if message:
+        raise UserError(message)
+    assert result is not None
+    return result[0]
+
+
+def on_main(action: Callable[[], None]) -> None:
+    """Run `action` on rank 0 while the others wait; a UserError there becomes one on all."""
+    message = _attempt(action)[1] if environment_rank() == 0 else None
+    if dist.is_initialized():
+        box = [message]
+        with _collective():
+            dist.broadcast_object_list(box, src=0)
+        message = box[0]
+    if message:
+        raise UserError(message)
+
+
+def from_main(value: T) -> T:
+    """Rank 0's `value`, on all ranks. A trusted job network only: it is pickled."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    with _collective():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextmanager
+def _collective() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo's own; NCCL's DistBackendError is one too
+        raise PeerLost(f"lost contact with another rank: {str(error).splitlines()[0]}") from None
+
+
+def _attempt(action: Callable[[], T]) -> tuple[tuple[T] | None, str | None]:
+    try:
+        return (action(),), None
+    except UserError as error:
+        return None, str(error)
+
+
+def _choose_device(wanted: str, local_rank: int, local_size: int) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("parallel.device=cuda: no CUDA device here; use parallel.device=cpu or auto")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"{local_size} processes for {count} GPUs on {socket.gethostname()}: start "
+            f"--nproc_per_node={count} and set parallel.replicas={local_size} for the same training"
+        )
+    # Before any other CUDA call, or every rank opens a context on GPU 0.
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _die_with_parent() -> None:
+    """A killed torchrun agent leaves its workers training: have the kernel stop this one with it."""
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    except (AttributeError, OSError):  # not Linux
+        return
+

@@ -1,0 +1,34 @@
+"""How a run can end other than well, and the exit code of each (README, "Exit codes")."""
+
+EXIT_DONE = 0
+EXIT_USER = 2
+EXIT_DIVERGED = 3
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start me again
+
+
+class DistResnetError(Exception):
+    """Ends the process with `exit_code` and one line on stderr, never a traceback."""
+
+    exit_code = 1
+
+
+class UserError(DistResnetError):
+    """Something the user can mend: configuration, data, environment. The message says what to change."""
+
+    exit_code = EXIT_USER
+
+
+class Diverged(DistResnetError):
+    """The loss or the gradient stopped being finite."""
+
+    exit_code = EXIT_DIVERGED
+
+
+class Preempted(DistResnetError):
+    """A signal asked the run to stop; its state is saved and the same command continues it."""
+
+    exit_code = EXIT_PREEMPTED
+
+
+class PeerLost(DistResnetError):
+    """Another rank died or hung: the job ends here, its last checkpoint is what counts."""

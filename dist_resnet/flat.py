@@ -1,0 +1,77 @@
+"""A model's parameters, and all that its replicas average, each in one contiguous buffer.
+
+One flat buffer turns the all-reduce of 65 gradients and 42 BatchNorm statistics into one collective
+without buckets to fill or to rebuild (DDP makes two of this model's, and reorders them after the
+first step, which breaks bitwise resume on three ranks and more), and the optimizer's loop over the
+parameters into two fused updates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class FlatModel:
+    """Buffers that a model's tensors are views of."""
+
+    model: nn.Module
+    values: Tensor
+    """float32 (P,): parameters, the decayed ones first."""
+    exchange: Tensor
+    """float32 (P + S + 3,): gradients, BatchNorm statistics, loss, top-1, stop requests."""
+    num_decayed: int
+    num_statistics: int
+
+    @property
+    def gradients(self) -> Tensor:
+        return self.exchange[: self.values.numel()]
+
+    @property
+    def statistics(self) -> Tensor:
+        start = self.values.numel()
+        return self.exchange[start : start + self.num_statistics]
+
+    @property
+    def extras(self) -> Tensor:
+        """(3,): loss, top-1, stop requests."""
+        return self.exchange[-3:]
+
+
+def flatten_model(model: nn.Module) -> FlatModel:
+    """Move `model`'s parameters, their gradients and its BatchNorm statistics into flat buffers.
+
+    Memory layout is kept. Weight decay is for the weights of convolutions and dense layers, told by
+    their module's type.
+    """
+    decayed = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    chosen = {id(parameter) for parameter in decayed}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+
+    parameters: list[Tensor] = [*decayed, *others]
+    num_values = sum(p.numel() for p in parameters)
+    num_statistics = sum(b.numel() for b in statistics)
+    device = parameters[0].device
+    values = torch.empty(num_values, device=device)
+    exchange = torch.zeros(num_values + num_statistics + 3, device=device)
+
+    for parameter, view, gradient in zip(
+        parameters, _views(values, parameters), _views(exchange, parameters), strict=True
+    ):
+        parameter.data = view.copy_(parameter.data)
+        parameter.grad = gradient
+    for buffer, view in zip(statistics, _views(exchange[num_values:], statistics), strict=True):
+        buffer.data = view.copy_(buffer)
+    return FlatModel(model, values, exchange, sum(p.numel() for p in decayed), num_statistics)
+
+
+def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """One view of `flat` for each tensor, in order, with the tensor's shape and strides."""
+    views, offset = [], 0
+    for tensor in tensors:
+        part = flat[offset : offset + tensor.numel()]
+        views.append(part.as_strided(tensor.shape, tensor.stride()))
+        offset += tensor.numel()
+    return views

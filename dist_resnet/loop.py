@@ -1,0 +1,193 @@
+"""The training loop: what happens at which step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dist_resnet import signals, watchdog
+from dist_resnet.checkpoint import CheckpointStore
+from dist_resnet.data.stream import Batch
+from dist_resnet.distributed import on_main
+from dist_resnet.errors import Diverged, Preempted, UserError
+from dist_resnet.evaluation import Evaluator
+from dist_resnet.metrics import Totals
+from dist_resnet.plan import Plan
+from dist_resnet.run_folder import RunFolder
+from dist_resnet.schema import Config
+from dist_resnet.state import TrainState
+from dist_resnet.step import TrainStep
+from dist_resnet.stopwatch import Stopwatch
+from dist_resnet.tracking.tracker import Tracker
+from dist_resnet.tracking.writer import WandbTracker
+
+
+@dataclass
+class Keeper:
+    """Rank 0's pen: checkpoints and status.json."""
+
+    folder: RunFolder
+    store: CheckpointStore
+    header: dict[str, Any]
+    """What a checkpoint holds beside the state: configuration, dataset, W&B run."""
+    tracker: Tracker
+    wandb: WandbTracker | None
+
+    def heartbeat(self, step: int) -> None:
+        """Show launchers that the run lives, and pass on the dashboard's stop button."""
+        self.folder.set_status("running", step)
+        if self.wandb is not None and self.wandb.stop_requested():
+            signals.request()
+
+    def save(self, state: TrainState, seconds: float, best: bool, must: bool) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            UserError: it cannot be written and `must` be; otherwise that is told and training goes on.
+        """
+        content = self.header | {
+            "state": state.state_dict(),
+            "seconds": seconds,
+            "wandb_position": self.wandb and self.wandb.position(),
+        }
+        try:
+            self.store.save(content, state.step, best)
+        except OSError as error:
+            last = self.store.newest_path() or "none"
+            line = (
+                f"no checkpoint at step {state.step}: {error.strerror} ({self.store.folder});"
+                f" the last one: {last}"
+            )
+            if must:
+                raise UserError(f"{line}; make room, then start again to continue") from None
+            self.tracker.message(f"warning: {line}; training goes on")
+        else:
+            self.heartbeat(state.step)
+
+
+@dataclass
+class Trainer:
+    """All that one rank's part of a run is made of."""
+
+    config: Config
+    plan: Plan
+    state: TrainState
+    train_step: TrainStep
+    batches: Iterator[Batch]
+    evaluate: Evaluator
+    classes: tuple[str, ...]
+    tracker: Tracker
+    watch: Stopwatch
+    keeper: Keeper | None
+    """Writes checkpoints and the status; None on all ranks but the first."""
+
+    def fit(self) -> None:
+        """Train from `state.step` to the last step.
+
+        Raises:
+            Diverged: loss or gradient not finite; on all ranks at the same step.
+            Preempted: a rank was asked to stop; the state is saved. On all ranks at the same step.
+            UserError: the last checkpoint cannot be written.
+        """
+        self.watch.start_window()
+        while self.state.step < self.plan.total_steps:
+            watchdog.rearm()
+            with self.watch.waiting_for_data():
+                batch = next(self.batches)
+            self.train_step(batch)
+            self._at_border(self.state.step)
+
+    def _at_border(self, done: int) -> None:
+        """What is due after `done` steps, in this order: a checkpoint holds all that was logged."""
+        at_end = done == self.plan.total_steps
+        improved = False
+        if at_end or done % self.config.log.every_steps == 0:
+            self._log(done)
+        if at_end or self.plan.ends_epoch(done, 1):
+            improved = self._end_epoch(done)
+        stop = not at_end and self._stop_requested(done)
+        if at_end or stop:
+            self._check_finite(done)
+            on_main(lambda: self._save(improved, must=True))
+        elif improved or self._saves_at(done):
+            self._check_finite(done)
+            self._save(improved)
+        if stop:
+            reason = signals.received_name() or "a signal to another rank"
+            raise Preempted(f"stopped by {reason} at step {done}, saved; start again to continue")
+
+    def _saves_at(self, done: int) -> bool:
+        cadence = self.config.checkpoint
+        by_step = bool(cadence.every_steps) and done % cadence.every_steps == 0
+        return by_step or self.plan.ends_epoch(done, cadence.every_epochs)
+
+    def _stop_requested(self, done: int) -> bool:
+        """Whether any rank was asked to stop: the answer travels with the gradients.
+
+        Reading it waits for a GPU, so there it is read only where the host waits anyway.
+        """
+        flag = self.state.flat.extras[2]
+        if flag.is_cuda and done % self.config.log.every_steps:
+            return False
+        return bool(flag > 0)
+
+    def _log(self, done: int) -> None:
+        """One row of training metrics. Here, and at evaluations and saves, the host waits."""
+        means = self.state.totals.take(Totals.LOG)
+        self._check_finite(done)
+        row = self._row(done) | {
+            "train/loss": means.loss,
+            "train/top1": means.top1,
+            "train/lr": self.train_step.rates[done - 1],
+            "train/grad_norm": means.grad_norm,
+        }
+        self.tracker.log(row | self.watch.end_window(self.plan.global_batch_size))
+        if self.keeper is not None:
+            self.keeper.heartbeat(done)
+
+    def _end_epoch(self, done: int) -> bool:
+        """Evaluate if due; whether the result is the best so far."""
+        epoch = self.state.totals.take(Totals.EPOCH)
+        at_end = done == self.plan.total_steps
+        if not at_end and not self.plan.ends_epoch(done, self.config.eval.every_epochs):
+            return False
+        self._check_finite(done)
+        with self.watch.pause(), self.state.evaluated_weights():
+            result = self.evaluate(self.state.flat.model)
+        row = self._row(done) | {
+            "val/loss": result.loss,
+            "val/top1": result.top1,
+            "val/images": result.images,
+        }
+        if result.top1_tta is not None:
+            row["val/top1_tta"] = result.top1_tta
+        for name, share in zip(self.classes, result.per_class(), strict=True):
+            row[f"val/per_class/{name}"] = share
+        self.tracker.log(row | {"gap/top1": epoch.top1 - result.top1})
+        if result.top1 <= self.state.best.get("val/top1", -1.0):
+            return False
+        self.state.best = {"val/top1": result.top1, "step": done}
+        return True
+
+    def _row(self, done: int) -> dict[str, float | int]:
+        return {
+            "step": done,
+            "epoch": done / self.plan.steps_per_epoch,
+            "seconds": self.watch.seconds(),
+        }
+
+    def _check_finite(self, done: int) -> None:
+        """Raise Diverged on all ranks alike: what it reads is equal on all. Waits for the device."""
+        bad = self.state.totals.bad_step()
+        if bad is None:
+            return
+        last = self.keeper and self.keeper.store.newest_path()
+        raise Diverged(
+            f"training diverged: loss or gradient not finite at step {bad + 1} (seen at step {done});"
+            f" last good checkpoint: {last or 'none'}; try a lower optim.lr,"
+            " schedule.warmup_epochs=5 or precision.dtype=fp32"
+        )
+
+    def _save(self, best: bool, must: bool = False) -> None:
+        if self.keeper is not None:
+            with self.watch.pause():
+                self.keeper.save(self.state, self.watch.seconds(), best, must)

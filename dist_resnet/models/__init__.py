@@ -1,0 +1,1 @@
+"""Models: ResNets for images of CIFAR's size."""

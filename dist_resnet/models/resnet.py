@@ -1,0 +1,134 @@
+"""ResNets for CIFAR: He et al. 2015, "Deep Residual Learning for Image Recognition", section 4.2.
+
+Three stages of n basic blocks at 32x32, 16x16 and 8x8 pixels: 6n + 2 weighted layers.
+
+    depth            20       32       44       56       110        (m6: n = 2, widths 32/64/128)
+    n                 3        5        7        9        18
+    shortcut=pad 269,722  464,154  658,586  853,018  1,727,962
+
+Shapes: N images, C channels, H W pixels, K classes.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dist_resnet.randomness import Stream, stream_key
+from dist_resnet.schema import ModelConfig
+
+BLOCKS_PER_STAGE = {
+    "resnet20": 3,
+    "resnet32": 5,
+    "resnet44": 7,
+    "resnet56": 9,
+    "resnet110": 18,
+    "m6": 2,
+}
+_DEFAULT_WIDTHS = (16, 32, 64)
+_M6_WIDTHS = (32, 64, 128)
+
+
+def _batch_norm(channels: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels)
+    # Only momentum=None reads this counter; counting costs one kernel a layer a step.
+    norm.num_batches_tracked = None
+    return norm
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+
+
+class Pad(nn.Module):
+    """Shortcut without parameters: every `stride`-th pixel, new channels zero (option A)."""
+
+    def __init__(self, new_channels: int, stride: int) -> None:
+        super().__init__()
+        self.new_channels = new_channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C + new_channels, H / stride, W / stride)."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+
+
+def _shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    if kind == "pad":
+        return Pad(out_channels - in_channels, stride)
+    projection = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+    return nn.Sequential(projection, _batch_norm(out_channels))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm and a shortcut around them."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: str) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, out_channels, stride)
+        self.bn1 = _batch_norm(out_channels)
+        self.conv2 = _conv3x3(out_channels, out_channels, 1)
+        self.bn2 = _batch_norm(out_channels)
+        self.shortcut = _shortcut(shortcut, in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C', H / stride, W / stride)."""
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + self.shortcut(x), inplace=True)
+
+
+class ResNet(nn.Module):
+    """Stem, three stages, global average pooling, dropout, dense layer."""
+
+    def __init__(
+        self, blocks: int, widths: tuple[int, int, int], classes: int, shortcut: str
+    ) -> None:
+        super().__init__()
+        self.stem = _conv3x3(3, widths[0], 1)
+        self.bn = _batch_norm(widths[0])
+        stages, channels = [], widths[0]
+        for index, width in enumerate(widths):
+            strides = [2 if index else 1] + [1] * (blocks - 1)
+            layers = []
+            for stride in strides:
+                layers.append(BasicBlock(channels, width, stride, shortcut))
+                channels = width
+            stages.append(nn.Sequential(*layers))
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(widths[-1], classes)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Logits of a batch.
+
+        Args:
+            images: normalised, (N, 3, H, W).
+            keep: (N, widths[2]) factors of dropout, 0 or 1 / (1 - p); None: no dropout.
+
+        Returns:
+            (N, K).
+        """
+        x = F.relu(self.bn(self.stem(images)), inplace=True)
+        features = self.stages(x).mean(dim=(2, 3))
+        if keep is not None:
+            features = features * keep
+        return self.head(features)
+
+
+def build_model(config: ModelConfig, classes: int, seed: int = 0) -> ResNet:
+    """The configured model, its weights a function of `seed` (He et al. 2015b: normal, fan-in)."""
+    widths = tuple(config.widths)
+    if config.name == "m6" and widths == _DEFAULT_WIDTHS:
+        widths = _M6_WIDTHS
+    first, second, third = widths
+    model = ResNet(
+        BLOCKS_PER_STAGE[config.name], (first, second, third), classes, config.shortcut
+    )
+    generator = torch.Generator().manual_seed(int(stream_key(seed, Stream.INIT)))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+    return model

@@ -1,0 +1,108 @@
+"""Every number that follows from the configuration, the dataset's size and the number of ranks."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dist_resnet.errors import UserError
+from dist_resnet.schedule import learning_rates, scale_factor
+from dist_resnet.schema import Config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Derived once, shown at the start, written to plan.json; never fed back into the configuration."""
+
+    world_size: int
+    replicas: int
+    replicas_per_rank: int
+    batch_size_per_replica: int
+    global_batch_size: int
+    train_images: int
+    steps_per_epoch: int
+    images_left_out_per_epoch: int
+    schedule_steps: int
+    total_steps: int
+    base_lr: float
+    lr_factor: float
+    peak_lr: float
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch, from 0, that `step` belongs to."""
+        return step // self.steps_per_epoch
+
+    def ends_epoch(self, step: int, every: int) -> bool:
+        """Whether `step` steps complete an epoch whose number is a multiple of `every` (0: never)."""
+        return bool(every) and step > 0 and step % (self.steps_per_epoch * every) == 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(config: Config, train_images: int, world_size: int) -> Plan:
+    """Derive the plan.
+
+    Args:
+        train_images: images trained on, a validation split already taken away.
+
+    Raises:
+        UserError: the replicas do not divide among the ranks, or no batch fills.
+    """
+    wanted = config.parallel.replicas
+    replicas = world_size if isinstance(wanted, str) else wanted
+    if replicas % world_size:
+        raise UserError(
+            f"parallel.replicas={replicas}: not a multiple of the {world_size} processes; "
+            f"start {_largest_divisor(replicas, world_size)}, or set parallel.replicas to a multiple"
+        )
+    per_replica = config.data.batch_size_per_replica
+    global_batch = replicas * per_replica
+    steps = train_images // global_batch
+    if steps == 0:
+        raise UserError(
+            f"data.batch_size_per_replica={per_replica}: {replicas} replicas need {global_batch} "
+            f"images for one step, the training set has {train_images}"
+        )
+    schedule_steps = steps * config.train.epochs
+    factor = scale_factor(config.optim, global_batch)
+    return Plan(
+        world_size=world_size,
+        replicas=replicas,
+        replicas_per_rank=replicas // world_size,
+        batch_size_per_replica=per_replica,
+        global_batch_size=global_batch,
+        train_images=train_images,
+        steps_per_epoch=steps,
+        images_left_out_per_epoch=train_images - steps * global_batch,
+        schedule_steps=schedule_steps,
+        total_steps=min(schedule_steps, config.train.max_steps or schedule_steps),
+        base_lr=config.optim.lr,
+        lr_factor=factor,
+        peak_lr=config.optim.lr * factor,
+    )
+
+
+def rates(config: Config, plan: Plan) -> list[float]:
+    """The learning rate of every step of the schedule."""
+    return learning_rates(config.schedule, plan.peak_lr, plan.steps_per_epoch, plan.schedule_steps)
+
+
+def explain(config: Config, plan: Plan) -> list[str]:
+    """The plan for a reader, a line each."""
+    optim, size = config.optim, plan.global_batch_size
+    rule = {
+        "none": "optim.lr_scaling=none: the rate does not follow the batch",
+        "linear": f"optim.lr_scaling=linear: x {size} / {optim.reference_batch_size}",
+        "sqrt": f"optim.lr_scaling=sqrt: x sqrt({size} / {optim.reference_batch_size})",
+    }[optim.lr_scaling]
+    return [
+        f"replicas: {plan.replicas} of {plan.batch_size_per_replica} images = global batch {size}, "
+        f"{plan.replicas_per_rank} on each of {plan.world_size} processes",
+        f"steps: {plan.steps_per_epoch} an epoch ({plan.train_images:,} images, "
+        f"{plan.images_left_out_per_epoch} left out), {plan.total_steps:,} in all",
+        f"learning rate: {plan.base_lr:g} at batch {optim.reference_batch_size} -> "
+        f"{plan.peak_lr:g} at batch {size} ({rule}), {config.schedule.name}",
+    ]
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(size for size in range(1, limit + 1) if number % size == 0)

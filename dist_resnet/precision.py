@@ -1,0 +1,38 @@
+"""The type of the activations: what the hardware has, and what was asked for."""
+
+import torch
+
+from dist_resnet.errors import UserError
+from dist_resnet.schema import PrecisionConfig
+
+
+def choose_dtype(config: PrecisionConfig, device: torch.device) -> tuple[torch.dtype, str]:
+    """The type for autocast and, for the reader, why.
+
+    Raises:
+        UserError: the type does not exist on `device`.
+    """
+    wanted = config.dtype
+    if device.type == "cuda":
+        has_bf16, place = torch.cuda.get_device_capability(device) >= (8, 0), "this GPU"
+    else:
+        has_bf16, place = _cpu_has_bf16(), "this CPU"
+    if wanted == "auto":
+        if has_bf16:
+            return torch.bfloat16, f"bf16 ({place} computes in it)"
+        return torch.float32, f"fp32 ({place} has no bf16 arithmetic)"
+    if wanted == "fp16" and device.type == "cpu":
+        raise UserError("precision.dtype=fp16: only on GPUs; use bf16, fp32 or auto on a CPU")
+    chosen = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wanted]
+    slow = " (emulated here: slow)" if wanted == "bf16" and not has_bf16 else ""
+    return chosen, wanted + slow
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def make_deterministic() -> None:
+    """Forbid CUDA kernels whose results vary from call to call (needs CUBLAS_WORKSPACE_CONFIG)."""
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

@@ -1,0 +1,272 @@
+"""One run from start to end: open what it needs, train, close whatever happened."""
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_resnet import signals, watchdog
+from dist_resnet.checkpoint import CheckpointStore
+from dist_resnet.config import to_dict, to_yaml
+from dist_resnet.data.stream import open_loader, training_batches
+from dist_resnet.distributed import World, on_main, start, stop
+from dist_resnet.environment import git_commit, hardware, versions
+from dist_resnet.errors import EXIT_DONE, DistResnetError, Preempted, UserError
+from dist_resnet.loop import Keeper, Trainer
+from dist_resnet.plan import Plan, explain, make_plan, rates
+from dist_resnet.resume import check_same_run, find_checkpoint, open_folder, run_name
+from dist_resnet.run_folder import RunFolder
+from dist_resnet.schema import Config
+from dist_resnet.session import Session, open_session, with_replicas
+from dist_resnet.state import TrainState, build_state
+from dist_resnet.step import TrainStep
+from dist_resnet.stopwatch import Stopwatch
+from dist_resnet.summary import summarise
+from dist_resnet.tracking.console import Console
+from dist_resnet.tracking.jsonl import MetricsFile, read_rows, rewind
+from dist_resnet.tracking.tracker import NullTracker, Tracker, Trackers
+from dist_resnet.tracking.wandb_run import start_wandb
+from dist_resnet.tracking.writer import WandbTracker
+
+
+@dataclass
+class Recording:
+    """Where this rank's figures go; all but the first rank have the null tracker only."""
+
+    tracker: Tracker
+    wandb: WandbTracker | None = None
+    keeper: Keeper | None = None
+
+    def close(self, code: int, status: str, step: int, reason: str, summary: dict[str, Any]) -> None:
+        """Leave the status that launchers read first: what follows may take seconds."""
+        if self.keeper is not None:
+            self.keeper.folder.set_status(status, step, reason)
+        self.tracker.close(code, summary)
+
+
+def run(config: Config) -> None:
+    """Train as configured, from the newest checkpoint if there is one.
+
+    Raises:
+        DistResnetError: how it ended, if not well; status.json tells it too.
+    """
+    signals.install()
+    world = start(config.parallel.device, config.parallel.timeout_seconds)
+    try:
+        folder = RunFolder(Path(config.run.dir) / run_name(config))
+        on_main(lambda: open_folder(config, folder))
+        try:
+            _run_in(config, world, folder)
+        except UserError as error:
+            if world.is_main:
+                folder.set_status("failed", 0, str(error))
+            raise
+    finally:
+        watchdog.disarm()
+        stop()
+
+
+def _run_in(config: Config, world: World, folder: RunFolder) -> None:
+    session = open_session(config, world)
+    saved = find_checkpoint(config, folder)
+    replicas = config.parallel.replicas
+    if replicas == "auto":
+        replicas = saved["config"]["parallel"]["replicas"] if saved else world.size
+    config = with_replicas(config, int(replicas))
+    plan = make_plan(config, len(session.train_indices), world.size)
+    if saved is not None:
+        check_same_run(saved, config, session.dataset.fingerprint)
+    say = _say if world.is_main else _say_nothing
+    if saved is not None and saved["state"]["step"] >= plan.total_steps and folder.has_summary():
+        say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
+        return
+    state = build_state(config, len(session.dataset.classes), session.precision, world.device)
+    if saved is not None:
+        state.load_state_dict(saved["state"])
+    if world.is_main:
+        for line in _introduction(session, plan, state, folder):
+            say(line)
+    recording = Recording(NullTracker())
+    if world.is_main:
+        recording = _open_recording(config, session, plan, state, folder, saved)
+    trainer = _trainer(config, session, plan, state, recording, saved)
+    _fit_and_close(trainer, session, folder, recording)
+
+
+def _trainer(
+    config: Config,
+    session: Session,
+    plan: Plan,
+    state: TrainState,
+    recording: Recording,
+    saved: dict[str, Any] | None,
+) -> Trainer:
+    world, data = session.world, session.dataset
+    size = plan.batch_size_per_replica * plan.replicas_per_rank
+    loader = open_loader(config.data.loader, data.train_path, size, world.device)
+    evaluator = session.evaluator()
+    data.check_not_replaced()
+    batches = training_batches(
+        loader, config.seed, session.train_indices, plan, world.rank, state.step, world.device
+    )
+    step = TrainStep(
+        config,
+        state,
+        rates(config, plan),
+        plan.replicas,
+        session.precision,
+        session.normalisation(),
+        session.image_size,
+    )
+    return Trainer(
+        config=config,
+        plan=plan,
+        state=state,
+        train_step=step,
+        batches=batches,
+        evaluate=evaluator,
+        classes=data.classes,
+        tracker=recording.tracker,
+        watch=Stopwatch(saved["seconds"] if saved else 0.0, world.device),
+        keeper=recording.keeper,
+    )
+
+
+def _fit_and_close(
+    trainer: Trainer, session: Session, folder: RunFolder, recording: Recording
+) -> None:
+    state, world = trainer.state, session.world
+    signals.defer()
+    watchdog.arm(trainer.config.parallel.timeout_seconds)
+    try:
+        label = f"rank {world.rank} of {world.size}"
+        watchdog.call_as(label, trainer.fit)
+    except BaseException as error:
+        if isinstance(error, Preempted):
+            status, code = "preempted", error.exit_code
+        else:
+            status, code = "failed", getattr(error, "exit_code", 1)
+        reason = str(error) if isinstance(error, DistResnetError) else type(error).__name__
+        recording.close(code, status, state.step, reason, {})
+        raise
+    finally:
+        trainer.batches.close()
+        watchdog.disarm()
+
+    def finish() -> None:
+        facts = _facts(trainer, session)
+        summary = summarise(read_rows(folder.metrics), state.best, facts)
+        try:
+            folder.write_json("summary.json", summary)
+        except OSError as error:
+            raise UserError(f"summary.json cannot be written: {error.strerror}") from None
+        recording.close(EXIT_DONE, "done", state.step, "", summary)
+        _say(_conclusion(summary, session, folder))
+
+    # The other ranks wait: torchrun would take a rank that left early for the end of the job.
+    on_main(finish)
+
+
+def _open_recording(
+    config: Config,
+    session: Session,
+    plan: Plan,
+    state: TrainState,
+    folder: RunFolder,
+    saved: dict[str, Any] | None,
+) -> Recording:
+    """Rank 0's trackers and pen, the run folder's files brought to the step that is continued."""
+    resolved = to_dict(config)
+    run_id = (saved or {}).get("wandb_id") or folder.wandb_id(lambda: _new_id(folder.path.name))
+    try:
+        folder.write_text("config.yaml", to_yaml(config))
+        folder.write_json("plan.json", plan.as_dict())
+        rewind(folder.metrics, state.step)
+    except OSError as error:
+        raise UserError(f"{folder.path}: cannot be written: {error.strerror}") from None
+    console = Console(plan.total_steps, state.step)
+    published = resolved | {
+        "plan": plan.as_dict(),
+        "dataset": session.dataset.fingerprint,
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+    position = (saved or {}).get("wandb_position")
+    wandb = start_wandb(
+        config.wandb,
+        folder.path,
+        published,
+        run_id,
+        folder.path.name,
+        resume_position=position,
+        say=console.message,
+    )
+    parts: list[Tracker] = [console, MetricsFile(folder.metrics)]
+    if wandb is not None:
+        parts.append(wandb)
+    tracker = Trackers(parts, console.message)
+    header = {
+        "config": resolved,
+        "fingerprint": session.dataset.fingerprint,
+        "classes": list(session.dataset.classes),
+        "statistics": {"mean": list(session.dataset.mean), "std": list(session.dataset.std)},
+        "image_size": list(session.image_size),
+        "wandb_id": run_id,
+        "versions": versions(),
+    }
+    store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
+    store.remove_leftovers()
+    keeper = Keeper(folder, store, header, tracker, wandb)
+    keeper.heartbeat(state.step)
+    return Recording(tracker, wandb, keeper)
+
+
+def _facts(trainer: Trainer, session: Session) -> dict[str, Any]:
+    plan, world = trainer.plan, session.world
+    return {
+        "eval_set": session.eval_set,
+        "images_per_second": trainer.watch.images_per_second(plan.global_batch_size),
+        "wall_seconds": trainer.watch.seconds(),
+        "world_size": world.size,
+        "replicas": plan.replicas,
+        "parameters": trainer.state.flat.values.numel(),
+        "dataset": {"name": session.dataset.name, "fingerprint": session.dataset.fingerprint},
+        "precision": str(session.precision).removeprefix("torch."),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "hardware": hardware(world.device, session.threads),
+    }
+
+
+def _introduction(session: Session, plan: Plan, state: TrainState, folder: RunFolder) -> list[str]:
+    data, config = session.dataset, session.config
+    lines = [
+        f"run: {folder.path}" + (f", continued at step {state.step:,}" if state.step else ""),
+        f"data: {data.name}, {data.num_train:,} training images, {len(data.classes)} classes;"
+        f" evaluated on the {session.eval_set}",
+        f"model: {config.model.name}, {state.flat.values.numel():,} parameters",
+        f"device: {session.world.device.type}, {session.precision_reason},"
+        f" {session.threads} CPU threads a process",
+        *explain(config, plan),
+    ]
+    return lines
+
+
+def _conclusion(summary: dict[str, Any], session: Session, folder: RunFolder) -> str:
+    return (
+        f"done: val/top1 {summary['val/top1']:.4f} on the {session.eval_set}"
+        f" ({summary['val/images']:,} images) after {summary['step']:,} steps,"
+        f" {summary['wall_seconds']:.0f} s; {folder.path / 'summary.json'}"
+    )
+
+
+def _new_id(name: str) -> str:
+    return f"{name[:52]}-{secrets.token_hex(4)}"
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _say_nothing(line: str) -> None:
+    del line

@@ -1,0 +1,97 @@
+"""The folder of one run: lock, status, configuration, plan, summary."""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_resnet.errors import UserError
+from dist_resnet.storage import write_atomically
+
+_CONTENTS = ("config.yaml", "plan.json", "metrics.jsonl", "status.json", "summary.json")
+
+
+class RunFolder:
+    """Owned by rank 0 of one job at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self._lock: int | None = None
+
+    def open(self) -> None:
+        """Create the folder and take its lock, which the kernel releases when the process dies.
+
+        Raises:
+            UserError: not writable, or another job trains in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.truncate(self._lock, 0)
+            os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        except BlockingIOError:
+            assert self._lock is not None
+            owner = os.pread(self._lock, 200, 0).decode(errors="replace")
+            raise UserError(
+                f"{self.path}: in use by {owner}; choose another run.name or wait for it to end"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written: {error.strerror}; choose another run.dir"
+            ) from None
+
+    def clear(self) -> None:
+        """Delete an earlier run's files, and nothing else that may lie in the folder."""
+        for name in _CONTENTS:
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.path / "wandb"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Raises OSError: disk full, read-only."""
+        write_atomically(self.path / name, (json.dumps(values, indent=2) + "\n").encode())
+
+    def write_text(self, name: str, text: str) -> None:
+        """Raises OSError: disk full, read-only."""
+        write_atomically(self.path / name, text.encode())
+
+    def set_status(self, state: str, step: int, reason: str = "") -> None:
+        """Publish what launchers read. A full disk is reported, not raised: training goes on."""
+        try:
+            self.write_json("status.json", {"state": state, "step": step, "reason": reason})
+        except OSError as error:
+            print(f"status.json cannot be written: {error.strerror}", file=sys.stderr)
+
+    def status(self) -> dict[str, Any]:
+        """The last status; empty where there is none."""
+        try:
+            loaded = json.loads((self.path / "status.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return loaded if isinstance(loaded, dict) else {}
+
+    def has_summary(self) -> bool:
+        return (self.path / "summary.json").is_file()
+
+    def wandb_id(self, make: Callable[[], str]) -> str:
+        """The id of this folder's W&B run, made at the first call: one run across restarts."""
+        path = self.path / "wandb" / "run_id"
+        try:
+            return path.read_text().strip() or make()
+        except OSError:
+            pass
+        name = make()
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, name.encode())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        return name

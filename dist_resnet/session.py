@@ -1,0 +1,121 @@
+"""What training and evaluation start from: threads, precision, the dataset and its parts."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dist_resnet.augment import Normalisation
+from dist_resnet.data.dataset import Dataset
+from dist_resnet.data.order import split_indices
+from dist_resnet.data.prepare import prepare_builtin
+from dist_resnet.data.stream import open_loader
+from dist_resnet.distributed import World, from_main, on_main, together
+from dist_resnet.errors import UserError
+from dist_resnet.launcher import environment_rank
+from dist_resnet.evaluation import BATCH_SIZE, Evaluator
+from dist_resnet.precision import choose_dtype, make_deterministic
+from dist_resnet.schema import Config
+
+
+@dataclass(frozen=True)
+class Session:
+    """One process's share of the machine and the dataset."""
+
+    config: Config
+    world: World
+    dataset: Dataset
+    precision: torch.dtype
+    precision_reason: str
+    threads: int
+    train_indices: np.ndarray
+    """int64: samples of train.beton to train on."""
+    held_out: np.ndarray
+    """int64: samples of train.beton to evaluate on in place of the test set; may be empty."""
+
+    @property
+    def eval_set(self) -> str:
+        """Name of the set that is evaluated, for the reader."""
+        return "held-out training images" if len(self.held_out) else "test set"
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.dataset.height, self.dataset.width
+
+    def normalisation(self) -> Normalisation:
+        data = self.dataset
+        return Normalisation.of(data.mean, data.std, data.width, self.world.device)
+
+    def evaluator(self) -> Evaluator:
+        """Evaluates on the held-out images if there are any, else on the test set."""
+        data, held_out = self.dataset, self.held_out
+        path = data.train_path if len(held_out) else data.test_path
+        indices = held_out if len(held_out) else np.arange(data.num_test)
+        loader = open_loader(self.config.data.loader, path, BATCH_SIZE, self.world.device)
+        tta = self.config.eval.flip_tta
+        return Evaluator(loader, indices, self.normalisation(), self.precision, tta, self.world)
+
+
+def open_session(config: Config, world: World) -> Session:
+    """Set the process up and open the dataset, which is prepared when missing.
+
+    Raises:
+        UserError: on all ranks alike, whichever met it.
+    """
+    threads = choose_threads(config, world.local_size)
+    torch.set_num_threads(threads)
+    if config.precision.deterministic:
+        make_deterministic()
+    precision, reason = together(lambda: choose_dtype(config.precision, world.device))
+    dataset = _open_dataset(config)
+    held_out = config.data.val_split
+    if held_out >= dataset.num_train:
+        raise UserError(
+            f"data.val_split={held_out}: the training set has {dataset.num_train} images"
+        )
+    kept, out = split_indices(config.seed, dataset.num_train, held_out)
+    return Session(config, world, dataset, precision, reason, threads, kept, out)
+
+
+def choose_threads(config: Config, local_size: int) -> int:
+    """CPU threads of a rank.
+
+    One with parallel.reduction=exact: oneDNN's weight gradients depend on the number of threads, and
+    that must not follow the number of ranks.
+    """
+    if config.parallel.threads:
+        return config.parallel.threads
+    if config.parallel.reduction == "exact":
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // local_size)
+
+
+def with_replicas(config: Config, replicas: int) -> Config:
+    """`config` with parallel.replicas settled."""
+    return replace(config, parallel=replace(config.parallel, replicas=replicas))
+
+
+def _open_dataset(config: Config) -> Dataset:
+    folder = Path(config.data.root) / config.data.dataset
+
+    def prepare_and_verify() -> None:
+        if not Dataset.exists(folder):
+            prepare_builtin(config.data.dataset, Path(config.data.root))
+        Dataset.load(folder, verify=True)
+
+    on_main(prepare_and_verify)
+    dataset = together(lambda: Dataset.load(folder, verify=False))
+    expected = from_main(dataset.fingerprint)
+
+    def compare() -> Dataset:
+        if dataset.fingerprint != expected:
+            raise UserError(
+                f"{folder}: rank {environment_rank()} sees another dataset than rank 0; "
+                "copy the prepared folder to every node"
+            )
+        return dataset
+
+    return together(compare)
+

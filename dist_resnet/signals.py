@@ -1,0 +1,58 @@
+"""Requests to stop: SIGTERM, SIGINT and SIGUSR1 end the run at a step border, after a save."""
+
+import os
+import signal
+import time
+from types import FrameType
+
+from dist_resnet.errors import EXIT_PREEMPTED, Preempted
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+# Schedulers deliver one request several times within milliseconds (the parent's death once for each
+# of its threads); only a later signal means "at once".
+_REPEAT_SECONDS = 1.0
+
+_received: int = 0
+_received_at: float = 0.0
+_deferred: bool = False
+
+
+def install() -> None:
+    """Take over the signals; until `defer` they end the process at once, nothing being unsaved."""
+    for number in _SIGNALS:
+        signal.signal(number, _on_signal)
+
+
+def defer() -> None:
+    """From now on a first signal only asks; the training loop answers at the next step border."""
+    global _deferred
+    _deferred = True
+
+
+def request() -> None:
+    """Ask this process to stop, as a signal would."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def received() -> int:
+    """Number of the signal that asked to stop; 0: none."""
+    return _received
+
+
+def received_name() -> str:
+    """Its name, such as SIGTERM; empty: none."""
+    return signal.Signals(_received).name if _received else ""
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    # Only assignments: handlers are re-entered, and locks (threading.Event.set too) deadlock here.
+    global _received, _received_at
+    now = time.monotonic()
+    if _received:
+        if now - _received_at > _REPEAT_SECONDS:
+            os._exit(EXIT_PREEMPTED)
+        return
+    _received, _received_at = number, now
+    if not _deferred:
+        raise Preempted(f"stopped by {received_name()} before the first step")

@@ -1,0 +1,121 @@
+"""The whole state of a run at a step; a checkpoint is exactly this, and the step is the only position."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_resnet.flat import FlatModel, flatten_model
+from dist_resnet.metrics import Totals
+from dist_resnet.models.resnet import build_model
+from dist_resnet.optim import build_optimizer, momentum_buffers, set_momentum_buffers
+from dist_resnet.schema import Config
+
+
+@dataclass
+class TrainState:
+    """Mutable; owned by the training loop."""
+
+    flat: FlatModel
+    optimizer: torch.optim.SGD
+    scaler: torch.amp.GradScaler | None
+    ema: Tensor | None
+    """float32 (P + S,): moving average of parameters and BatchNorm statistics."""
+    totals: Totals
+    step: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    """val/top1 and step of the best evaluation so far."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and tensors on the CPU, parameters by name and in their own shapes."""
+        flat = self.flat
+        return {
+            "step": self.step,
+            "model": {name: _plain(t) for name, t in flat.model.state_dict().items()},
+            "momentum": _by_name(flat, momentum_buffers(self.optimizer)),
+            "ema": None if self.ema is None else self._ema_by_name(self.ema),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "totals": self.totals.state_dict(),
+            "best": dict(self.best),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """The inverse of `state_dict`.
+
+        Raises:
+            RuntimeError: saved from another model.
+        """
+        flat = self.flat
+        if self.ema is not None:
+            flat.model.load_state_dict(saved["ema"])
+            self.ema.copy_(_averaged_values(flat))
+        flat.model.load_state_dict(saved["model"])
+        set_momentum_buffers(self.optimizer, _flattened(flat, saved["momentum"]))
+        if self.scaler is not None:
+            self.scaler.load_state_dict(saved["scaler"])
+        self.totals.load_state_dict(saved["totals"])
+        self.step = int(saved["step"])
+        self.best = dict(saved["best"])
+
+    @contextmanager
+    def evaluated_weights(self) -> Iterator[None]:
+        """While open, the model holds the weights that are evaluated: the moving average if kept."""
+        if self.ema is None:
+            yield
+            return
+        current = _averaged_values(self.flat)
+        self._set_values(self.ema)
+        try:
+            yield
+        finally:
+            self._set_values(current)
+
+    def _set_values(self, values: Tensor) -> None:
+        size = self.flat.values.numel()
+        self.flat.values.copy_(values[:size])
+        self.flat.statistics.copy_(values[size:])
+
+    def _ema_by_name(self, ema: Tensor) -> dict[str, Tensor]:
+        with self.evaluated_weights():
+            return {name: _plain(t) for name, t in self.flat.model.state_dict().items()}
+
+
+def build_state(config: Config, classes: int, precision: torch.dtype, device: torch.device) -> TrainState:
+    """The state before the first step: a function of the configuration alone."""
+    model = build_model(config.model, classes, config.seed)
+    layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+    flat = flatten_model(model.to(device, memory_format=layout))
+    return TrainState(
+        flat=flat,
+        optimizer=build_optimizer(flat, config.optim),
+        scaler=torch.amp.GradScaler(device.type) if precision == torch.float16 else None,
+        ema=_averaged_values(flat) if config.train.ema_decay else None,
+        totals=Totals(device),
+    )
+
+
+def _averaged_values(flat: FlatModel) -> Tensor:
+    return torch.cat([flat.values, flat.statistics])
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _by_name(flat: FlatModel, buffer: Tensor) -> dict[str, Tensor]:
+    """Slices of `buffer`, laid out as `FlatModel.values`, under the parameters' names."""
+    return {
+        name: _plain(buffer.as_strided(p.shape, p.stride(), p.storage_offset()))
+        for name, p in flat.model.named_parameters()
+    }
+
+
+def _flattened(flat: FlatModel, tensors: dict[str, Tensor]) -> Tensor:
+    """The inverse of `_by_name`."""
+    buffer = torch.empty_like(flat.values)
+    for name, p in flat.model.named_parameters():
+        buffer.as_strided(p.shape, p.stride(), p.storage_offset()).copy_(tensors[name])
+    return buffer

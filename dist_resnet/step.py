@@ -1,0 +1,140 @@
+"""One optimisation step: augment, forward, backward for each local replica, reduce, update."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_resnet import signals
+from dist_resnet.augment import ChoiceDrawer, Choices, Normalisation, augment
+from dist_resnet.distributed import all_reduce_sum, gather_rows
+from dist_resnet.loss import mixed_targets, soft_cross_entropy, weighted_correct
+from dist_resnet.optim import ema_weight
+from dist_resnet.randomness import step_keys
+from dist_resnet.schema import Config
+from dist_resnet.state import TrainState
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank trains on in one step: its replicas' batches one after the other."""
+
+    images: Tensor
+    """uint8 (replicas per rank * batch, H, W, 3)."""
+    labels: Tensor
+    """int64 (replicas per rank * batch,)."""
+    samples: Tensor
+    """int64 (replicas per rank * batch,): indices in the training set."""
+
+
+class TrainStep:
+    """Advances a `TrainState` by one step; nothing in it waits for the device."""
+
+    def __init__(
+        self,
+        config: Config,
+        state: TrainState,
+        rates: Sequence[float],
+        replicas: int,
+        precision: torch.dtype,
+        statistics: Normalisation,
+        image_size: tuple[int, int],
+    ) -> None:
+        self.config = config
+        self.state = state
+        self.rates = rates
+        self.replicas = replicas
+        self.precision = precision
+        self.statistics = statistics
+        self.device = state.flat.values.device
+        head = state.flat.model.head
+        self.classes = head.out_features
+        self.keys = step_keys(config.seed, len(rates), self.device)
+        self.steps = torch.arange(len(rates), device=self.device)
+        self.draw = ChoiceDrawer(
+            config.augment, image_size, config.model.dropout, head.in_features, self.device
+        )
+
+    def __call__(self, batch: Batch) -> None:
+        """Train on `batch`, which must be that of step `state.step`."""
+        step = self.state.step
+        self._average_over_replicas(batch, self.keys[step])
+        self._update(step)
+        self.state.step = step + 1
+
+    def _average_over_replicas(self, batch: Batch, key: Tensor) -> None:
+        """Leave in `exchange` the means, over all replicas, of what each of them computed."""
+        flat, size = self.state.flat, self.config.data.batch_size_per_replica
+        exact = self.config.parallel.reduction == "exact"
+        local = len(batch.labels) // size
+        stop = float(signals.received() != 0)
+        # Every replica starts from the same statistics and moves them by its own batch's.
+        start = flat.statistics.clone() if local > 1 else None
+        rows: list[Tensor] = []
+        total = torch.zeros_like(flat.statistics) if start is not None and not exact else None
+        flat.gradients.zero_()
+        flat.extras.zero_()
+        for index in range(local):
+            part = slice(index * size, (index + 1) * size)
+            if start is not None:
+                flat.statistics.copy_(start)
+            self._replica(batch.images[part], batch.labels[part], batch.samples[part], key)
+            flat.extras[2] = stop
+            if exact:
+                rows.append(flat.exchange.clone())
+                flat.gradients.zero_()
+                flat.extras.zero_()
+            elif total is not None:
+                total += flat.statistics
+        if exact:
+            # One order of summation, that of the replicas, whatever rank computed which row.
+            torch.sum(gather_rows(torch.stack(rows)), dim=0, out=flat.exchange)
+        else:
+            if total is not None:
+                flat.statistics.copy_(total)
+            all_reduce_sum(flat.exchange)
+        if self.replicas > 1:
+            flat.exchange.mul_(1 / self.replicas)
+
+    def _replica(self, images: Tensor, labels: Tensor, samples: Tensor, key: Tensor) -> None:
+        """Add one replica's gradients, loss and top-1 to `exchange`."""
+        extras = self.state.flat.extras
+        choices = self.draw(key, samples)
+        loss, correct = self._forward(images, labels, choices)
+        scaler = self.state.scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        extras[0] += loss.detach()
+        extras[1] += correct / len(labels)
+
+    def _forward(self, images: Tensor, labels: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
+        inputs = augment(images, choices, self.config.augment, self.statistics)
+        if not self.config.precision.channels_last:
+            inputs = inputs.contiguous()
+        targets = mixed_targets(labels, choices, self.classes, self.config.optim.label_smoothing)
+        with torch.autocast(
+            self.device.type, self.precision, enabled=self.precision != torch.float32
+        ):
+            logits = self.state.flat.model(inputs, choices.keep)
+        return soft_cross_entropy(logits, targets), weighted_correct(logits, labels, choices)
+
+    def _update(self, step: int) -> None:
+        state, flat = self.state, self.state.flat
+        for group in state.optimizer.param_groups:
+            group["lr"] = self.rates[step]
+        if state.scaler is None:
+            norm = torch.linalg.vector_norm(flat.gradients)
+            state.optimizer.step()
+        else:
+            state.scaler.unscale_(state.optimizer)
+            norm = torch.linalg.vector_norm(flat.gradients)
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+        if state.ema is not None:
+            weight, size = ema_weight(self.config.train.ema_decay, step), flat.values.numel()
+            state.ema[:size].lerp_(flat.values, weight)
+            state.ema[size:].lerp_(flat.statistics, weight)
+        loss, top1, _ = flat.extras.unbind()
+        # Under fp16 the scaler probes for overflow: an infinite gradient is then no divergence.
+        finite = torch.isfinite(loss if state.scaler is not None else loss + norm)
+        state.totals.add(loss, top1, norm, self.steps[step], ~finite)
