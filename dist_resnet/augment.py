@@ -154,7 +154,7 @@ def normalise(images: Tensor, statistics: Normalisation) -> Tensor:
 
 
 def cutout(images: Tensor, top: Tensor, left: Tensor, side: int) -> Tensor:
-    """Zero a square of `side` pixels centred at (top, left), clipped at the border, in (N, 3, H, W)."""
+    """Zero the square of `side` pixels around (top, left), clipped, in each of (N, 3, H, W)."""
     height, width = images.shape[2:]
 
     def inside(centre: Tensor, length: int) -> Tensor:

@@ -74,11 +74,15 @@ class CheckpointStore:
             old.unlink(missing_ok=True)
         return path
 
-    def newest(self, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    def newest(
+        self, report: Callable[[str], None], set_aside: bool = True
+    ) -> tuple[Path, dict[str, Any]] | None:
         """The valid checkpoint of the highest step, or None where there has been none.
 
-        Damaged ones are renamed to *.corrupt and told to `report`. Times of files play no part:
-        clocks differ.
+        Damaged ones are told to `report`. Times of files play no part: clocks differ.
+
+        Args:
+            set_aside: rename damaged ones to *.corrupt; only for the holder of the run's lock.
 
         Raises:
             UserError: there are checkpoints, and none of them is valid.
@@ -88,9 +92,10 @@ class CheckpointStore:
             try:
                 return path, read_checkpoint(path)
             except UserError as error:
-                with contextlib.suppress(OSError):
-                    path.rename(path.with_suffix(".pt.corrupt"))
-                report(f"{error}; set aside, using the one before it")
+                if set_aside:
+                    with contextlib.suppress(OSError):
+                        path.rename(path.with_suffix(".pt.corrupt"))
+                report(f"{error}; using the one before it")
         damaged = candidates or list(self.folder.glob("*.corrupt"))
         if damaged:
             names = ", ".join(sorted(path.name for path in damaged))
@@ -128,7 +133,9 @@ class CheckpointStore:
         """Files of one kind, the highest step first."""
         if not self.folder.is_dir():
             return []
-        found = [p for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name)) and m[1] == kind]
+        found = [
+            p for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name)) and m[1] == kind
+        ]
         return sorted(found, key=_step, reverse=True)
 
 

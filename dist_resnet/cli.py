@@ -1,4 +1,4 @@
-"""What every command does around its work: exit codes, one line for an error, from one rank only."""
+"""What every command does around its work: exit codes, and one line for an error, once."""
 
 import os
 import signal
@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from dist_resnet.launcher import environment_rank
 from dist_resnet.errors import EXIT_PREEMPTED, DistResnetError, Preempted
+from dist_resnet.launcher import environment_rank
 
 # torchrun ends all ranks as soon as one has left: the others let rank 0 speak first.
 _PATIENCE_SECONDS = 10.0

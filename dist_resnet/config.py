@@ -5,10 +5,11 @@ The only module that imports omegaconf.
 
 import ast
 import difflib
+import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dist_resnet import schema
+from dist_resnet.checks import check
 from dist_resnet.errors import UserError
 from dist_resnet.schema import Config, changes_trajectory
 
@@ -30,29 +32,16 @@ def load_config(arguments: Sequence[str]) -> Config:
     """
     files = [argument for argument in arguments if "=" not in argument]
     pairs = [argument for argument in arguments if "=" in argument]
-    merged = OmegaConf.structured(Config)
-    for source, overlay in [*map(_read_file, files), *map(_read_pair, pairs)]:
-        for key, value in flatten(overlay):
-            merged = _merge_one(merged, key, value, source)
-    try:
-        return cast(Config, OmegaConf.to_object(merged))
-    except (ValueError, OmegaConfBaseException) as error:
-        raise UserError(str(error).splitlines()[0]) from None
+    return _merge([*map(_read_file, files), *map(_read_pair, pairs)])
 
 
-def config_from_dict(values: Mapping[str, Any]) -> Config:
-    """The inverse of `to_dict`.
+def stored_config(values: Mapping[str, Any], pairs: Sequence[str] = ()) -> Config:
+    """The configuration of which `values` is the `to_dict`, with key=value pairs over it.
 
     Raises:
         UserError: as `load_config`.
     """
-    merged = OmegaConf.structured(Config)
-    for key, value in flatten(values):
-        merged = _merge_one(merged, key, value, "stored configuration")
-    try:
-        return cast(Config, OmegaConf.to_object(merged))
-    except (ValueError, OmegaConfBaseException) as error:
-        raise UserError(str(error).splitlines()[0]) from None
+    return _merge([("stored configuration", values), *map(_read_pair, pairs)])
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -90,6 +79,7 @@ def trajectory_hash(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+@functools.cache  # parsing the schema takes tens of milliseconds, and every merged key asks
 def describe_keys() -> list[tuple[str, str, str, str]]:
     """(key, type, default, meaning) of every key, for --help."""
     rows = []
@@ -102,10 +92,22 @@ def describe_keys() -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _read_file(path: str) -> tuple[str, Mapping[str, Any]]:
+def _merge(overlays: Iterable[tuple[str, Mapping[Any, Any]]]) -> Config:
+    merged = OmegaConf.structured(Config)
+    for source, overlay in overlays:
+        for key, value in flatten(overlay):
+            merged = _merge_one(merged, key, value, source)
+    config = cast(Config, OmegaConf.to_object(merged))
+    check(config)
+    return config
+
+
+def _read_file(path: str) -> tuple[str, Mapping[Any, Any]]:
     if not Path(path).is_file():
         hint = _nearest(path, [key for key, *_ in describe_keys()])
-        raise UserError(f"{path}: no such configuration file{hint and f'; to set a key write {hint}=VALUE'}")
+        raise UserError(
+            f"{path}: no such configuration file{hint and f'; to set a key write {hint}=VALUE'}"
+        )
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:  # the YAML parser has a dozen exceptions of its own
@@ -116,7 +118,7 @@ def _read_file(path: str) -> tuple[str, Mapping[str, Any]]:
     return path, loaded
 
 
-def _read_pair(argument: str) -> tuple[str, Mapping[str, Any]]:
+def _read_pair(argument: str) -> tuple[str, Mapping[Any, Any]]:
     key = argument.split("=", 1)[0]
     if not key or key.startswith("-"):
         raise UserError(f"{argument}: write it as key=value, such as optim.lr=0.1")
@@ -132,7 +134,7 @@ def _read_pair(argument: str) -> tuple[str, Mapping[str, Any]]:
 def _refuse_interpolation(values: Mapping[Any, Any], source: str) -> None:
     # ${oc.env:WANDB_API_KEY} would write a secret into config.yaml and W&B.
     for key, value in flatten(values):
-        if isinstance(value, str) and "${" in value:
+        if "${" in str(value):  # in a list too
             raise UserError(f"{key}={value} ({source}): interpolation is not supported")
 
 
@@ -143,12 +145,16 @@ def _merge_one(merged: Any, key: str, value: Any, source: str) -> Any:
         if key in sections:
             raise UserError(f"{key}={value} ({source}): {key} is a section, not a key")
         hint = _nearest(key, list(known))
-        raise UserError(f"{key}={value} ({source}): unknown key{hint and f'; did you mean {hint}?'}")
+        raise UserError(
+            f"{key}={value} ({source}): unknown key{hint and f'; did you mean {hint}?'}"
+        )
     kind, _ = known[key]
     if "|" in kind and "'" in kind and str(value) not in (choices := _choices(kind)):
         hint = _nearest(str(value), choices)
-        raise UserError(f"{key}={value}: must be one of {', '.join(choices)}"
-                        f"{hint and f'; did you mean {hint}?'}")
+        raise UserError(
+            f"{key}={value}: must be one of {', '.join(choices)}"
+            f"{hint and f'; did you mean {hint}?'}"
+        )
     # OmegaConf reads true as 1 and 3 as true.
     if isinstance(value, bool) != (kind == "bool") and kind in ("bool", "int", "float"):
         raise UserError(f"{key}={value}: must be of type {kind}")
@@ -180,7 +186,8 @@ def _documented(cls: type) -> Iterator[tuple[str, Any, Any, str]]:
     texts = {}
     for node, following in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
-            assert isinstance(node.target, ast.Name) and isinstance(following.value, ast.Constant)
+            assert isinstance(node.target, ast.Name)
+            assert isinstance(following.value, ast.Constant)
             texts[node.target.id] = str(following.value.value)
     hints, instance = get_type_hints(cls), cls()
     for item in fields(cls):

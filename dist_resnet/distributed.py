@@ -50,7 +50,10 @@ def start(device: str, timeout_seconds: int) -> World:
         UserError: no GPU for this rank, or the other ranks cannot be reached.
     """
     rank, size = environment_rank(), environment_world_size()
-    local_rank, local_size = environment_int("LOCAL_RANK", 0), environment_int("LOCAL_WORLD_SIZE", 1)
+    local_rank, local_size = (
+        environment_int("LOCAL_RANK", 0),
+        environment_int("LOCAL_WORLD_SIZE", 1),
+    )
     place = _choose_device(device, local_rank, local_size)
     if under_torchrun():
         _die_with_parent()
@@ -149,7 +152,9 @@ def _choose_device(wanted: str, local_rank: int, local_size: int) -> torch.devic
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("parallel.device=cuda: no CUDA device here; use parallel.device=cpu or auto")
+        raise UserError(
+            "parallel.device=cuda: no CUDA device here; use parallel.device=cpu or auto"
+        )
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise UserError(
@@ -162,9 +167,8 @@ def _choose_device(wanted: str, local_rank: int, local_size: int) -> torch.devic
 
 
 def _die_with_parent() -> None:
-    """A killed torchrun agent leaves its workers training: have the kernel stop this one with it."""
+    """A killed torchrun agent leaves its workers training: let the kernel stop this one too."""
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     except (AttributeError, OSError):  # not Linux
         return
-

@@ -13,7 +13,7 @@ class DistResnetError(Exception):
 
 
 class UserError(DistResnetError):
-    """Something the user can mend: configuration, data, environment. The message says what to change."""
+    """Something the user can mend: configuration, data, environment. It says what to change."""
 
     exit_code = EXIT_USER
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dist_resnet import watchdog
@@ -16,6 +16,7 @@ from dist_resnet.augment import Normalisation, normalise
 from dist_resnet.data.order import eval_batches
 from dist_resnet.data.stream import Loader
 from dist_resnet.distributed import World, all_reduce_sum
+from dist_resnet.models.resnet import ResNet
 
 BATCH_SIZE = 500
 
@@ -43,7 +44,7 @@ class Evaluation:
 
     def per_class(self) -> list[float]:
         """Share of each class's images that are recognised; 0 for a class without images."""
-        counts = self.confusion.sum(dim=1).clamp(min=1)
+        counts = self.confusion.sum(dim=1).clamp(min=1).double()
         return (self.confusion.diagonal() / counts).tolist()
 
 
@@ -67,7 +68,7 @@ class Evaluator:
         self.world = world
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module) -> Evaluation:
+    def __call__(self, model: ResNet) -> Evaluation:
         """Evaluate in evaluation mode; the mode before is restored. All ranks must call it."""
         was_training = model.training
         model.eval()
@@ -97,7 +98,7 @@ class Evaluator:
             confusion=confusion,
         )
 
-    def _logits(self, model: nn.Module) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+    def _logits(self, model: ResNet) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
         """(batch number, labels, logits, logits of the mirror images) of this rank's batches."""
         rank, size = self.world.rank, self.world.size
         mine = eval_batches(self.indices, self.loader.batch_size, rank, size)

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dist_resnet.models.resnet import ResNet
+
 
 @dataclass(frozen=True)
 class FlatModel:
     """Buffers that a model's tensors are views of."""
 
-    model: nn.Module
+    model: ResNet
     values: Tensor
     """float32 (P,): parameters, the decayed ones first."""
     exchange: Tensor
@@ -39,7 +41,7 @@ class FlatModel:
         return self.exchange[-3:]
 
 
-def flatten_model(model: nn.Module) -> FlatModel:
+def flatten_model(model: ResNet) -> FlatModel:
     """Move `model`'s parameters, their gradients and its BatchNorm statistics into flat buffers.
 
     Memory layout is kept. Weight decay is for the weights of convolutions and dense layers, told by

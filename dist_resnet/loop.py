@@ -1,12 +1,11 @@
 """The training loop: what happens at which step."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 from dist_resnet import signals, watchdog
 from dist_resnet.checkpoint import CheckpointStore
-from dist_resnet.data.stream import Batch
 from dist_resnet.distributed import on_main
 from dist_resnet.errors import Diverged, Preempted, UserError
 from dist_resnet.evaluation import Evaluator
@@ -15,7 +14,7 @@ from dist_resnet.plan import Plan
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
 from dist_resnet.state import TrainState
-from dist_resnet.step import TrainStep
+from dist_resnet.step import Batch, TrainStep
 from dist_resnet.stopwatch import Stopwatch
 from dist_resnet.tracking.tracker import Tracker
 from dist_resnet.tracking.writer import WandbTracker
@@ -42,7 +41,7 @@ class Keeper:
         """Write a checkpoint.
 
         Raises:
-            UserError: it cannot be written and `must` be; otherwise that is told and training goes on.
+            UserError: it cannot be written though it `must`; else that is told, and we go on.
         """
         content = self.header | {
             "state": state.state_dict(),
@@ -72,7 +71,7 @@ class Trainer:
     plan: Plan
     state: TrainState
     train_step: TrainStep
-    batches: Iterator[Batch]
+    batches: Generator[Batch, None, None]
     evaluate: Evaluator
     classes: tuple[str, ...]
     tracker: Tracker
@@ -176,13 +175,13 @@ class Trainer:
         }
 
     def _check_finite(self, done: int) -> None:
-        """Raise Diverged on all ranks alike: what it reads is equal on all. Waits for the device."""
+        """Raise Diverged, on all ranks alike: they read equal values. Waits for the device."""
         bad = self.state.totals.bad_step()
         if bad is None:
             return
         last = self.keeper and self.keeper.store.newest_path()
         raise Diverged(
-            f"training diverged: loss or gradient not finite at step {bad + 1} (seen at step {done});"
+            f"diverged: loss or gradient not finite at step {bad + 1} (seen at step {done});"
             f" last good checkpoint: {last or 'none'}; try a lower optim.lr,"
             " schedule.warmup_epochs=5 or precision.dtype=fp32"
         )

@@ -10,7 +10,7 @@ from dist_resnet.schema import Config
 
 @dataclass(frozen=True)
 class Plan:
-    """Derived once, shown at the start, written to plan.json; never fed back into the configuration."""
+    """Derived once, shown at the start, written to plan.json, never fed back."""
 
     world_size: int
     replicas: int
@@ -31,7 +31,7 @@ class Plan:
         return step // self.steps_per_epoch
 
     def ends_epoch(self, step: int, every: int) -> bool:
-        """Whether `step` steps complete an epoch whose number is a multiple of `every` (0: never)."""
+        """Whether `step` steps complete an epoch that is a multiple of `every` (0: never)."""
         return bool(every) and step > 0 and step % (self.steps_per_epoch * every) == 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def make_plan(config: Config, train_images: int, world_size: int) -> Plan:
     if replicas % world_size:
         raise UserError(
             f"parallel.replicas={replicas}: not a multiple of the {world_size} processes; "
-            f"start {_largest_divisor(replicas, world_size)}, or set parallel.replicas to a multiple"
+            f"start {_largest_divisor(replicas, world_size)}, or make parallel.replicas a multiple"
         )
     per_replica = config.data.batch_size_per_replica
     global_batch = replicas * per_replica

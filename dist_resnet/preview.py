@@ -1,4 +1,4 @@
-"""What --print-config says beside the configuration: the plan, where the dataset's size is known."""
+"""What --print-config adds to the configuration: the plan, where the dataset's size is known."""
 
 import json
 from pathlib import Path

@@ -75,7 +75,7 @@ def sample_lanes(key: Tensor, samples: Tensor, lanes: int) -> Tensor:
 
 
 def below(draws: Tensor, bound: int) -> Tensor:
-    """Map draws in [0, 2^32) to integers in [0, bound), each within bound / 2^32 of equally likely."""
+    """Integers in [0, bound) from draws in [0, 2^32), equally likely to within bound / 2^32."""
     return (draws * bound) >> 32
 
 

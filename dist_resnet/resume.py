@@ -14,12 +14,10 @@ from dist_resnet.tracking.tracker import say_on_stderr
 
 
 def run_name(config: Config) -> str:
-    """The configured name, or one that the configuration decides: the same command, the same run."""
+    """The configured name, or one that the configuration decides: same command, same run."""
     if config.run.name is not None:
         return config.run.name
-    return (
-        f"{config.model.name}-{config.data.dataset}-s{config.seed}-{trajectory_hash(config)}"
-    )
+    return f"{config.model.name}-{config.data.dataset}-s{config.seed}-{trajectory_hash(config)}"
 
 
 def open_folder(config: Config, folder: RunFolder) -> None:

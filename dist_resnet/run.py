@@ -1,19 +1,16 @@
 """One run from start to end: open what it needs, train, close whatever happened."""
 
-import secrets
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dist_resnet import signals, watchdog
-from dist_resnet.checkpoint import CheckpointStore
-from dist_resnet.config import to_dict, to_yaml
 from dist_resnet.data.stream import open_loader, training_batches
-from dist_resnet.distributed import World, on_main, start, stop
+from dist_resnet.distributed import World, on_main, start, stop, together
 from dist_resnet.environment import git_commit, hardware, versions
 from dist_resnet.errors import EXIT_DONE, DistResnetError, Preempted, UserError
-from dist_resnet.loop import Keeper, Trainer
+from dist_resnet.loop import Trainer
 from dist_resnet.plan import Plan, explain, make_plan, rates
+from dist_resnet.recording import Recording, open_recording
 from dist_resnet.resume import check_same_run, find_checkpoint, open_folder, run_name
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
@@ -22,26 +19,7 @@ from dist_resnet.state import TrainState, build_state
 from dist_resnet.step import TrainStep
 from dist_resnet.stopwatch import Stopwatch
 from dist_resnet.summary import summarise
-from dist_resnet.tracking.console import Console
-from dist_resnet.tracking.jsonl import MetricsFile, read_rows, rewind
-from dist_resnet.tracking.tracker import NullTracker, Tracker, Trackers
-from dist_resnet.tracking.wandb_run import start_wandb
-from dist_resnet.tracking.writer import WandbTracker
-
-
-@dataclass
-class Recording:
-    """Where this rank's figures go; all but the first rank have the null tracker only."""
-
-    tracker: Tracker
-    wandb: WandbTracker | None = None
-    keeper: Keeper | None = None
-
-    def close(self, code: int, status: str, step: int, reason: str, summary: dict[str, Any]) -> None:
-        """Leave the status that launchers read first: what follows may take seconds."""
-        if self.keeper is not None:
-            self.keeper.folder.set_status(status, step, reason)
-        self.tracker.close(code, summary)
+from dist_resnet.tracking.jsonl import read_rows
 
 
 def run(config: Config) -> None:
@@ -57,9 +35,10 @@ def run(config: Config) -> None:
         on_main(lambda: open_folder(config, folder))
         try:
             _run_in(config, world, folder)
-        except UserError as error:
+        except BaseException as error:
             if world.is_main:
-                folder.set_status("failed", 0, str(error))
+                status, reason = _ending(error)
+                folder.set_status(status, folder.status().get("step", 0), reason)
             raise
     finally:
         watchdog.disarm()
@@ -79,6 +58,8 @@ def _run_in(config: Config, world: World, folder: RunFolder) -> None:
     say = _say if world.is_main else _say_nothing
     if saved is not None and saved["state"]["step"] >= plan.total_steps and folder.has_summary():
         say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
+        if world.is_main:
+            folder.set_status("done", saved["state"]["step"])
         return
     state = build_state(config, len(session.dataset.classes), session.precision, world.device)
     if saved is not None:
@@ -86,9 +67,7 @@ def _run_in(config: Config, world: World, folder: RunFolder) -> None:
     if world.is_main:
         for line in _introduction(session, plan, state, folder):
             say(line)
-    recording = Recording(NullTracker())
-    if world.is_main:
-        recording = _open_recording(config, session, plan, state, folder, saved)
+    recording = together(lambda: open_recording(config, session, plan, state.step, folder, saved))
     trainer = _trainer(config, session, plan, state, recording, saved)
     _fit_and_close(trainer, session, folder, recording)
 
@@ -142,12 +121,8 @@ def _fit_and_close(
         label = f"rank {world.rank} of {world.size}"
         watchdog.call_as(label, trainer.fit)
     except BaseException as error:
-        if isinstance(error, Preempted):
-            status, code = "preempted", error.exit_code
-        else:
-            status, code = "failed", getattr(error, "exit_code", 1)
-        reason = str(error) if isinstance(error, DistResnetError) else type(error).__name__
-        recording.close(code, status, state.step, reason, {})
+        status, reason = _ending(error)
+        recording.close(getattr(error, "exit_code", 1), status, state.step, reason, {})
         raise
     finally:
         trainer.batches.close()
@@ -167,58 +142,11 @@ def _fit_and_close(
     on_main(finish)
 
 
-def _open_recording(
-    config: Config,
-    session: Session,
-    plan: Plan,
-    state: TrainState,
-    folder: RunFolder,
-    saved: dict[str, Any] | None,
-) -> Recording:
-    """Rank 0's trackers and pen, the run folder's files brought to the step that is continued."""
-    resolved = to_dict(config)
-    run_id = (saved or {}).get("wandb_id") or folder.wandb_id(lambda: _new_id(folder.path.name))
-    try:
-        folder.write_text("config.yaml", to_yaml(config))
-        folder.write_json("plan.json", plan.as_dict())
-        rewind(folder.metrics, state.step)
-    except OSError as error:
-        raise UserError(f"{folder.path}: cannot be written: {error.strerror}") from None
-    console = Console(plan.total_steps, state.step)
-    published = resolved | {
-        "plan": plan.as_dict(),
-        "dataset": session.dataset.fingerprint,
-        "versions": versions(),
-        "git_commit": git_commit(),
-    }
-    position = (saved or {}).get("wandb_position")
-    wandb = start_wandb(
-        config.wandb,
-        folder.path,
-        published,
-        run_id,
-        folder.path.name,
-        resume_position=position,
-        say=console.message,
-    )
-    parts: list[Tracker] = [console, MetricsFile(folder.metrics)]
-    if wandb is not None:
-        parts.append(wandb)
-    tracker = Trackers(parts, console.message)
-    header = {
-        "config": resolved,
-        "fingerprint": session.dataset.fingerprint,
-        "classes": list(session.dataset.classes),
-        "statistics": {"mean": list(session.dataset.mean), "std": list(session.dataset.std)},
-        "image_size": list(session.image_size),
-        "wandb_id": run_id,
-        "versions": versions(),
-    }
-    store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
-    store.remove_leftovers()
-    keeper = Keeper(folder, store, header, tracker, wandb)
-    keeper.heartbeat(state.step)
-    return Recording(tracker, wandb, keeper)
+def _ending(error: BaseException) -> tuple[str, str]:
+    """State and reason for status.json."""
+    known = isinstance(error, DistResnetError)
+    reason = str(error) if known else f"{type(error).__name__}: {error}"
+    return "preempted" if isinstance(error, Preempted) else "failed", reason
 
 
 def _facts(trainer: Trainer, session: Session) -> dict[str, Any]:
@@ -258,10 +186,6 @@ def _conclusion(summary: dict[str, Any], session: Session, folder: RunFolder) ->
         f" ({summary['val/images']:,} images) after {summary['step']:,} steps,"
         f" {summary['wall_seconds']:.0f} s; {folder.path / 'summary.json'}"
     )
-
-
-def _new_id(name: str) -> str:
-    return f"{name[:52]}-{secrets.token_hex(4)}"
 
 
 def _say(line: str) -> None:

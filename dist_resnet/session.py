@@ -14,8 +14,8 @@ from dist_resnet.data.prepare import prepare_builtin
 from dist_resnet.data.stream import open_loader
 from dist_resnet.distributed import World, from_main, on_main, together
 from dist_resnet.errors import UserError
-from dist_resnet.launcher import environment_rank
 from dist_resnet.evaluation import BATCH_SIZE, Evaluator
+from dist_resnet.launcher import environment_rank
 from dist_resnet.precision import choose_dtype, make_deterministic
 from dist_resnet.schema import Config
 
@@ -82,8 +82,8 @@ def open_session(config: Config, world: World) -> Session:
 def choose_threads(config: Config, local_size: int) -> int:
     """CPU threads of a rank.
 
-    One with parallel.reduction=exact: oneDNN's weight gradients depend on the number of threads, and
-    that must not follow the number of ranks.
+    One with parallel.reduction=exact: oneDNN's weight gradients depend on the number of threads,
+    which must not follow the number of ranks.
     """
     if config.parallel.threads:
         return config.parallel.threads
@@ -118,4 +118,3 @@ def _open_dataset(config: Config) -> Dataset:
         return dataset
 
     return together(compare)
-

@@ -1,13 +1,14 @@
-"""The whole state of a run at a step; a checkpoint is exactly this, and the step is the only position."""
+"""The state of a run at a step: a checkpoint is exactly this, and the step its only position."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dist_resnet.errors import UserError
 from dist_resnet.flat import FlatModel, flatten_model
 from dist_resnet.metrics import Totals
 from dist_resnet.models.resnet import build_model
@@ -46,13 +47,13 @@ class TrainState:
         """The inverse of `state_dict`.
 
         Raises:
-            RuntimeError: saved from another model.
+            UserError: saved from another model.
         """
         flat = self.flat
         if self.ema is not None:
-            flat.model.load_state_dict(saved["ema"])
+            load_tensors(flat.model, saved["ema"])
             self.ema.copy_(_averaged_values(flat))
-        flat.model.load_state_dict(saved["model"])
+        load_tensors(flat.model, saved["model"])
         set_momentum_buffers(self.optimizer, _flattened(flat, saved["momentum"]))
         if self.scaler is not None:
             self.scaler.load_state_dict(saved["scaler"])
@@ -62,7 +63,7 @@ class TrainState:
 
     @contextmanager
     def evaluated_weights(self) -> Iterator[None]:
-        """While open, the model holds the weights that are evaluated: the moving average if kept."""
+        """While open, the model holds the weights to evaluate: their moving average if kept."""
         if self.ema is None:
             yield
             return
@@ -83,11 +84,29 @@ class TrainState:
             return {name: _plain(t) for name, t in self.flat.model.state_dict().items()}
 
 
-def build_state(config: Config, classes: int, precision: torch.dtype, device: torch.device) -> TrainState:
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` into the model's parameters and buffers of the same names.
+
+    Not `Module.load_state_dict`: without the metadata of its own state_dict, which is no plain
+    tensor, BatchNorm takes the saved layers for those of torch 0.4 and asks for a counter.
+
+    Raises:
+        UserError: other names or shapes.
+    """
+    own = model.state_dict()
+    if {k: t.shape for k, t in own.items()} != {k: t.shape for k, t in tensors.items()}:
+        raise UserError("the checkpoint holds another model's weights; choose its configuration")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def build_state(
+    config: Config, classes: int, precision: torch.dtype, device: torch.device
+) -> TrainState:
     """The state before the first step: a function of the configuration alone."""
     model = build_model(config.model, classes, config.seed)
     layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
-    flat = flatten_model(model.to(device, memory_format=layout))
+    flat = flatten_model(model.to(device).to(memory_format=layout))
     return TrainState(
         flat=flat,
         optimizer=build_optimizer(flat, config.optim),

@@ -1,4 +1,4 @@
-"""Where the time goes: training, evaluation and saving apart, and the wait for data within training."""
+"""Where the time goes: training, evaluation, saving, and the wait for data within training."""
 
 import time
 from collections.abc import Iterator

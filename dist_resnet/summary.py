@@ -6,7 +6,9 @@ from typing import Any
 Row = Mapping[str, float | int | None]
 
 
-def summarise(rows: Sequence[Row], best: Mapping[str, float], facts: Mapping[str, Any]) -> dict[str, Any]:
+def summarise(
+    rows: Sequence[Row], best: Mapping[str, float], facts: Mapping[str, Any]
+) -> dict[str, Any]:
     """The summary of a finished run.
 
     Args:

@@ -6,13 +6,11 @@ Under torchrun every process is a rank; without it there is one. `--help` lists 
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from dist_resnet.cli import run_command
 from dist_resnet.config import describe_keys, load_config, to_yaml
-from dist_resnet.launcher import environment_rank
 from dist_resnet.errors import EXIT_DONE
+from dist_resnet.launcher import environment_rank
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -122,9 +122,7 @@ def build_model(config: ModelConfig, classes: int, seed: int = 0) -> ResNet:
     if config.name == "m6" and widths == _DEFAULT_WIDTHS:
         widths = _M6_WIDTHS
     first, second, third = widths
-    model = ResNet(
-        BLOCKS_PER_STAGE[config.name], (first, second, third), classes, config.shortcut
-    )
+    model = ResNet(BLOCKS_PER_STAGE[config.name], (first, second, third), classes, config.shortcut)
     generator = torch.Generator().manual_seed(int(stream_key(seed, Stream.INIT)))
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

@@ -1,0 +1,94 @@
+"""Which values are possible: one line for the first that is not, before anything starts."""
+
+from dist_resnet.errors import UserError
+from dist_resnet.schema import Config
+
+
+def check(config: Config) -> None:
+    """Check every value that its type alone does not.
+
+    Raises:
+        UserError: naming the key, the value and what it must be.
+    """
+    _check_run_and_data(config)
+    _check_training(config)
+    _check_cadence(config)
+
+
+def _require(condition: bool, key: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise UserError(f"{key}={value}: must be {wanted}")
+
+
+def _check_run_and_data(config: Config) -> None:
+    run, data, augment, model = config.run, config.data, config.augment, config.model
+    _require(0 <= config.seed < 2**63, "seed", config.seed, "0 to 2^63 - 1")
+    name_ok = run.name is None or (
+        0 < len(run.name) <= 64 and not set(run.name) & set('/\\#?%:"') and run.name[0] != "."
+    )
+    _require(
+        name_ok, "run.name", run.name, '1 to 64 characters, no / \\ # ? % : " and no first dot'
+    )
+    _require(run.resume != "", "run.resume", run.resume, "auto, never or a checkpoint's path")
+    size = data.batch_size_per_replica
+    _require(size >= 1, "data.batch_size_per_replica", size, "at least 1")
+    _require(data.val_split >= 0, "data.val_split", data.val_split, "at least 0")
+    plain = data.dataset not in ("", ".", "..") and "/" not in data.dataset
+    _require(plain, "data.dataset", data.dataset, "a name, not a path")
+
+    padding, alpha = augment.crop_padding, augment.mixup_alpha
+    _require(0 <= padding <= 64, "augment.crop_padding", padding, "0 to 64")
+    _require(0 <= alpha <= 100, "augment.mixup_alpha", alpha, "0 to 100")
+    _require(augment.cutout >= 0, "augment.cutout", augment.cutout, "at least 0")
+
+    widths = model.widths
+    good = len(widths) == 3 and all(1 <= width <= 4096 for width in widths)
+    _require(good, "model.widths", widths, "three numbers of filters, such as [16,32,64]")
+    rising = widths[0] <= widths[1] <= widths[2]
+    _require(
+        model.shortcut == "projection" or rising,
+        "model.widths",
+        widths,
+        "non-decreasing with model.shortcut=pad",
+    )
+    _require(0 <= model.dropout < 1, "model.dropout", model.dropout, "at least 0 and below 1")
+
+
+def _check_training(config: Config) -> None:
+    optim, schedule, train = config.optim, config.schedule, config.train
+    _require(0 < optim.lr < float("inf"), "optim.lr", optim.lr, "above 0")
+    for key in ("momentum", "weight_decay", "label_smoothing"):
+        value = getattr(optim, key)
+        _require(0 <= value < 1, f"optim.{key}", value, "at least 0 and below 1")
+    usable = not optim.nesterov or optim.momentum > 0
+    _require(usable, "optim.nesterov", "true", "false where optim.momentum=0")
+    size = optim.reference_batch_size
+    _require(size >= 1, "optim.reference_batch_size", size, "at least 1")
+
+    _require(train.epochs >= 1, "train.epochs", train.epochs, "at least 1")
+    limit = train.max_steps
+    _require(limit is None or limit >= 1, "train.max_steps", limit, "at least 1, or null")
+    decay = train.ema_decay
+    _require(0 <= decay < 1, "train.ema_decay", decay, "at least 0 and below 1")
+    warmup, marks = schedule.warmup_epochs, schedule.milestones
+    short = 0 <= warmup < train.epochs
+    _require(short, "schedule.warmup_epochs", warmup, f"0 to below train.epochs ({train.epochs})")
+    rising = all(mark > 0 for mark in marks) and sorted(set(marks)) == list(marks)
+    _require(rising, "schedule.milestones", marks, "rising epochs, such as [80,120]")
+
+
+def _check_cadence(config: Config) -> None:
+    parallel, checkpoint = config.parallel, config.checkpoint
+    value = parallel.replicas
+    usable = value == "auto" or (isinstance(value, int) and value >= 1)
+    _require(usable, "parallel.replicas", value, "auto or at least 1")
+    timeout = parallel.timeout_seconds
+    _require(timeout >= 1, "parallel.timeout_seconds", timeout, "at least 1")
+    _require(parallel.threads >= 0, "parallel.threads", parallel.threads, "at least 0")
+    for key in ("every_epochs", "every_steps"):
+        every = getattr(checkpoint, key)
+        _require(every >= 0, f"checkpoint.{key}", every, "at least 0")
+    _require(checkpoint.keep >= 1, "checkpoint.keep", checkpoint.keep, "at least 1")
+    epochs, steps = config.eval.every_epochs, config.log.every_steps
+    _require(epochs >= 1, "eval.every_epochs", epochs, "at least 1")
+    _require(steps >= 1, "log.every_steps", steps, "at least 1")

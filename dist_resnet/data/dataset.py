@@ -1,0 +1,238 @@
+"""A prepared data set on disk: `train.beton`, `test.beton` and what `dataset.json` says of them."""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import dist_resnet
+from dist_resnet.data.beton import check_beton
+from dist_resnet.data.images import ImageSet
+from dist_resnet.errors import UserError
+
+DESCRIPTION = "dataset.json"
+TRAIN, TEST = "train.beton", "test.beton"
+Channels = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What `dataset.json` says, and where it lies.
+
+    `mean` and `std`: per channel (R, G, B) over all training pixels, on the scale 0 ... 255; a
+    channel that never varies has std 0. `fingerprint`: SHA-256 of pixels, labels and class names,
+    independent of how they are stored. `files`: name -> {"bytes": int, "sha256": str}.
+    """
+
+    folder: Path
+    name: str
+    source: str
+    classes: tuple[str, ...]
+    num_train: int
+    num_test: int
+    height: int
+    width: int
+    mean: Channels
+    std: Channels
+    fingerprint: str
+    files: dict[str, dict[str, Any]]
+    created_by: dict[str, str]
+
+    @property
+    def train_path(self) -> Path:
+        return self.folder / TRAIN
+
+    @property
+    def test_path(self) -> Path:
+        return self.folder / TEST
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether something was prepared at `folder`; `load` tells whether it is intact."""
+        return (folder / DESCRIPTION).is_file()
+
+    @staticmethod
+    def load(folder: Path, verify: bool = True) -> "Dataset":
+        """Read the description at `folder`; `verify` compares structure and SHA-256 of both files.
+
+        Raises UserError, with the command that mends it, where anything is missing or damaged.
+        """
+        for _ in range(5):
+            before = _stamp(folder)
+            try:
+                dataset = _read_description(folder)
+                if verify:
+                    dataset.check_files()
+            except UserError:
+                if before == _stamp(folder):
+                    raise
+            else:
+                if before == _stamp(folder):
+                    return dataset
+            # It was replaced meanwhile: description and files may belong to different data sets.
+        raise UserError(f"{folder} keeps being replaced; start when its preparation is over")
+
+    def check_not_replaced(self) -> None:
+        """Raise UserError if another data set took this one's place since it was loaded.
+
+        For whoever has just opened both files by their paths: from then on they are safe.
+        """
+        if _read_description(self.folder) != self:
+            raise UserError(f"{self.folder} was replaced while it was opened; start again")
+
+    def check_files(self) -> None:
+        """Raise UserError unless both .beton files are what the description says."""
+        for path, count in ((self.train_path, self.num_train), (self.test_path, self.num_test)):
+            try:
+                check_beton(path, count, self.height, self.width, len(self.classes))
+                intact = file_facts(path) == self.files[path.name]
+            except UserError as error:
+                reason = str(error).split("; prepare")[0]
+                raise UserError(f"{reason}; to mend it: {self.prepare_command}") from None
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error.strerror}); check it") from None
+            if not intact:
+                raise UserError(
+                    f"{path} is damaged: its SHA-256 is not the one in {DESCRIPTION}; "
+                    f"to mend it: {self.prepare_command}"
+                )
+
+    @property
+    def prepare_command(self) -> str:
+        """The command that prepares this data set again."""
+        details = {"folder": " --train PATH --test PATH", "synthetic": " ..."}
+        return (
+            f"python -m dist_resnet.data.prepare {self.source}{details.get(self.source, '')} "
+            f"--output {self.folder.parent} --name {self.folder.name}"
+        )
+
+
+def _stamp(folder: Path) -> tuple[int, int, int] | None:
+    """What changes when the folder is replaced by another."""
+    try:
+        facts = (folder / DESCRIPTION).stat()
+    except OSError:
+        time.sleep(0.05)  # without an atomic exchange the folder is away for a moment
+        return None
+    return facts.st_dev, facts.st_ino, facts.st_mtime_ns
+
+
+def _read_description(folder: Path) -> Dataset:
+    path = folder / DESCRIPTION
+    remedy = f"prepare it: python -m dist_resnet.data.prepare --help; looked for {path}"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no data set {folder.name!r}; {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check it") from None
+    except ValueError:
+        raise UserError(f"{path} is not JSON; prepare the data set again") from None
+    try:
+        return Dataset(folder=folder, **_checked(raw))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); prepare the data set again") from None
+
+
+def _checked(raw: Any) -> dict[str, Any]:
+    """The fields of Dataset except `folder`, or KeyError, TypeError, ValueError."""
+    kinds: dict[str, type] = {
+        **dict.fromkeys(("name", "source", "fingerprint"), str),
+        **dict.fromkeys(("num_train", "num_test", "height", "width"), int),
+        **dict.fromkeys(("classes", "mean", "std"), list),
+        **dict.fromkeys(("files", "created_by"), dict),
+    }
+    if not isinstance(raw, dict):
+        raise TypeError("it is no JSON object")
+    for key, kind in kinds.items():
+        if key not in raw:
+            raise KeyError(f"{key} is missing")
+        if not isinstance(raw[key], kind) or (kind is int and not 0 < raw[key] < 1 << 40):
+            raise ValueError(f"{key} is {raw[key]!r}")
+    if not raw["classes"] or not all(isinstance(name, str) for name in raw["classes"]):
+        raise ValueError("classes are no names")
+    for key in ("mean", "std"):
+        raw[key] = tuple(float(value) for value in raw[key])
+        if len(raw[key]) != 3 or not all(0 <= value <= 255 for value in raw[key]):
+            raise ValueError(f"{key} is not three numbers in 0 ... 255")
+    for name in (TRAIN, TEST):
+        if set(raw["files"].get(name, ())) != {"bytes", "sha256"}:
+            raise ValueError(f"files lacks {name}")
+    return {**{key: raw[key] for key in kinds}, "classes": tuple(raw["classes"])}
+
+
+def describe(folder: Path, image_set: ImageSet, name: str, source: str) -> Dataset:
+    """Write `dataset.json` into `folder`, next to both .beton files of `image_set`."""
+    mean, std = channel_statistics(image_set.train.images)
+    height, width = image_set.train.images.shape[1:3]
+    dataset = Dataset(
+        folder=folder,
+        name=name,
+        source=source,
+        classes=image_set.classes,
+        num_train=len(image_set.train),
+        num_test=len(image_set.test),
+        height=height,
+        width=width,
+        mean=mean,
+        std=std,
+        fingerprint=fingerprint(image_set),
+        files={file: file_facts(folder / file) for file in (TRAIN, TEST)},
+        created_by={
+            "dist_resnet": dist_resnet.__version__,
+            # ffcv.__version__ of the 1.0.2 package says 0.0.3rc1
+            **{package: importlib.metadata.version(package) for package in ("ffcv", "numpy")},
+        },
+    )
+    content = asdict(dataset)
+    del content["folder"]
+    with (folder / DESCRIPTION).open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return dataset
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as they stand in `Dataset.files`."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+
+
+def fingerprint(image_set: ImageSet) -> str:
+    """SHA-256 over class names, shapes, labels and pixels of both splits, in their order."""
+    digest = hashlib.sha256(json.dumps(image_set.classes).encode())
+    for split in (image_set.train, image_set.test):
+        digest.update(json.dumps(split.images.shape).encode())
+        digest.update(np.ascontiguousarray(split.labels, "<i8").data)
+        digest.update(np.ascontiguousarray(split.images).data)
+    return digest.hexdigest()
+
+
+def channel_statistics(images: NDArray[np.uint8]) -> tuple[Channels, Channels]:
+    """Mean and standard deviation (population) of each channel of (N, H, W, 3) uint8 images.
+
+    Sums are exact integers, so that neither order nor machine shows in the last digit.
+    """
+    counts = np.zeros((3, 256), np.int64)
+    for start in range(0, len(images), 1000):  # bincount makes 8 bytes of every byte
+        for channel in range(3):
+            block = images[start : start + 1000, :, :, channel]
+            counts[channel] += np.bincount(block.reshape(-1), minlength=256)
+    mean, std = [], []
+    for histogram in counts.tolist():  # Python's integers do not overflow
+        number = sum(histogram)
+        total = sum(value * n for value, n in enumerate(histogram))
+        squares = sum(value * value * n for value, n in enumerate(histogram))
+        mean.append(total / number)
+        std.append(math.sqrt(number * squares - total * total) / number)
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])

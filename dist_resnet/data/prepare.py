@@ -1,0 +1,249 @@
+"""Turn a source of images into verified .beton files: python -m dist_resnet.data.prepare --help.
+
+A data set is built in a hidden folder next to its place and put there by one rename, so that
+whoever looks finds either all of it or nothing. A lock makes a second preparation wait; the
+kernel releases it when its holder dies.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import errno
+import fcntl
+import glob
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from dist_resnet.data.beton import read_back, write_beton
+from dist_resnet.data.dataset import DESCRIPTION, TEST, TRAIN, Dataset, describe, fingerprint
+from dist_resnet.data.folder import load_folder
+from dist_resnet.data.images import ImageSet
+from dist_resnet.data.sources import CIFAR, load_cifar, load_digits, load_synthetic
+from dist_resnet.errors import UserError
+
+BUILTIN = (*CIFAR, "digits", "synthetic")
+SYNTHETIC = {"num-train": 50_000, "num-test": 10_000, "classes": 10, "size": 32, "seed": 0}
+LOCK_SECONDS = 1800.0  # how long to wait for another preparation of the same data set
+
+
+def prepare(image_set: ImageSet, folder: Path, source_name: str, name: str) -> Dataset:
+    """Write `image_set` to `folder` as the data set `name`; keep what is there if it is the same.
+
+    Raises UserError where the images are unusable (see `ImageSet.validate`), `folder` holds
+    something else, or the disk does not take it; `folder` is then as it was.
+    """
+    with _workspace(folder) as workspace:
+        return _place(image_set, folder, workspace, source_name, name)
+
+
+def prepare_builtin(name: str, data_root: Path) -> Dataset:
+    """The data set `name` below `data_root`; prepared first if it is missing or damaged.
+
+    `name`: cifar10 and cifar100 (downloaded), digits, synthetic. Raises UserError for others, and
+    as `prepare` does.
+    """
+    folder = data_root / name
+    if name not in BUILTIN:
+        raise UserError(
+            f"there is no data set {name!r} in {data_root}; prepare it: python -m "
+            f"dist_resnet.data.prepare folder --train PATH --test PATH --output {data_root} "
+            f"--name {name}"
+        )
+    with _workspace(folder) as workspace:
+        if present := _intact(folder):  # perhaps made by another process while this one waited
+            return present
+        image_set = _load_builtin(name, None, workspace)
+        return _place(image_set, folder, workspace, name, name)
+
+
+def _load_builtin(name: str, input_root: Path | None, workspace: Path) -> ImageSet:
+    if name in CIFAR:
+        return load_cifar(name, input_root, workspace / "download")
+    return load_digits() if name == "digits" else load_synthetic(*SYNTHETIC.values())
+
+
+def _intact(folder: Path) -> Dataset | None:
+    with contextlib.suppress(UserError):
+        return Dataset.load(folder)
+    return None
+
+
+@contextlib.contextmanager
+def _workspace(folder: Path) -> Iterator[Path]:
+    """A fresh hidden folder next to `folder`, removed at the end, while no one else prepares it."""
+    place = Path(os.path.realpath(folder))  # a symbolic link stays; what it points to is replaced
+    prefix = f".{place.name}.tmp-"
+    try:
+        if place.exists() and set(os.listdir(place)) - {TRAIN, TEST, DESCRIPTION}:
+            raise UserError(f"{folder} holds other files than a data set; choose another --name")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(place.with_name(f".{place.name}.lock")) as locked:
+            if locked:  # so nobody else is at work here, and what lies here was left by the dead
+                for stale in place.parent.glob(f"{glob.escape(prefix)}*"):
+                    shutil.rmtree(stale, ignore_errors=True)
+            workspace = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=place.parent))
+            try:
+                yield workspace
+            finally:
+                shutil.rmtree(workspace, ignore_errors=True)
+    except MemoryError as error:
+        raise UserError("not enough memory for these images; give fewer or smaller") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left in {place.parent}; free some or choose another with --output"
+            ) from error
+        raise UserError(f"cannot prepare {folder}: {error}; choose another --output") from error
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold the lock file `path`, after waiting for it. False where the file system has no locks."""
+    with path.open("a") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        waiting = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(f"{path} has been locked for {LOCK_SECONDS:.0f} s") from None
+                if not waiting:
+                    print("waiting for another process that prepares it ...", file=sys.stderr)
+                waiting = True
+                time.sleep(0.1)
+            except OSError:
+                yield False
+                return
+            else:
+                yield True  # closing the file releases it; the file stays: removing it would race
+                return
+
+
+def _place(
+    image_set: ImageSet, folder: Path, workspace: Path, source_name: str, name: str
+) -> Dataset:
+    image_set.validate()
+    present = _intact(folder)
+    if present and present.fingerprint == fingerprint(image_set):
+        print(f"{folder} is already prepared with the same content")
+        return present
+    built = workspace / "built"
+    built.mkdir()
+    for file, split in ((TRAIN, image_set.train), (TEST, image_set.test)):
+        write_beton(built / file, split)
+        found = read_back(built / file)
+        pixels_agree = np.array_equal(found.images, split.images)
+        if not (pixels_agree and np.array_equal(found.labels, split.labels)):
+            raise UserError(f"{file} reads back differently from what was written; check the disk")
+    describe(built, image_set, name, source_name)
+    _sync(built)
+    _swap(built, Path(os.path.realpath(folder)))
+    return Dataset.load(folder, verify=False)
+
+
+def _swap(built: Path, place: Path) -> None:
+    """Put `built` at `place`, atomically; what was there goes into the workspace, to be removed."""
+    libc = ctypes.CDLL(None)
+    paths = (-100, os.fsencode(built), -100, os.fsencode(place))  # -100: AT_FDCWD
+    exchanged = (  # 2: RENAME_EXCHANGE
+        place.is_dir() and hasattr(libc, "renameat2") and libc.renameat2(*paths, 2) == 0
+    )
+    if not exchanged:
+        if place.is_dir():  # a file system without exchange, such as NFS: away for a moment
+            os.rename(place, built.with_name("replaced"))
+        os.rename(built, place)
+    _sync(place.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Make names on disk durable, which fsync of the files does not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python -m dist_resnet.data.prepare --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m dist_resnet.data.prepare", description=__doc__.split(":")[0])
+    common = _Parser(add_help=False)
+    common.add_argument("--output", type=Path, default=Path("data"), help="default: data")
+    common.add_argument("--name", help="of the data set; default: the source's")
+    sources = parser.add_subparsers(dest="source", metavar="SOURCE", required=True)
+    for name in CIFAR:
+        cifar = sources.add_parser(name, parents=[common], help="downloaded, or --input ROOT")
+        cifar.add_argument("--input", type=Path, help="folder with torchvision's files or .tar.gz")
+    folder = sources.add_parser("folder", parents=[common], help="class folders, .tar* or .zip")
+    folder.add_argument("--train", type=Path, required=True, help="folder or archive")
+    folder.add_argument("--test", type=Path, required=True, help="folder or archive")
+    folder.add_argument("--resize", type=int, metavar="N", help="make every image NxN")
+    sources.add_parser("digits", parents=[common], help="1,797 bundled digits, 32x32")
+    synthetic = sources.add_parser("synthetic", parents=[common], help="a pattern a class, noise")
+    for key, default in SYNTHETIC.items():
+        synthetic.add_argument(f"--{key}", type=int, default=default, help=f"default: {default}")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    start, source = time.perf_counter(), options.source
+    name = options.name or source
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        raise UserError(f"--name {name!r}: use letters, digits, '.', '_' and '-', no '.' in front")
+    folder = options.output / name
+    with _workspace(folder) as workspace:
+        dataset = _intact(folder)
+        # A download always has the same content: no need to repeat it to compare.
+        if dataset and dataset.source == source in CIFAR and not options.input:
+            print(f"{folder} is already prepared")
+        else:
+            if source == "folder":
+                image_set = load_folder(options.train, options.test, options.resize)
+            elif source == "synthetic":
+                values = [getattr(options, key.replace("-", "_")) for key in SYNTHETIC]
+                image_set = load_synthetic(*values)
+            else:
+                image_set = _load_builtin(source, getattr(options, "input", None), workspace)
+            dataset = _place(image_set, folder, workspace, source, name)
+    print(
+        f"{folder}: {dataset.num_train:,} training and {dataset.num_test:,} test images, "
+        f"{dataset.width}x{dataset.height}\n"
+        f"{len(dataset.classes)} classes: {', '.join(dataset.classes)}\n"
+        f"mean {', '.join(f'{value:.3f}' for value in dataset.mean)}\n"
+        f"std  {', '.join(f'{value:.3f}' for value in dataset.std)}\n"
+        f"fingerprint {dataset.fingerprint}\n"
+        f"{time.perf_counter() - start:.1f} s"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0, 2 (user's mistake) or 130 (Ctrl-C)."""
+    try:
+        _run(_parser().parse_args(arguments))
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing was changed", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workspace is removed
+    sys.exit(main())

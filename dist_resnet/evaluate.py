@@ -1,0 +1,112 @@
+"""Evaluate a checkpoint: python -m dist_resnet.evaluate CHECKPOINT_OR_RUN [--json FILE] [key=value]
+
+Uses the checkpoint's own configuration; key=value changes it (data.root, data.dataset,
+eval.flip_tta, precision.dtype ...). Under torchrun the images are shared among the ranks, and the
+figures are the same as with one.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_resnet.cli import run_command
+from dist_resnet.errors import EXIT_DONE, UserError
+from dist_resnet.launcher import environment_rank
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, evaluate, print; the exit code."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        if environment_rank() == 0:
+            print(__doc__)
+        return EXIT_DONE
+    path, output, pairs = _parse(arguments)
+    figures = evaluate_checkpoint(path, pairs)
+    if environment_rank() == 0:
+        print(_table(figures))
+        if output is not None:
+            _write(output, figures)
+    return EXIT_DONE
+
+
+def evaluate_checkpoint(path: Path, pairs: Sequence[str]) -> dict[str, Any]:
+    """Figures of one checkpoint on one prepared dataset, the same on every rank.
+
+    Args:
+        path: a checkpoint, or a run folder (its newest one).
+        pairs: key=value over the checkpoint's configuration.
+
+    Raises:
+        UserError: on all ranks alike.
+    """
+    from dist_resnet.config import stored_config
+    from dist_resnet.distributed import start, stop
+    from dist_resnet.session import open_session
+    from dist_resnet.weights import find_weights, trained_model
+
+    file, saved = find_weights(path)
+    config = stored_config(saved["config"], pairs)
+    world = start(config.parallel.device, config.parallel.timeout_seconds)
+    try:
+        session = open_session(config, world)
+        model = trained_model(saved, config).to(world.device)
+        if tuple(session.dataset.classes) != tuple(saved["classes"]):
+            raise UserError(
+                f"{session.dataset.folder}: its classes are not those the model was trained on"
+            )
+        result = session.evaluator()(model)
+    finally:
+        stop()
+    figures: dict[str, Any] = {
+        "checkpoint": str(file),
+        "step": saved["state"]["step"],
+        "dataset": session.dataset.name,
+        "eval_set": session.eval_set,
+        "val/loss": result.loss,
+        "val/top1": result.top1,
+        "correct": result.correct,
+        "images": result.images,
+    }
+    if result.top1_tta is not None:
+        figures["val/top1_tta"] = result.top1_tta
+    for name, share in zip(session.dataset.classes, result.per_class(), strict=True):
+        figures[f"val/per_class/{name}"] = share
+    figures["confusion"] = result.confusion.tolist()
+    return figures
+
+
+def _parse(arguments: Sequence[str]) -> tuple[Path, Path | None, list[str]]:
+    rest, output = list(arguments), None
+    if "--json" in rest:
+        at = rest.index("--json")
+        if at + 1 == len(rest):
+            raise UserError("--json: needs the name of a file")
+        output = Path(rest[at + 1])
+        del rest[at : at + 2]
+    pairs = [argument for argument in rest if "=" in argument and not Path(argument).exists()]
+    paths = [argument for argument in rest if argument not in pairs]
+    if len(paths) != 1 or paths[0].startswith("-"):
+        raise UserError("name one checkpoint or run folder, then key=value pairs; see --help")
+    return Path(paths[0]), output, pairs
+
+
+def _table(figures: dict[str, Any]) -> str:
+    lines = []
+    for key, value in figures.items():
+        if key != "confusion":
+            shown = f"{value:.6f}" if isinstance(value, float) else str(value)
+            lines.append(f"{key:32} {shown}")
+    return "\n".join(lines)
+
+
+def _write(path: Path, figures: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(figures, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

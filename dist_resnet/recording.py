@@ -1,0 +1,97 @@
+"""Where a run leaves its traces: console, metrics.jsonl, W&B, checkpoints and status."""
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from dist_resnet.checkpoint import CheckpointStore
+from dist_resnet.config import to_dict, to_yaml
+from dist_resnet.environment import git_commit, versions
+from dist_resnet.errors import UserError
+from dist_resnet.loop import Keeper
+from dist_resnet.plan import Plan
+from dist_resnet.run_folder import RunFolder
+from dist_resnet.schema import Config
+from dist_resnet.session import Session
+from dist_resnet.tracking.console import Console
+from dist_resnet.tracking.jsonl import MetricsFile, rewind
+from dist_resnet.tracking.tracker import NullTracker, Tracker, Trackers
+from dist_resnet.tracking.wandb_run import start_wandb
+
+
+@dataclass
+class Recording:
+    """Where this rank's figures go; all but the first rank have the null tracker only."""
+
+    tracker: Tracker
+    keeper: Keeper | None
+
+    def close(
+        self, code: int, status: str, step: int, reason: str, summary: dict[str, Any]
+    ) -> None:
+        """Leave the status that launchers read first: what follows may take seconds."""
+        if self.keeper is not None:
+            self.keeper.folder.set_status(status, step, reason)
+        self.tracker.close(code, summary)
+
+
+def open_recording(
+    config: Config,
+    session: Session,
+    plan: Plan,
+    step: int,
+    folder: RunFolder,
+    saved: dict[str, Any] | None,
+) -> Recording:
+    """Bring the run folder's files to `step` and open everything that records, on rank 0 only.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    if not session.world.is_main:
+        return Recording(NullTracker(), None)
+    run_id = (saved or {}).get("wandb_id") or folder.wandb_id(lambda: _new_id(folder.path.name))
+    try:
+        folder.write_text("config.yaml", to_yaml(config))
+        folder.write_json("plan.json", plan.as_dict())
+        rewind(folder.metrics, step)
+    except OSError as error:
+        raise UserError(f"{folder.path}: cannot be written: {error.strerror}") from None
+    data, resolved = session.dataset, to_dict(config)
+    console = Console(plan.total_steps, step)
+    wandb = start_wandb(
+        config.wandb,
+        folder.path,
+        resolved
+        | {
+            "plan": plan.as_dict(),
+            "dataset": data.fingerprint,
+            "versions": versions(),
+            "git_commit": git_commit(),
+        },
+        run_id,
+        folder.path.name,
+        resume_position=(saved or {}).get("wandb_position"),
+        say=console.message,
+    )
+    parts: list[Tracker] = [console, MetricsFile(folder.metrics)]
+    tracker = Trackers(parts if wandb is None else [*parts, wandb], console.message)
+    header = {
+        "config": resolved,
+        "fingerprint": data.fingerprint,
+        "classes": list(data.classes),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "image_size": list(session.image_size),
+        "wandb_id": run_id if wandb is None else wandb.run_id,
+        "versions": versions(),
+    }
+    store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
+    store.remove_leftovers()
+    keeper = Keeper(folder, store, header, tracker, wandb)
+    keeper.heartbeat(step)
+    return Recording(tracker, keeper)
+
+
+def _new_id(name: str) -> str:
+    return f"{name[:52]}-{secrets.token_hex(4)}"

@@ -1,0 +1,85 @@
+"""What training knows of tracking: a protocol, a null tracker for other ranks, a safe fan-out."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+Row = Mapping[str, float | int]
+Say = Callable[[str], None]
+
+
+class Tracker(Protocol):
+    """A place where figures go. Only `Trackers` may assume that none of these raises."""
+
+    def log(self, row: Row) -> None:
+        """Take one row: "step", "epoch", "seconds" and metric keys such as "train/loss"."""
+
+    def message(self, text: str) -> None:
+        """Take one line meant for the person who watches."""
+
+    def close(self, exit_code: int, summary: Mapping[str, object]) -> None:
+        """End the run; bounded in time."""
+
+
+class NullTracker:
+    """Does nothing: for every rank but the first, so that no caller has to ask for its rank."""
+
+    def log(self, row: Row) -> None:
+        """Do nothing."""
+
+    def message(self, text: str) -> None:
+        """Do nothing."""
+
+    def close(self, exit_code: int, summary: Mapping[str, object]) -> None:
+        """Do nothing."""
+
+
+def say_on_stderr(text: str) -> None:
+    """Write one line for the person who watches; a stderr that is closed ends nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+class Trackers:
+    """Fans out to several trackers and keeps their failures away from training.
+
+    A tracker that raises is dropped for the rest of the run and reported once, in one line, through
+    `say` (default: stderr; pass `Console.message`, which keeps a live progress line whole).
+    `failures` keeps what went wrong, by tracker name, for whoever writes the summary.
+    """
+
+    def __init__(self, trackers: Sequence[Tracker], say: Say | None = None) -> None:
+        self._live = list(trackers)
+        self._say = say or say_on_stderr
+        self.failures: dict[str, str] = {}
+
+    def log(self, row: Row) -> None:
+        """Give the row to every tracker that still works."""
+        self._each(lambda tracker: tracker.log(row))
+
+    def message(self, text: str) -> None:
+        """Give the line to every tracker that still works."""
+        self._each(lambda tracker: tracker.message(text))
+
+    def close(self, exit_code: int, summary: Mapping[str, object]) -> None:
+        """Close every tracker that still works; a second call does nothing."""
+        self._each(lambda tracker: tracker.close(exit_code, summary))
+        self._live.clear()
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in tuple(self._live):
+            try:
+                call(tracker)
+            except Exception as error:
+                # Any exception, on purpose: hours of training are worth more than any tracker.
+                self._drop(tracker, error)
+
+    def _drop(self, tracker: Tracker, error: Exception) -> None:
+        self._live.remove(tracker)
+        name = getattr(tracker, "name", type(tracker).__name__)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        self.failures[name] = reason
+        with contextlib.suppress(Exception):
+            self._say(f"tracking: {name} stopped and records no more: {reason}; training goes on")
