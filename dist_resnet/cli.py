@@ -1,5 +1,6 @@
 """What every command does around its work: exit codes, and one line for an error, once."""
 
+import atexit
 import os
 import signal
 import sys
@@ -32,7 +33,19 @@ def run_command(action: Callable[[], int]) -> NoReturn:
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    sys.exit(code)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Run the exit hooks, then end without the interpreter's own tear-down.
+
+    A daemon thread of a library that wakes up during it aborts the process (FFCV's and numba's do,
+    seldom), and torchrun then calls a finished training failed.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _reset_signals() -> None:

@@ -1,46 +1,81 @@
-"""SGD over the two flat groups of parameters, and the moving average of the weights."""
+"""SGD over a model's flat parameters, loss scaling for fp16, the weight of the moving average."""
+
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.sgd import sgd
 
 from dist_resnet.flat import FlatModel
 from dist_resnet.schema import OptimConfig
 
-
-def build_optimizer(flat: FlatModel, config: OptimConfig) -> torch.optim.SGD:
-    """Fused SGD; its momentum starts at zero, which equals torch's first step from the gradient."""
-    groups = []
-    for part, decay in (
-        (slice(0, flat.num_decayed), config.weight_decay),
-        (slice(flat.num_decayed, None), 0.0),
-    ):
-        parameter = nn.Parameter(flat.values[part], requires_grad=True)
-        parameter.grad = flat.gradients[part]
-        groups.append({"params": [parameter], "weight_decay": decay})
-    optimizer = torch.optim.SGD(
-        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
-    )
-    for parameter in flat_parameters(optimizer):
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+_SCALE_START = 65536.0  # and
+_SCALE_PATIENCE = 2000  # steps without overflow before it doubles: as torch.amp.GradScaler
 
 
-def flat_parameters(optimizer: torch.optim.SGD) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+class FlatSGD:
+    """torch's fused SGD on two tensors: the decayed parameters and the others.
+
+    The momentum starts at zero, which equals torch's first step from the gradient.
+    """
+
+    def __init__(self, flat: FlatModel, config: OptimConfig) -> None:
+        self.config = config
+        self.momentum = torch.zeros_like(flat.values)
+        self._parts: list[tuple[list[Tensor], list[Tensor], list[Tensor | None], float]] = [
+            ([flat.values[part]], [flat.gradients[part]], [self.momentum[part]], decay)
+            for part, decay in (
+                (slice(0, flat.num_decayed), config.weight_decay),
+                (slice(flat.num_decayed, None), 0.0),
+            )
+        ]
+
+    def step(self, lr: float | Tensor, overflow: Tensor | None = None) -> None:
+        """Update the parameters from their gradients.
+
+        Args:
+            overflow: float32, 0-dimensional; 1 leaves everything as it is, without a host wait.
+        """
+        for values, gradients, momentum, decay in self._parts:
+            sgd(
+                values,
+                gradients,
+                momentum,
+                fused=True,
+                has_sparse_grad=False,
+                found_inf=overflow,
+                weight_decay=decay,
+                momentum=self.config.momentum,
+                lr=lr,
+                dampening=0.0,
+                nesterov=self.config.nesterov,
+                maximize=False,
+            )
 
 
-def momentum_buffers(optimizer: torch.optim.SGD) -> Tensor:
-    """float32 (P,): a copy of the momentum, in the order of `FlatModel.values`."""
-    parameters = flat_parameters(optimizer)
-    return torch.cat([optimizer.state[p]["momentum_buffer"] for p in parameters])
+class LossScale:
+    """A factor that keeps fp16 gradients above underflow (Micikevicius et al. 2018).
 
+    Halved after an overflow, doubled after 2,000 steps without one; all on the device.
+    """
 
-def set_momentum_buffers(optimizer: torch.optim.SGD, momentum: Tensor) -> None:
-    offset = 0
-    for parameter in flat_parameters(optimizer):
-        part = momentum[offset : offset + parameter.numel()]
-        optimizer.state[parameter]["momentum_buffer"].copy_(part)
-        offset += parameter.numel()
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.tensor(_SCALE_START, device=device)
+        self.good_steps = torch.zeros((), device=device)
+
+    def update(self, overflow: Tensor) -> None:
+        """After a step; `overflow`, 0-dimensional, is 1 if its gradients were not finite."""
+        good = torch.where(overflow > 0, 0.0, self.good_steps + 1)
+        grown = torch.where(good == _SCALE_PATIENCE, self.scale * 2, self.scale)
+        self.scale.copy_(torch.where(overflow > 0, self.scale * 0.5, grown))
+        self.good_steps.copy_(torch.where(good == _SCALE_PATIENCE, 0.0, good))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scale": float(self.scale), "good_steps": float(self.good_steps)}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.scale.fill_(saved["scale"])
+        self.good_steps.fill_(saved["good_steps"])
 
 
 def ema_weight(decay: float, step: int) -> float:

@@ -12,7 +12,7 @@ from dist_resnet.errors import UserError
 from dist_resnet.flat import FlatModel, flatten_model
 from dist_resnet.metrics import Totals
 from dist_resnet.models.resnet import build_model
-from dist_resnet.optim import build_optimizer, momentum_buffers, set_momentum_buffers
+from dist_resnet.optim import FlatSGD, LossScale
 from dist_resnet.schema import Config
 
 
@@ -21,8 +21,8 @@ class TrainState:
     """Mutable; owned by the training loop."""
 
     flat: FlatModel
-    optimizer: torch.optim.SGD
-    scaler: torch.amp.GradScaler | None
+    optimizer: FlatSGD
+    loss_scale: LossScale | None
     ema: Tensor | None
     """float32 (P + S,): moving average of parameters and BatchNorm statistics."""
     totals: Totals
@@ -36,9 +36,9 @@ class TrainState:
         return {
             "step": self.step,
             "model": {name: _plain(t) for name, t in flat.model.state_dict().items()},
-            "momentum": _by_name(flat, momentum_buffers(self.optimizer)),
+            "momentum": _by_name(flat, self.optimizer.momentum),
             "ema": None if self.ema is None else self._ema_by_name(self.ema),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
             "totals": self.totals.state_dict(),
             "best": dict(self.best),
         }
@@ -54,9 +54,9 @@ class TrainState:
             load_tensors(flat.model, saved["ema"])
             self.ema.copy_(_averaged_values(flat))
         load_tensors(flat.model, saved["model"])
-        set_momentum_buffers(self.optimizer, _flattened(flat, saved["momentum"]))
-        if self.scaler is not None:
-            self.scaler.load_state_dict(saved["scaler"])
+        self.optimizer.momentum.copy_(_flattened(flat, saved["momentum"]))
+        if self.loss_scale is not None:
+            self.loss_scale.load_state_dict(saved["loss_scale"])
         self.totals.load_state_dict(saved["totals"])
         self.step = int(saved["step"])
         self.best = dict(saved["best"])
@@ -109,8 +109,8 @@ def build_state(
     flat = flatten_model(model.to(device).to(memory_format=layout))
     return TrainState(
         flat=flat,
-        optimizer=build_optimizer(flat, config.optim),
-        scaler=torch.amp.GradScaler(device.type) if precision == torch.float16 else None,
+        optimizer=FlatSGD(flat, config.optim),
+        loss_scale=LossScale(device) if precision == torch.float16 else None,
         ema=_averaged_values(flat) if config.train.ema_decay else None,
         totals=Totals(device),
     )

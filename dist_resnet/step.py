@@ -102,8 +102,8 @@ class TrainStep:
         extras = self.state.flat.extras
         choices = self.draw(key, samples)
         loss, correct = self._forward(images, labels, choices)
-        scaler = self.state.scaler
-        (loss if scaler is None else scaler.scale(loss)).backward()
+        scaling = self.state.loss_scale
+        (loss if scaling is None else loss * scaling.scale).backward()
         extras[0] += loss.detach()
         extras[1] += correct / len(labels)
 
@@ -120,21 +120,19 @@ class TrainStep:
 
     def _update(self, step: int) -> None:
         state, flat = self.state, self.state.flat
-        for group in state.optimizer.param_groups:
-            group["lr"] = self.rates[step]
-        if state.scaler is None:
-            norm = torch.linalg.vector_norm(flat.gradients)
-            state.optimizer.step()
-        else:
-            state.scaler.unscale_(state.optimizer)
-            norm = torch.linalg.vector_norm(flat.gradients)
-            state.scaler.step(state.optimizer)
-            state.scaler.update()
+        overflow = None
+        if state.loss_scale is not None:
+            flat.gradients.div_(state.loss_scale.scale)
+        norm = torch.linalg.vector_norm(flat.gradients)
+        if state.loss_scale is not None:
+            overflow = (~torch.isfinite(norm)).float()
+            state.loss_scale.update(overflow)
+        state.optimizer.step(self.rates[step], overflow)
         if state.ema is not None:
             weight, size = ema_weight(self.config.train.ema_decay, step), flat.values.numel()
             state.ema[:size].lerp_(flat.values, weight)
             state.ema[size:].lerp_(flat.statistics, weight)
         loss, top1, _ = flat.extras.unbind()
-        # Under fp16 the scaler probes for overflow: an infinite gradient is then no divergence.
-        finite = torch.isfinite(loss if state.scaler is not None else loss + norm)
+        # fp16 probes for overflow: an infinite gradient is then a skipped step, no divergence.
+        finite = torch.isfinite(loss + norm if overflow is None else loss)
         state.totals.add(loss, top1, norm, self.steps[step], ~finite)

@@ -14,7 +14,6 @@ import importlib
 import itertools
 import os
 import queue
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,39 +76,38 @@ def _write(path: Path, split: Split, what: str) -> None:
     fields = {"image": ffcv_fields.RGBImageField(write_mode="raw"), "label": ffcv_fields.IntField()}
     writer = ffcv_writer.DatasetWriter(str(path), fields, page_size=page, num_workers=1)
     writer.num_samples = len(split)
-    writer.prepare()  # the header, and shared memory for the metadata
-    allocator = ffcv_memory.MemoryAllocator(writer.fname, writer.data_region_start, page)
+    shared = ffcv_writer.shared_memory
     try:
-        # What DatasetWriter._write_common starts in a worker process, here without one.
-        samples = iter(progress(range(len(split)), what, len(split)))
-        work = SimpleNamespace(get=lambda: [(i, i) for i in itertools.islice(samples, 256)] or None)
-        done = SimpleNamespace(value=0, get_lock=contextlib.nullcontext)
-        allocations: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+        # Without workers the metadata need not be shared; and /dev/shm is small in containers.
+        ffcv_writer.shared_memory = SimpleNamespace(SharedMemory=_Memory)
+        writer.prepare()
+    finally:
+        ffcv_writer.shared_memory = shared
+    allocator = ffcv_memory.MemoryAllocator(writer.fname, writer.data_region_start, page)
+    samples = iter(progress(range(len(split)), what, len(split)))
+    allocations: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+    try:
         ffcv_writer.worker_job_indexed_dataset(
-            work,
+            SimpleNamespace(get=lambda: [(i, i) for i in itertools.islice(samples, 256)] or None),
             writer.metadata_sm,
             writer.metadata_type,
             writer.fields,
             allocator,
-            done,
+            SimpleNamespace(value=0, get_lock=contextlib.nullcontext),  # samples done
             allocations,
             _Samples(split),
         )
-        writer.finalize(allocations.get_nowait())
-    except BaseException as error:
-        # The failed frames hold views of the shared memory, which could not be closed below; and
-        # on a full disk the allocator fails once more as it closes, and leaves its file open.
-        failed: BaseException | None = error
-        while failed is not None:
-            traceback.clear_frames(failed.__traceback__)
-            failed = failed.__context__
-        if hasattr(allocator, "fp"):
-            allocator.fp.close()
-        raise
     finally:
-        writer.metadata_sm.unlink()
-        with contextlib.suppress(BufferError):
-            writer.metadata_sm.close()
+        if hasattr(allocator, "fp"):  # on a full disk it fails once more instead of closing
+            allocator.fp.close()
+    writer.finalize(allocations.get_nowait())
+
+
+class _Memory:
+    """In place of multiprocessing's SharedMemory."""
+
+    def __init__(self, create: bool, size: int) -> None:
+        self.buf = bytearray(size)
 
 
 class _Samples:
@@ -126,17 +124,15 @@ class _Samples:
 
 
 def _import_ffcv() -> tuple[Any, Any, Any]:
-    """FFCV's writer, fields and memory allocator; leaves torch's number of threads alone."""
-    import torch
+    """FFCV's writer, fields and memory allocator."""
+    from dist_resnet.data.ffcv_import import import_ffcv  # numba takes half a second
 
-    threads = torch.get_num_threads()
     try:
+        import_ffcv()
         names = ("ffcv.writer", "ffcv.fields", "ffcv.memory_allocator")
         writer, fields, memory = (importlib.import_module(name) for name in names)
     except ImportError as error:
         raise UserError(f"cannot import ffcv ({error}); run `make setup`") from error
-    finally:
-        torch.set_num_threads(threads)  # `import ffcv` sets it to 1
     return writer, fields, memory
 
 

@@ -13,12 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
-from ffcv.loader import Loader, OrderOption
-from ffcv.loader.epoch_iterator import EpochIterator
-from ffcv.pipeline import Compiler
-from ffcv.transforms import Squeeze, ToDevice, ToTensor
 from torch import Tensor
+
+from dist_resnet.data.ffcv_import import import_ffcv
+
+import_ffcv()
+
+from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder  # noqa: E402
+from ffcv.loader import Loader, OrderOption  # noqa: E402
+from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
+from ffcv.pipeline import Compiler  # noqa: E402
+from ffcv.transforms import Squeeze, ToDevice, ToTensor  # noqa: E402
 
 
 class FfcvLoader:

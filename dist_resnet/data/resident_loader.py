@@ -27,6 +27,11 @@ class ResidentLoader:
 
     def batches(self, indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         """As `FfcvLoader.batches`; the batches stay valid."""
-        order = torch.from_numpy(np.ascontiguousarray(indices.reshape(-1))).to(self.labels.device)
+        flat = np.ascontiguousarray(indices.reshape(-1))
+        if flat.size == 0:
+            return
+        if int(flat.min()) < 0 or int(flat.max()) >= len(self):
+            raise IndexError(f"samples {flat.min()} to {flat.max()} of a dataset of {len(self)}")
+        order = torch.from_numpy(flat).to(self.labels.device)
         for chosen in order.split(self.batch_size):
             yield self.images[chosen], self.labels[chosen]
