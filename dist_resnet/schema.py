@@ -96,7 +96,7 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Decay per step of the moving average of the weights that is evaluated; 0: none."""
     step_mode: Literal["auto", "eager", "compile", "graph"] = "auto"
-    """eager, torch.compile, or the step as one CUDA graph; auto chooses and says so."""
+    """How the step runs: eager, or with torch.compile; graph is reserved; auto: eager."""
 
 
 @dataclass(frozen=True)

@@ -1,44 +1,32 @@
 """Kill a training at random moments and compare where it ends with the undisturbed run.
 
-    python tests/chaos.py --data DIR [--dataset cifar10] [--ranks 2] [--dtype fp32] [--kills 6] [--trees 3]
+    python -m tests.chaos --data DIR [--dataset cifar10] [--ranks 2] [--dtype fp32] [--kills 6]
 
-Kills single ranks (torchrun restarts them) and whole process trees (a new start continues), then
-compares weights, optimizer state, metrics and totals bit by bit. Exit 0: all equal.
+Kills single ranks (torchrun restarts them) and whole jobs (a new start continues), then compares
+weights, optimizer state, metrics and totals bit by bit. Exit 0: all equal.
 """
 
 import argparse
-import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
-import torch
-
-from dist_resnet.checkpoint import CheckpointStore
+from tests.jobs import (
+    command,
+    current_step,
+    differences,
+    kill_tree,
+    launch,
+    wait_for_step,
+    workers,
+)
 
 STEPS = 120
 SAVE_EVERY = 10
-
-
-def command(ranks: int, restarts: int, settings: list[str]) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [
-        *torchrun,
-        f"--nproc_per_node={ranks}",
-        f"--max-restarts={restarts}",
-        "-m",
-        "dist_resnet.train",
-        *settings,
-    ]
 
 
 def settings_for(folder: Path, name: str, data: Path, dataset: str, extra: list[str]) -> list[str]:
@@ -58,56 +46,20 @@ def settings_for(folder: Path, name: str, data: Path, dataset: str, extra: list[
     ]
 
 
-def launch(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-    # As the launchers set them: without the first no restart works with gloo.
-    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
-    with log.open("ab") as out:
-        return subprocess.Popen(
-            arguments, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=environment
-        )
-
-
-def workers(agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    try:
-        children = psutil.Process(agent.pid).children()
-        return [p for p in children if "dist_resnet.train" in " ".join(p.cmdline())]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def kill_tree(agent: subprocess.Popen[bytes]) -> None:
-    try:
-        tree = [*psutil.Process(agent.pid).children(recursive=True), psutil.Process(agent.pid)]
-    except psutil.NoSuchProcess:
-        return
-    for process in tree:
-        try:
-            process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-    agent.wait()
-
-
-def current_step(run: Path) -> int:
-    try:
-        return int(json.loads((run / "status.json").read_text())["step"])
-    except (OSError, ValueError, KeyError):
-        return 0
-
-
-def wait_for_step(run: Path, step: int, agent: subprocess.Popen[bytes], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and agent.poll() is None and current_step(run) < step:
-        time.sleep(0.01)
-
-
 def disturbed_run(
-    folder: Path, base: list[str], ranks: list[int], kills: int, trees: int, rng: random.Random
+    folder: Path,
+    base: list[str],
+    ranks: list[int],
+    kills: int,
+    trees: int,
+    rng: random.Random,
+    steps: int = STEPS,
 ) -> int:
     """Train run "disturbed" through `kills` dead ranks and `trees` dead jobs; the number of starts.
 
     Args:
         ranks: world sizes, one chosen at each start.
+        steps: length of the run.
     """
     run, log, starts = folder / "disturbed", folder / "disturbed.log", 0
     faults = ["rank"] * kills + ["tree"] * trees
@@ -118,7 +70,7 @@ def disturbed_run(
         while faults and agent.poll() is None:
             # Anywhere from start-up to the last step; the later faults leave room for the next.
             step = current_step(run)
-            aim = step + rng.randint(0, max(1, (STEPS - step) // (len(faults) + 1)))
+            aim = step + rng.randint(0, max(1, (steps - step) // (len(faults) + 1)))
             wait_for_step(run, aim, agent, 60)
             time.sleep(rng.uniform(0, 0.3))
             victims = workers(agent)
@@ -134,49 +86,10 @@ def disturbed_run(
                 time.sleep(rng.uniform(0.3, 6.0))
         code = agent.wait(timeout=300)
         if code == 0:
+            assert not faults, f"the run ended before {len(faults)} of its faults"
             return starts
         if starts > kills + trees + 5:
             raise RuntimeError(f"still failing after {starts} starts, see {log}")
-
-
-def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from leaves(value, f"{prefix}{key}.")
-    else:
-        yield prefix, values
-
-
-def final_state(run: Path) -> dict[str, Any]:
-    found = CheckpointStore(run / "checkpoints", 3).newest(print)
-    assert found, f"no checkpoint in {run}"
-    return dict(leaves(found[1]["state"]))
-
-
-def metric_rows(run: Path) -> list[dict[str, Any]]:
-    """Rows without what depends on the clock."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if k != "seconds" and not k.startswith("perf/")}
-        for line in lines
-    ]
-
-
-def differences(first: Path, second: Path) -> list[str]:
-    """Names of state entries and metric rows that differ in at least one bit."""
-    one, two = final_state(first), final_state(second)
-    found = [
-        name
-        for name in one.keys() | two.keys()
-        if not (
-            torch.equal(one[name], two[name])
-            if isinstance(one.get(name), torch.Tensor)
-            else one.get(name) == two.get(name)
-        )
-    ]
-    if metric_rows(first) != metric_rows(second):
-        found.append("metrics.jsonl")
-    return found
 
 
 def undisturbed_run(folder: Path, name: str, ranks: int, settings: list[str]) -> Path:

@@ -28,5 +28,5 @@ def import_ffcv() -> None:
         torch.set_num_threads(threads)
 
 
-def _keep_num_threads(num_threads: Any) -> None:
+def _keep_num_threads(n: Any) -> None:
     """In place of numba.set_num_threads, inside FFCV."""
