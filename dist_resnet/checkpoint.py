@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dist_resnet.errors import UserError
+from dist_resnet.errors import UserError, first_line
 from dist_resnet.storage import sync_folder, write_atomically
 
 FORMAT = 1
@@ -38,7 +38,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle each have their own
-        line = (str(error) or type(error).__name__).splitlines()[0][:120]
+        line = first_line(error)[:120]
         raise UserError(f"{path}: not a checkpoint, or damaged: {line}") from None
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of dist_resnet (format {FORMAT})")

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dist_resnet import schema
 from dist_resnet.checks import check
-from dist_resnet.errors import UserError
+from dist_resnet.errors import UserError, first_line
 from dist_resnet.schema import Config, changes_trajectory
 
 
@@ -111,7 +111,7 @@ def _read_file(path: str) -> tuple[str, Mapping[Any, Any]]:
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:  # the YAML parser has a dozen exceptions of its own
-        raise UserError(f"{path}: not a readable YAML file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not a readable YAML file: {first_line(error)}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: must hold key: value pairs")
     _refuse_interpolation(loaded, path)
@@ -125,7 +125,7 @@ def _read_pair(argument: str) -> tuple[str, Mapping[Any, Any]]:
     try:
         overlay = OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=False)
     except Exception as error:  # as above
-        raise UserError(f"{argument}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{argument}: cannot be read: {first_line(error)}") from None
     assert isinstance(overlay, dict)
     _refuse_interpolation(overlay, argument)
     return "command line", overlay

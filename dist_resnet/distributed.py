@@ -7,13 +7,13 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_resnet.errors import PeerLost, UserError
+from dist_resnet.errors import PeerLost, UserError, first_line
 from dist_resnet.launcher import (
     environment_int,
     environment_rank,
@@ -66,7 +66,7 @@ def start(device: str, timeout_seconds: int) -> World:
                 device_id=place if place.type == "cuda" else None,
             )
         except (dist.DistError, ValueError, RuntimeError) as error:
-            line = str(error).splitlines()[0]
+            line = first_line(error)
             raise UserError(f"rank {rank} of {size} cannot reach the others: {line}") from None
     return World(rank, size, local_rank, local_size, place)
 
@@ -75,6 +75,11 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """The number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def all_reduce_sum(tensor: Tensor) -> None:
@@ -88,7 +93,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     """Stack every rank's (n, ...) into (world size * n, ...), by rank; the same on all ranks."""
     if not dist.is_initialized():
         return rows
-    gathered = rows.new_empty((dist.get_world_size() * rows.shape[0], *rows.shape[1:]))
+    gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
     with _collective():
         dist.all_gather_into_tensor(gathered, rows.contiguous())
     return gathered
@@ -101,7 +106,7 @@ def together(action: Callable[[], T]) -> T:
     """
     result, message = _attempt(action)
     if dist.is_initialized():
-        messages: list[str | None] = [None] * dist.get_world_size()
+        messages: list[str | None] = [None] * world_size()
         with _collective():
             dist.all_gather_object(messages, message)
         message = next((text for text in messages if text), None)
@@ -133,12 +138,28 @@ def from_main(value: T) -> T:
     return box[0]
 
 
+def from_all(value: T) -> list[T]:
+    """Every rank's `value`, by rank, on all ranks. A trusted job network only: it is pickled."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    with _collective():
+        dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def backends() -> list[str]:
+    """What this build of torch can connect ranks with."""
+    found = {"nccl": dist.is_nccl_available(), "gloo": dist.is_gloo_available()}
+    return [name for name, there in found.items() if there]
+
+
 @contextmanager
 def _collective() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's own; NCCL's DistBackendError is one too
-        raise PeerLost(f"lost contact with another rank: {str(error).splitlines()[0]}") from None
+        raise PeerLost(f"lost contact with another rank: {first_line(error)}") from None
 
 
 def _attempt(action: Callable[[], T]) -> tuple[tuple[T] | None, str | None]:

@@ -6,6 +6,18 @@ EXIT_DIVERGED = 3
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start me again
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type's name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """The type and the whole text of an error, at most 200 characters on one line."""
+    text = " ".join(str(error).split())
+    return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:200]
+
+
 class DistResnetError(Exception):
     """Ends the process with `exit_code` and one line on stderr, never a traceback."""
 

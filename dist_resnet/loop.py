@@ -6,6 +6,7 @@ from typing import Any
 
 from dist_resnet import signals, watchdog
 from dist_resnet.checkpoint import CheckpointStore
+from dist_resnet.data.stream import Batch
 from dist_resnet.distributed import on_main
 from dist_resnet.errors import Diverged, Preempted, UserError
 from dist_resnet.evaluation import Evaluator
@@ -14,7 +15,7 @@ from dist_resnet.plan import Plan
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
 from dist_resnet.state import TrainState
-from dist_resnet.step import Batch, TrainStep
+from dist_resnet.step import TrainStep
 from dist_resnet.stopwatch import Stopwatch
 from dist_resnet.tracking.tracker import Tracker
 from dist_resnet.tracking.writer import WandbTracker

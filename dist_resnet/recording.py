@@ -31,7 +31,7 @@ class Recording:
     ) -> None:
         """Leave the status that launchers read first: what follows may take seconds."""
         if self.keeper is not None:
-            self.keeper.folder.set_status(status, step, reason)
+            self.keeper.folder.set_status(status, step, reason, code)
         self.tracker.close(code, summary)
 
 

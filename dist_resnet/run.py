@@ -38,7 +38,8 @@ def run(config: Config) -> None:
         except BaseException as error:
             if world.is_main:
                 status, reason = _ending(error)
-                folder.set_status(status, folder.status().get("step", 0), reason)
+                step, code = folder.status().get("step", 0), getattr(error, "exit_code", 1)
+                folder.set_status(status, step, reason, code)
             raise
     finally:
         watchdog.disarm()
@@ -59,7 +60,7 @@ def _run_in(config: Config, world: World, folder: RunFolder) -> None:
     if saved is not None and saved["state"]["step"] >= plan.total_steps and folder.has_summary():
         say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
         if world.is_main:
-            folder.set_status("done", saved["state"]["step"])
+            folder.set_status("done", saved["state"]["step"], exit_code=EXIT_DONE)
         return
     state = build_state(config, len(session.dataset.classes), session.precision, world.device)
     if saved is not None:

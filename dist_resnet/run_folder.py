@@ -63,10 +63,15 @@ class RunFolder:
         """Raises OSError: disk full, read-only."""
         write_atomically(self.path / name, text.encode())
 
-    def set_status(self, state: str, step: int, reason: str = "") -> None:
+    def set_status(
+        self, state: str, step: int, reason: str = "", exit_code: int | None = None
+    ) -> None:
         """Publish what launchers read. A full disk is reported, not raised: training goes on."""
+        values: dict[str, Any] = {"state": state, "step": step, "reason": reason}
+        if exit_code is not None:  # torchrun itself returns 1 for all of them
+            values["exit_code"] = exit_code
         try:
-            self.write_json("status.json", {"state": state, "step": step, "reason": reason})
+            self.write_json("status.json", values)
         except OSError as error:
             print(f"status.json cannot be written: {error.strerror}", file=sys.stderr)
 

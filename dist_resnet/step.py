@@ -1,32 +1,21 @@
 """One optimisation step: augment, forward, backward for each local replica, reduce, update."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dist_resnet import signals
 from dist_resnet.augment import ChoiceDrawer, Choices, Normalisation, augment
-from dist_resnet.distributed import all_reduce_sum, gather_rows
+from dist_resnet.data.stream import Batch
+from dist_resnet.distributed import world_size
 from dist_resnet.loss import mixed_targets, soft_cross_entropy, weighted_correct
 from dist_resnet.models.resnet import ResNet
 from dist_resnet.optim import ema_weight
 from dist_resnet.randomness import step_keys
+from dist_resnet.reduction import build_reduction
 from dist_resnet.schema import Config
 from dist_resnet.state import TrainState
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one rank trains on in one step: its replicas' batches one after the other."""
-
-    images: Tensor
-    """uint8 (replicas per rank * batch, H, W, 3)."""
-    labels: Tensor
-    """int64 (replicas per rank * batch,)."""
-    samples: Tensor
-    """int64 (replicas per rank * batch,): indices in the training set."""
 
 
 def step_function(mode: str, model: ResNet) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -55,7 +44,14 @@ class TrainStep:
         self.config = config
         self.state = state
         self.rates = rates
-        self.replicas = replicas
+        self.local = replicas // world_size()
+        self.reduction = build_reduction(
+            config.parallel.reduction,
+            state.flat.exchange.numel(),
+            replicas,
+            self.local,
+            state.flat.exchange.device,
+        )
         self.precision = precision
         self.statistics = statistics
         self.device = state.flat.values.device
@@ -78,36 +74,19 @@ class TrainStep:
     def _average_over_replicas(self, batch: Batch, key: Tensor) -> None:
         """Leave in `exchange` the means, over all replicas, of what each of them computed."""
         flat, size = self.state.flat, self.config.data.batch_size_per_replica
-        exact = self.config.parallel.reduction == "exact"
-        local = len(batch.labels) // size
         stop = float(signals.received() != 0)
         # Every replica starts from the same statistics and moves them by its own batch's.
-        start = flat.statistics.clone() if local > 1 else None
-        rows: list[Tensor] = []
-        total = torch.zeros_like(flat.statistics) if start is not None and not exact else None
-        flat.gradients.zero_()
-        flat.extras.zero_()
-        for index in range(local):
+        start = flat.statistics.clone() if self.local > 1 else None
+        for index in range(self.local):
             part = slice(index * size, (index + 1) * size)
+            flat.gradients.zero_()
+            flat.extras.zero_()
             if start is not None:
                 flat.statistics.copy_(start)
             self._replica(batch.images[part], batch.labels[part], batch.samples[part], key)
             flat.extras[2] = stop
-            if exact:
-                rows.append(flat.exchange.clone())
-                flat.gradients.zero_()
-                flat.extras.zero_()
-            elif total is not None:
-                total += flat.statistics
-        if exact:
-            # One order of summation, that of the replicas, whatever rank computed which row.
-            torch.sum(gather_rows(torch.stack(rows)), dim=0, out=flat.exchange)
-        else:
-            if total is not None:
-                flat.statistics.copy_(total)
-            all_reduce_sum(flat.exchange)
-        if self.replicas > 1:
-            flat.exchange.mul_(1 / self.replicas)
+            self.reduction.add(flat.exchange)
+        self.reduction.finish(flat.exchange)
 
     def _replica(self, images: Tensor, labels: Tensor, samples: Tensor, key: Tensor) -> None:
         """Add one replica's gradients, loss and top-1 to `exchange`."""
@@ -138,6 +117,7 @@ class TrainStep:
         norm = torch.linalg.vector_norm(flat.gradients)
         if state.loss_scale is not None:
             overflow = (~torch.isfinite(norm)).float()
+            norm = torch.where(overflow > 0, 0.0, norm)  # skipped steps leave the mean norm finite
             state.loss_scale.update(overflow)
         state.optimizer.step(self.rates[step], overflow)
         if state.ema is not None:

@@ -28,13 +28,8 @@ VERSION = 2
 RAW = 1  # FFCV's number for images stored as plain pixels
 MIN_PAGE, MAX_PAGE = 1 << 21, 1 << 31
 HEADER = np.dtype(
-    [
-        ("version", "<u2"),
-        ("num_fields", "<u2"),
-        ("page_size", "<u4"),
-        ("num_samples", "<u8"),
-        ("alloc_table_ptr", "<u8"),
-    ]
+    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4")]
+    + [("num_samples", "<u8"), ("alloc_table_ptr", "<u8")]
 )
 FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "V1024")])
 FIELDS = ((2, b"image"), (1, b"label"))  # type numbers of RGBImageField and IntField
@@ -79,35 +74,49 @@ def _write(path: Path, split: Split, what: str) -> None:
     shared = ffcv_writer.shared_memory
     try:
         # Without workers the metadata need not be shared; and /dev/shm is small in containers.
-        ffcv_writer.shared_memory = SimpleNamespace(SharedMemory=_Memory)
+        ffcv_writer.shared_memory = SimpleNamespace(
+            SharedMemory=lambda create, size: SimpleNamespace(buf=bytearray(size))
+        )
         writer.prepare()
     finally:
         ffcv_writer.shared_memory = shared
-    allocator = ffcv_memory.MemoryAllocator(writer.fname, writer.data_region_start, page)
     samples = iter(progress(range(len(split)), what, len(split)))
     allocations: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
-    try:
-        ffcv_writer.worker_job_indexed_dataset(
-            SimpleNamespace(get=lambda: [(i, i) for i in itertools.islice(samples, 256)] or None),
-            writer.metadata_sm,
-            writer.metadata_type,
-            writer.fields,
-            allocator,
-            SimpleNamespace(value=0, get_lock=contextlib.nullcontext),  # samples done
-            allocations,
-            _Samples(split),
-        )
-    finally:
-        if hasattr(allocator, "fp"):  # on a full disk it fails once more instead of closing
-            allocator.fp.close()
+    ffcv_writer.worker_job_indexed_dataset(
+        SimpleNamespace(get=lambda: [(i, i) for i in itertools.islice(samples, 256)] or None),
+        writer.metadata_sm,
+        writer.metadata_type,
+        writer.fields,
+        _Pages(ffcv_memory.MemoryAllocator(writer.fname, writer.data_region_start, page)),
+        SimpleNamespace(value=0, get_lock=contextlib.nullcontext),  # samples done
+        allocations,
+        _Samples(split),
+    )
     writer.finalize(allocations.get_nowait())
 
 
-class _Memory:
-    """In place of multiprocessing's SharedMemory."""
+class _Pages:
+    """FFCV's memory allocator, except for how it ends after an exception.
 
-    def __init__(self, create: bool, size: int) -> None:
-        self.buf = bytearray(size)
+    FFCV's then writes its page once more: on a full disk that fails again and leaves the file open;
+    after Ctrl-C it may trip an assertion, or wait for ever for a page that is already written.
+    """
+
+    def __init__(self, allocator: Any) -> None:
+        self._allocator = allocator
+        self.malloc = allocator.malloc
+        self.set_current_sample = allocator.set_current_sample
+        self.allocations = allocator.allocations
+
+    def __enter__(self) -> None:
+        self._allocator.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._allocator.flush_page()
+        finally:
+            self._allocator.fp.close()
 
 
 class _Samples:

@@ -1,6 +1,7 @@
 """The training batches of one rank, from any step on."""
 
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +11,18 @@ from torch import Tensor
 
 from dist_resnet.data.order import as_samples, rank_order
 from dist_resnet.plan import Plan
-from dist_resnet.step import Batch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank trains on in one step: its replicas' batches one after the other."""
+
+    images: Tensor
+    """uint8 (replicas per rank * batch, H, W, 3)."""
+    labels: Tensor
+    """int64 (replicas per rank * batch,)."""
+    samples: Tensor
+    """int64 (replicas per rank * batch,): indices in the training set."""
 
 
 class Loader(Protocol):

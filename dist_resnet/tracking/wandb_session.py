@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from dist_resnet.errors import one_line
 from dist_resnet.tracking.reach import why_unreachable
 from dist_resnet.tracking.tracker import Row, Say
-from dist_resnet.tracking.writer import one_line
 
 GLOBS = ("train/*", "val/*", "gap/*", "perf/*")
 

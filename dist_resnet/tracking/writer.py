@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from dist_resnet.errors import one_line
 from dist_resnet.tracking.tracker import Row, Say, say_on_stderr
 
 QUEUE_ROWS = 4096  # at a row a second, more than an hour of silence from wandb-core; about 4 MB
@@ -191,9 +192,3 @@ class WandbTracker:
             self._broken = self._broken or "not everything could be sent in time"
         except BaseException as error:
             self._broken = self._broken or f"it did not finish ({one_line(error)})"
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as at most 200 characters on one line."""
-    text = " ".join(str(error).split())
-    return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:200]

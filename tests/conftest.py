@@ -1,0 +1,90 @@
+"""Fixtures that all tests share."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from dist_resnet.data.dataset import Dataset
+from dist_resnet.data.folder import load_folder
+from dist_resnet.data.images import ImageSet
+from dist_resnet.data.prepare import prepare, prepare_builtin
+from dist_resnet.data.sources import load_synthetic
+
+# Nothing leaves this machine, nothing asks for a key; and these tests are no rank of anything.
+os.environ["WANDB_MODE"] = "offline"
+for _name in ("WANDB_API_KEY", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    os.environ.pop(_name, None)
+
+# The same examples in every run, and no folder of past failures.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")
+
+CIFAR10_ARCHIVES = ("cifar10-train.tar.xz", "cifar10-test.tar.xz")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Sums in one order, and no fight for the cores between tests that spawn ranks."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The embedded digits, prepared once for all tests. Read only."""
+    return prepare_builtin("digits", tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def tiny_images() -> ImageSet:
+    """53 and 29 images of 12x12 in 5 classes: primes, so that nothing divides by accident."""
+    return load_synthetic(53, 29, classes=5, size=12, seed=3)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_images: ImageSet) -> Dataset:
+    """`tiny_images`, prepared. Read only."""
+    return prepare(tiny_images, tmp_path_factory.mktemp("data") / "tiny", "synthetic", "tiny")
+
+
+@pytest.fixture(scope="session")
+def cifar10_archives() -> tuple[Path, Path]:
+    """The .tar.xz of real CIFAR-10's training and test images; skips where they are not."""
+    train, test = (_cifar10_place() / name for name in CIFAR10_ARCHIVES)
+    if not (train.is_file() and test.is_file()):
+        pytest.skip(f"no CIFAR-10 archives in {train.parent}; set DIST_RESNET_CIFAR10")
+    return train, test
+
+
+@pytest.fixture(scope="session")
+def cifar10(request: pytest.FixtureRequest) -> Dataset:
+    """Real CIFAR-10, prepared; skips where there is none.
+
+    DIST_RESNET_CIFAR10 names a prepared folder or one that holds the archives. These are prepared
+    once and kept in the system's folder for temporary files for the next runs.
+    """
+    place = _cifar10_place()
+    if Dataset.exists(place):
+        return Dataset.load(place)
+    train, test = request.getfixturevalue("cifar10_archives")
+    facts = [path.stat() for path in (train, test)]
+    key = "-".join(f"{fact.st_size:x}.{fact.st_mtime_ns:x}" for fact in facts)
+    folder = Path(tempfile.gettempdir()) / f"dist_resnet-tests-{os.getuid()}" / f"cifar10-{key}"
+    if not Dataset.exists(folder):
+        prepare(load_folder(train, test), folder, "folder", "cifar10")
+    return Dataset.load(folder)
+
+
+def _cifar10_place() -> Path:
+    default = Path(__file__).parents[2] / "shared" / "cifar10"
+    return Path(os.environ.get("DIST_RESNET_CIFAR10", default))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """NumPy's generator, the same in every run."""
+    return np.random.default_rng(20240607)

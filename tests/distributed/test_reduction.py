@@ -1,0 +1,158 @@
+"""Two real ranks: the flat all-reduce against torch's DistributedDataParallel, and its cost."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_resnet.distributed import World
+from dist_resnet.models.resnet import build_model
+from dist_resnet.step import TrainStep
+from tests.ranks import RankFailed, run_ranks
+from tests.training import (
+    CLASSES,
+    batch_of,
+    forward,
+    part_of,
+    plain_optimizer,
+    rates,
+    small_config,
+    train_step,
+)
+
+STEPS, RANKS = 10, 2
+EMA = "train.ema_decay=0.9"
+
+
+def _ours(world: World, *pairs: str, replicas: int = RANKS) -> TrainStep:
+    step = train_step(small_config(EMA, *pairs), replicas)
+    for number in range(STEPS):
+        step(part_of(batch_of(number, replicas), world.rank, world.size))
+    return step
+
+
+def _collectives(world: World, step: TrainStep) -> dict[str, int]:
+    """What torch's profiler sees of c10d during one step: nothing can hide from it."""
+    batch = part_of(batch_of(STEPS, RANKS), world.rank, world.size)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(batch)
+    return dict(Counter(e.name for e in profile.events() if e.name.startswith("c10d::")))
+
+
+def _theirs(world: World) -> tuple[dict[str, Tensor], float]:
+    """DDP, its BatchNorm statistics left to each rank and averaged at the end: they are linear."""
+    config = small_config()
+    model = build_model(config.model, CLASSES, config.seed).to(memory_format=torch.channels_last)
+    wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    optimizer = plain_optimizer(model, config)
+    total = 0.0
+    for number in range(STEPS):
+        optimizer.zero_grad()
+        batch = part_of(batch_of(number, RANKS), world.rank, world.size)
+        loss, _ = forward(config, wrapped, number, batch)
+        loss.backward()
+        total += float(loss.detach())
+        for group in optimizer.param_groups:
+            group["lr"] = rates()[number]
+        optimizer.step()
+    for buffer in model.buffers():
+        dist.all_reduce(buffer)
+        buffer /= world.size
+    share = torch.tensor(total, dtype=torch.float64)
+    dist.all_reduce(share)
+    weights = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+    return weights, float(share) / (STEPS * world.size)
+
+
+def _everything(world: World) -> dict[str, Any]:
+    """All that is asked of two ranks, in one start of them."""
+    results: dict[str, Any] = {}
+    for reduction in ("fast", "exact"):
+        step = _ours(world, f"parallel.reduction={reduction}")
+        results[reduction] = step.state.state_dict()
+        results[f"{reduction} collectives"] = _collectives(world, step)
+    results["four"] = _ours(world, "parallel.reduction=exact", replicas=4).state.state_dict()
+    results["four fast"] = _ours(world, replicas=4).state.state_dict()
+    results["theirs"], results["their loss"] = _theirs(world)
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_ranks(RANKS, _everything)
+
+
+def _assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance)
+
+
+def _assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for part in ("model", "momentum", "ema"):
+        for name, tensor in one[part].items():
+            assert torch.equal(tensor, other[part][name]), (part, name)
+    assert torch.equal(one["totals"]["sums"], other["totals"]["sums"])
+
+
+@pytest.mark.parametrize("reduction", ["fast", "exact"])
+def test_ten_steps_of_ddp(ranks: list[dict[str, Any]], reduction: str) -> None:
+    for result in ranks:
+        _assert_close(result[reduction]["model"], result["theirs"], 1e-6)
+        sums = result[reduction]["totals"]["sums"]
+        assert float(sums[0, 0]) / STEPS == pytest.approx(result["their loss"], rel=1e-5)
+
+
+def test_training_moved_the_weights(ranks: list[dict[str, Any]]) -> None:
+    """Or the comparisons above would compare nothing."""
+    start = build_model(small_config().model, CLASSES, 0).state_dict()
+    for name, tensor in ranks[0]["fast"]["model"].items():
+        assert float((tensor - start[name]).abs().max()) > 1e-4, name
+
+
+@pytest.mark.parametrize("reduction", ["fast", "exact"])
+def test_all_ranks_hold_the_same_bits(ranks: list[dict[str, Any]], reduction: str) -> None:
+    _assert_equal(ranks[0][reduction], ranks[1][reduction])
+
+
+def test_one_collective_a_step(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        assert result["fast collectives"] == {"c10d::allreduce_": 1}
+        assert sum(result["exact collectives"].values()) == 1
+
+
+def test_exact_and_fast_differ_by_rounding_only(ranks: list[dict[str, Any]]) -> None:
+    _assert_close(ranks[0]["exact"]["model"], ranks[0]["fast"]["model"], 1e-6)
+
+
+@pytest.mark.parametrize(("replicas", "key"), [(2, "exact"), (4, "four")])
+def test_exact_is_bit_for_bit_that_of_one_rank(
+    ranks: list[dict[str, Any]], replicas: int, key: str
+) -> None:
+    alone = World(0, 1, 0, 1, torch.device("cpu"))
+    step = _ours(alone, "parallel.reduction=exact", replicas=replicas)
+    _assert_equal(step.state.state_dict(), ranks[0][key])
+
+
+@pytest.mark.parametrize(("replicas", "key"), [(2, "fast"), (4, "four fast")])
+def test_fast_on_one_rank_differs_by_rounding_only(
+    ranks: list[dict[str, Any]], replicas: int, key: str
+) -> None:
+    alone = World(0, 1, 0, 1, torch.device("cpu"))
+    found = _ours(alone, replicas=replicas).state.state_dict()
+    _assert_close(found["model"], ranks[0][key]["model"], 1e-6)
+    _assert_close(found["momentum"], ranks[0][key]["momentum"], 1e-5)
+
+
+def _fail(world: World) -> None:
+    if world.rank == 1:
+        raise ValueError("rank 1 says no")
+    dist.barrier()
+
+
+def test_the_helper_passes_failures_on() -> None:
+    with pytest.raises(RankFailed, match="rank 1 says no"):
+        run_ranks(2, _fail)

@@ -1,0 +1,34 @@
+"""dist_resnet.train with one fault built in: FAULT RANK STEP, then its own arguments.
+
+nan: the loss of that step is not finite. hang: the rank sleeps for ever. The fault strikes in
+the first start only, so that a restarted job can go on.
+"""
+
+import sys
+import time
+from typing import Any
+
+import torch
+
+from dist_resnet import step as step_module
+from dist_resnet.cli import run_command
+from dist_resnet.launcher import environment_rank, restart_count
+from dist_resnet.train import main
+
+fault, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+original = step_module.TrainStep._forward
+
+
+def faulty(self: step_module.TrainStep, images: torch.Tensor, *rest: Any) -> Any:
+    loss, correct = original(self, images, *rest)
+    struck = environment_rank() == rank and self.state.step == step and restart_count() == 0
+    if struck and fault == "hang":
+        time.sleep(3600)
+    if struck and fault == "nan":
+        loss = loss * torch.nan
+    return loss, correct
+
+
+if __name__ == "__main__":
+    step_module.TrainStep._forward = faulty  # type: ignore[method-assign]
+    run_command(lambda: main(sys.argv[4:]))

@@ -1,0 +1,88 @@
+"""The same replicas on 1, 2 and 4 ranks: one trajectory."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_resnet.data.dataset import Dataset
+from tests.chaos import disturbed_run
+from tests.jobs import differences, final_state, metric_rows, run_job
+
+STEPS = 44  # four epochs of digits at a global batch of 128
+
+
+def settings(folder: Path, digits: Dataset, name: str, *extra: str) -> list[str]:
+    return [
+        f"run.dir={folder}",
+        f"run.name={name}",
+        f"data.root={digits.folder.parent}",
+        "data.dataset=digits",
+        "parallel.replicas=4",
+        "train.epochs=5",
+        "train.ema_decay=0.9",
+        f"train.max_steps={STEPS}",
+        "log.every_steps=11",
+        "wandb.mode=disabled",
+        *extra,
+    ]
+
+
+def train(folder: Path, digits: Dataset, ranks: int, name: str, *extra: str) -> Path:
+    outcome = run_job(ranks, settings(folder, digits, name, *extra), folder)
+    assert outcome.code == 0, outcome.output
+    return folder / name
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def exact(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, digits: Dataset
+) -> tuple[Path, tuple[str, str]]:
+    """An exact run on one process, and what made it exact."""
+    keys = ("parallel.reduction=exact", f"precision.dtype={request.param}")
+    return train(tmp_path_factory.mktemp("exact"), digits, 0, "one", *keys), keys
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_exact_reduction_is_bitwise_equal_on_any_number_of_ranks(
+    tmp_path: Path, digits: Dataset, exact: tuple[Path, tuple[str, str]], ranks: int
+) -> None:
+    one, keys = exact
+    many = train(tmp_path, digits, ranks, "many", *keys)
+    assert differences(one, many) == []
+
+
+@pytest.mark.timeout(400)
+def test_exact_run_continued_on_other_numbers_of_ranks(
+    tmp_path: Path, digits: Dataset, exact: tuple[Path, tuple[str, str]]
+) -> None:
+    one, keys = exact
+    for ranks, steps in ((4, 11), (2, 22), (0, 33), (4, 44)):
+        switched = train(tmp_path, digits, ranks, "switched", *keys, f"train.max_steps={steps}")
+    assert differences(one, switched) == []
+
+
+@pytest.mark.timeout(300)
+def test_fast_reduction_differs_by_rounding_only(tmp_path: Path, digits: Dataset) -> None:
+    keys = ("precision.dtype=fp32", "parallel.threads=1")
+    runs = [train(tmp_path, digits, ranks, f"on{ranks}", *keys) for ranks in (0, 2, 4)]
+    states = [final_state(run) for run in runs]
+    for other in states[1:]:
+        for name, value in states[0].items():
+            if name.startswith("model.") and isinstance(value, torch.Tensor):
+                assert (value - other[name]).abs().max() <= 1e-5, name
+    accuracies = [[row.get("val/top1") for row in metric_rows(run)] for run in runs]
+    assert accuracies[0] == accuracies[1] == accuracies[2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_exact_run_through_15_faults_on_changing_numbers_of_ranks(
+    tmp_path: Path, digits: Dataset
+) -> None:
+    keys = ("parallel.reduction=exact", "precision.dtype=fp32", "checkpoint.every_steps=3")
+    plain = train(tmp_path, digits, 2, "plain", *keys)
+    base = settings(tmp_path, digits, "disturbed", *keys)
+    disturbed_run(tmp_path, base, [1, 2, 4], 0, 15, random.Random(1), STEPS)
+    assert differences(plain, tmp_path / "disturbed") == []

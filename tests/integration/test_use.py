@@ -1,0 +1,128 @@
+"""A trained model in use: load, predict, export."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import dist_resnet
+from dist_resnet import export, predict
+from dist_resnet.data.beton import read_back
+from dist_resnet.data.dataset import Dataset
+from dist_resnet.errors import UserError
+from tests.jobs import run_job
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Path:
+    """A run of 44 steps with a moving average of the weights."""
+    folder = tmp_path_factory.mktemp("use")
+    keys = [
+        f"run.dir={folder}",
+        "run.name=job",
+        f"data.root={digits.folder.parent}",
+        "data.dataset=digits",
+        "train.epochs=1",
+        "train.ema_decay=0.9",
+        "augment.flip=false",
+        "wandb.mode=disabled",
+        "precision.dtype=fp32",
+    ]
+    outcome = run_job(0, keys, folder)
+    assert outcome.code == 0, outcome.output
+    return folder / "job"
+
+
+def test_load_gives_the_model_that_training_evaluated(run: Path, digits: Dataset) -> None:
+    test = read_back(digits.test_path)
+    model = dist_resnet.load(run)
+    assert model.classes == digits.classes
+    assert not model.training
+    images = torch.from_numpy(np.array(test.images)).permute(0, 3, 1, 2) / 255
+    with torch.inference_mode():
+        logits = model(images)
+    labels = torch.from_numpy(np.array(test.labels))
+    summary = json.loads((run / "summary.json").read_text())
+    assert int((logits.argmax(1) == labels).sum()) == round(summary["val/top1"] * 360)
+    assert float(F.cross_entropy(logits, labels)) == pytest.approx(summary["val/loss"], abs=1e-4)
+
+
+def test_predict_agrees_with_load_and_goes_on_after_what_is_no_image(
+    run: Path, digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = read_back(digits.test_path).images[:5]
+    for index, pixels in enumerate(images):
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+    (tmp_path / "text.png").write_text("no image")
+    missing = str(tmp_path / "missing.png")
+    assert predict.main([str(run), str(tmp_path), missing, "--json", "--top", "2"]) == 2
+    captured = capsys.readouterr()
+    errors = captured.err.splitlines()
+    assert len(errors) == 2
+    assert "text.png" in errors[0]
+    assert "missing.png" in errors[1]
+    rows = [json.loads(line) for line in captured.out.splitlines()]
+    assert [Path(row["image"]).name for row in rows] == [f"{index}.png" for index in range(5)]
+    model = dist_resnet.load(run)
+    batch = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2) / 255
+    with torch.inference_mode():
+        shares = model(batch).softmax(1)
+    for row, share in zip(rows, shares, strict=True):
+        best = int(share.argmax())
+        assert row["top"][0]["class"] == model.classes[best]
+        assert row["top"][0]["probability"] == pytest.approx(float(share[best]), abs=1e-5)
+        assert len(row["top"]) == 2
+
+
+def test_predict_reads_standard_input_and_resizes(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (70, 50), 128).save(buffer, "PNG")
+    buffer.seek(0)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(buffer))
+    assert predict.main([str(run), "-", "--top", "1"]) == 0
+    assert "%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["safetensors", "onnx", "torch_export"])
+def test_exported_files_give_the_checkpoint_s_logits(
+    run: Path, digits: Dataset, tmp_path: Path, form: str
+) -> None:
+    arguments = [str(run), "--format", form, "--output", str(tmp_path)]
+    assert export.main([*arguments, "--images", str(digits.folder)]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    pixels = read_back(digits.test_path).images
+    batch = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2) / 255
+    with torch.inference_mode():
+        wanted = dist_resnet.load(run)(batch)
+    if form == "onnx":
+        runtime = pytest.importorskip("onnxruntime")
+        session = runtime.InferenceSession(tmp_path / "model.onnx")
+        feed = {session.get_inputs()[0].name: batch.numpy()}
+        got = torch.from_numpy(session.run(None, feed)[0])
+    elif form == "torch_export":
+        got = torch.export.load(tmp_path / "model.pt2").module()(batch)
+    else:
+        from safetensors.torch import load_file
+
+        fresh = dist_resnet.load(run)
+        for tensor in fresh.state_dict().values():
+            tensor.zero_()
+        fresh.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+        got = fresh(batch)
+    assert (wanted - got).abs().max() < 1e-4
+    assert torch.equal(wanted.argmax(1), got.argmax(1))
+    assert "README.md" in names
+    assert not [name for name in names if name.startswith(".tmp")]
+
+
+def test_export_refuses_a_file_that_differs(run: Path) -> None:
+    model = dist_resnet.load(run)
+    with pytest.raises(UserError, match="differs"):
+        export._compare(model, lambda images: model(images) + 0.01, torch.rand(8, 3, 32, 32))

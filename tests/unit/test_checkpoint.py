@@ -1,0 +1,346 @@
+"""Checkpoints: nothing is lost on the way, and nothing damaged is ever believed."""
+
+import errno
+import hashlib
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_resnet import storage
+from dist_resnet.checkpoint import CheckpointStore, read_checkpoint
+from dist_resnet.errors import UserError
+from tests.training import batch_of, small_config, train_step
+
+
+def _content(step: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "step": step,
+        "weights": {"a": torch.randn(40, 9, generator=generator), "b": torch.arange(5)},
+        "words": ["x", None, 1.5, True],
+    }
+
+
+def _store(folder: Path, keep: int = 3) -> CheckpointStore:
+    return CheckpointStore(folder / "checkpoints", keep)
+
+
+def _names(store: CheckpointStore) -> list[str]:
+    """Kind and step of every file, the checksum left out."""
+    return sorted(path.name.rsplit("-", 1)[0] for path in store.folder.iterdir())
+
+
+def _newest(store: CheckpointStore) -> tuple[int | None, list[str]]:
+    """Step of the checkpoint that would be used, and what was told about others."""
+    told: list[str] = []
+    found = store.newest(told.append)
+    return (found[1]["step"] if found else None), told
+
+
+def _assert_same(one: Any, other: Any) -> None:
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            _assert_same(one[key], other[key])
+    else:
+        assert one == other
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = _store(tmp_path).save(_content(7), 7, best=False)
+    _assert_same(read_checkpoint(path), {"format": 1, **_content(7)})
+    _assert_same(torch.load(path, weights_only=True), {"format": 1, **_content(7)})
+
+
+def test_the_name_carries_step_and_checksum(tmp_path: Path) -> None:
+    path = _store(tmp_path).save(_content(12345), 12345, best=False)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    assert path.name == f"step-00012345-{digest}.pt"
+
+
+def test_the_whole_state_of_training_round_trips(tmp_path: Path) -> None:
+    config = small_config("train.ema_decay=0.9", "optim.nesterov=true")
+    first, second = train_step(config, 2), train_step(config, 2)
+    for number in range(3):
+        first(batch_of(number, 2))
+    first.state.best = {"val/top1": 0.5, "step": 2}
+    path = _store(tmp_path).save({"state": first.state.state_dict()}, 3, best=False)
+    saved = torch.load(path, weights_only=True)["state"]
+    second.state.load_state_dict(saved)
+    one, other = first.state, second.state
+    _assert_same(one.state_dict(), other.state_dict())
+    assert (other.step, other.best) == (3, {"val/top1": 0.5, "step": 2})
+    assert torch.equal(one.flat.values, other.flat.values)
+    assert torch.equal(one.flat.statistics, other.flat.statistics)
+    # Parameters by name and in their own shapes: a plain model can load them.
+    shapes = {name: p.shape for name, p in one.flat.model.named_parameters()}
+    for part in ("model", "momentum", "ema"):
+        for name, shape in shapes.items():
+            assert saved[part][name].shape == shape
+            assert saved[part][name].is_contiguous()
+    for name, p in one.flat.model.named_parameters():
+        assert p.grad is not None
+        place = (p.shape, p.stride(), p.storage_offset())
+        assert torch.equal(one.optimizer.momentum.as_strided(*place), saved["momentum"][name]), name
+
+
+def test_loading_does_not_alias_what_was_loaded() -> None:
+    step = train_step(small_config("train.ema_decay=0.9"), 1)
+    saved = step.state.state_dict()
+    kept = {name: tensor.clone() for name, tensor in saved["model"].items()}
+    step.state.load_state_dict(saved)
+    step(batch_of(0, 1))
+    for name, tensor in kept.items():
+        assert torch.equal(saved["model"][name], tensor), name
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    saved = train_step(small_config(), 1).state.state_dict()
+    other = train_step(small_config("model.widths=[4,6,10]"), 1)
+    with pytest.raises(UserError, match="another model"):
+        other.state.load_state_dict(saved)
+
+
+def test_the_newest_is_chosen_by_its_step_not_its_age(tmp_path: Path) -> None:
+    store = _store(tmp_path, keep=9)
+    paths = {step: store.save(_content(step), step, best=False) for step in (5, 100, 40)}
+    os.utime(paths[5], (time.time() + 9999,) * 2)
+    assert _newest(store) == (100, [])
+    assert store.newest_path() == paths[100]
+
+
+def test_nothing_there_is_no_error(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    assert _newest(store) == (None, [])
+    store.folder.mkdir()
+    (store.folder / "notes.txt").write_text("not ours")
+    (store.folder / "step-abc.pt").write_bytes(b"")
+    assert _newest(store) == (None, [])
+    assert store.newest_path() is None
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_the_newest_k_and_the_best_are_kept(keep: int, tmp_path: Path) -> None:
+    store = _store(tmp_path, keep)
+    for step in range(1, 8):
+        store.save(_content(step), step, best=step in (1, 3))
+    steps = [f"step-{step:08d}" for step in range(8 - keep, 8)]
+    assert _names(store) == sorted(["best-00000003", *steps])
+    best = next(store.folder.glob("best-*"))
+    assert read_checkpoint(best)["step"] == 3
+
+
+def test_a_step_saved_again_is_fine(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    for _ in range(2):
+        store.save(_content(4), 4, best=True)
+    assert _newest(store) == (4, [])
+    assert _names(store) == ["best-00000004", "step-00000004"]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, bytes]:
+    path = _store(tmp_path).save(_content(9), 9, best=False)
+    return path, path.read_bytes()
+
+
+def test_every_flipped_bit_is_detected(saved: tuple[Path, bytes]) -> None:
+    path, content = saved
+    rng, silent = random.Random(0), 0
+    for _ in range(200):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            torch.load(path, weights_only=True)
+            silent += 1
+        except Exception:
+            pass
+        with pytest.raises(UserError, match=r"step-00000009-.*damaged"):
+            read_checkpoint(path)
+    assert silent > 50  # torch alone would have believed them: the checksum is needed
+    path.write_bytes(content)
+    assert read_checkpoint(path)["step"] == 9
+
+
+def test_every_truncation_is_detected(saved: tuple[Path, bytes]) -> None:
+    path, content = saved
+    for length in [0, 1, 2, 100, len(content) // 2, len(content) - 100, len(content) - 1]:
+        path.write_bytes(content[:length])
+        with pytest.raises(UserError, match="damaged"):
+            read_checkpoint(path)
+    path.write_bytes(content + b"\0")
+    with pytest.raises(UserError, match="damaged"):
+        read_checkpoint(path)
+
+
+def _named_after_content(folder: Path, content: bytes, step: int = 9) -> Path:
+    path = folder / f"step-{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
+    path.write_bytes(content)
+    return path
+
+
+class _Evil:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.trace),)
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.pt"
+    for content in ({"weights": torch.ones(2)}, [1, 2], torch.ones(3), {"format": 99}):
+        torch.save(content, foreign)
+        with pytest.raises(UserError, match="not a checkpoint of dist_resnet"):
+            read_checkpoint(foreign)
+    for data in (b"", b"hello", b"PK\x03\x04", bytes(range(256)) * 40):
+        with pytest.raises(UserError) as caught:
+            read_checkpoint(_named_after_content(tmp_path, data))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_checkpoint(tmp_path / "missing.pt")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_pickle_is_never_run(tmp_path: Path) -> None:
+    trace = tmp_path / "was_run"
+    for write in (torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))):
+        write({"format": 1, "x": _Evil(trace)}, tmp_path / "evil.pt")
+        with pytest.raises(UserError):
+            read_checkpoint(tmp_path / "evil.pt")
+        data = (tmp_path / "evil.pt").read_bytes()
+        with pytest.raises(UserError):
+            read_checkpoint(_named_after_content(tmp_path, data))
+    assert not trace.exists()
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def _to_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = {
+    "flipped": _flip,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-50]),
+    "empty": lambda path: path.write_bytes(b""),
+    "folder": _to_folder,
+    "foreign": lambda path: torch.save({"weights": torch.ones(2)}, path),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_a_damaged_file_is_set_aside_and_the_one_before_used(damage: str, tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    paths = [store.save(_content(step), step, best=False) for step in (1, 2, 3)]
+    for path in paths[1:]:
+        DAMAGES[damage](path)
+    step, told = _newest(store)
+    assert step == 1
+    assert len(told) == 2
+    assert paths[2].name in told[0]
+    assert paths[1].name in told[1]
+    assert all("\n" not in line for line in told)
+    assert not paths[2].exists()
+    assert paths[2].with_suffix(".pt.corrupt").exists()  # kept, for whoever wants to look
+    assert _newest(store) == (1, [])  # told once
+
+
+def test_the_best_one_serves_when_all_others_are_damaged(tmp_path: Path) -> None:
+    store = _store(tmp_path, keep=2)
+    for step in range(1, 5):
+        store.save(_content(step), step, best=step == 1)
+    for path in store.folder.glob("step-*"):
+        _flip(path)
+    assert _newest(store)[0] == 1
+
+
+def test_all_damaged_is_the_users_to_decide(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    names = [store.save(_content(step), step, best=False).name for step in (1, 2)]
+    for path in store.folder.iterdir():
+        _flip(path)
+    for _ in range(2):  # and a second start must not begin anew in silence
+        with pytest.raises(UserError, match="no checkpoint is valid") as caught:
+            _newest(store)
+        assert all(name in str(caught.value) for name in names)
+        assert "run.overwrite=true" in str(caught.value)
+
+
+def test_later_checkpoints_are_set_aside_when_a_run_is_taken_back(tmp_path: Path) -> None:
+    store = _store(tmp_path, keep=9)
+    for step in (1, 2, 3, 4):
+        store.save(_content(step), step, best=step == 4)
+    store.set_aside_after(2)
+    assert _newest(store) == (2, [])
+    assert len(list(store.folder.glob("*.superseded"))) == 3
+    assert len(list(store.folder.glob("*.pt"))) == 2
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_what_was_there(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = _store(tmp_path, keep=1)
+    store.save(_content(1), 1, best=False)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(storage.os, call, full)
+    with pytest.raises(OSError, match="No space left"):
+        store.save(_content(2), 2, best=True)
+    monkeypatch.undo()
+    assert _newest(store) == (1, [])
+    assert _names(store) == ["step-00000001"]  # no leftovers
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from dist_resnet.checkpoint import CheckpointStore
+store = CheckpointStore(Path(sys.argv[1]), 1)
+store.save({"step": 1, "weights": torch.ones(1000)}, 1, best=False)
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+store.save({"step": 2, "weights": torch.ones(1000)}, 2, best=False)
+"""
+
+
+def test_a_kill_between_writing_and_renaming_leaves_the_old_one(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", KILLED, folder], cwd=root, timeout=100)
+    assert done.returncode == -signal.SIGKILL
+    store = CheckpointStore(folder, 1)
+    assert len(list(folder.iterdir())) == 2  # it did get that far
+    assert _newest(store) == (1, [])
+    store.remove_leftovers()
+    assert _names(store) == ["step-00000001"]
+
+
+def test_a_copy_in_another_folder_under_another_name_is_readable(tmp_path: Path) -> None:
+    path = _store(tmp_path).save(_content(3), 3, best=False)
+    copy = tmp_path / "model.pt"
+    shutil.copy(path, copy)
+    assert read_checkpoint(copy)["step"] == 3

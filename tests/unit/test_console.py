@@ -1,0 +1,140 @@
+"""What a person sees, on a terminal and in a file."""
+
+import io
+
+import pytest
+
+from dist_resnet.tracking.console import Console, duration
+
+
+class _Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def _train_row(step: int) -> dict[str, float | int]:
+    return {
+        "step": step,
+        "epoch": step / 390,
+        "seconds": step * 0.01,
+        "train/loss": 1.2344,
+        "train/top1": 0.543,
+        "train/lr": 0.0498,
+        "perf/images_per_second": 5312.4,
+    }
+
+
+EVAL_ROW = {"step": 390, "epoch": 1.0, "val/top1": 0.612, "val/loss": 1.1, "val/images": 10_000}
+
+
+def test_plain_line_says_what_matters() -> None:
+    out, clock = io.StringIO(), _Clock()
+    console = Console(58_500, stream=out, every_seconds=0, clock=clock)
+    for step in (400, 800, 1200):
+        clock.now += 5
+        console.log(_train_row(step))
+    assert out.getvalue().splitlines()[-1] == (
+        "step 1,200/58,500  epoch 3.1  loss 1.234  top1 54.3%  lr 0.0498  5,312 img/s  eta 11m56s"
+    )
+
+
+def test_plain_lines_are_throttled_but_evaluations_and_the_last_step_never_are() -> None:
+    out, clock = io.StringIO(), _Clock()
+    console = Console(1000, stream=out, every_seconds=10, clock=clock)
+    for step in range(50, 1001, 50):
+        clock.now += 1
+        console.log(_train_row(step))
+        if step == 400:
+            console.log(EVAL_ROW)
+    lines = out.getvalue().splitlines()
+    steps = [line.split("/")[0] for line in lines if line.startswith("step")]
+    assert steps == ["step 50", "step 550", "step 1,000"]
+    assert "epoch 1  val top1 61.20%  best so far  val loss 1.1000  (10,000 images)" in lines
+    assert "\r" not in out.getvalue()
+    assert "\x1b" not in out.getvalue()
+
+
+def test_time_left_holds_evaluations_but_not_the_warm_up() -> None:
+    out, clock = io.StringIO(), _Clock()
+    console = Console(1000, stream=out, every_seconds=0, clock=clock)
+    clock.now = 100.0  # compilation
+    console.log(_train_row(100))
+    for step in (200, 300, 400):
+        clock.now += 10
+        console.log(_train_row(step))
+        clock.now += 20  # an evaluation, twice as long as its epoch
+        console.log({"step": step, "epoch": 1.0, "val/top1": 0.5})
+    clock.now += 10
+    console.log(_train_row(500))
+    # 400 steps in 100 s since the warm-up ended, 500 steps to go
+    assert out.getvalue().splitlines()[-1].endswith("eta 2m05s")
+
+
+def test_a_resumed_run_counts_from_its_first_step() -> None:
+    out, clock = io.StringIO(), _Clock()
+    console = Console(1000, start_step=900, stream=out, every_seconds=0, clock=clock)
+    clock.now = 10.0
+    console.log(_train_row(950))
+    assert out.getvalue().strip().endswith("eta 10s")
+
+
+def test_best_is_remembered() -> None:
+    out = io.StringIO()
+    console = Console(1000, stream=out)
+    for top1 in (0.5, 0.4):
+        console.log({"step": 1, "epoch": 1.0, "val/top1": top1, "gap/top1": -0.0123})
+    first, second = out.getvalue().splitlines()
+    assert "best so far" in first
+    assert "train minus val -1.23%" in first
+    assert "best 50.00%" in second
+
+
+def test_not_finite_loss_and_missing_figures_do_not_raise() -> None:
+    out = io.StringIO()
+    console = Console(1000, stream=out, every_seconds=0)
+    console.log({"step": 1, "train/loss": float("nan")})
+    console.log({"step": 2, "epoch": 0.0, "val/loss": float("inf")})
+    console.log({"step": 3, "perf/step_ms": 1.0})
+    console.close(0, {})
+    assert "loss nan" in out.getvalue()
+    assert "val loss inf" in out.getvalue()
+
+
+def test_a_terminal_gets_one_live_line_and_scrolling_evaluations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    out, clock = _Terminal(), _Clock()
+    console = Console(1000, stream=out, clock=clock)
+    for step in range(50, 501, 50):
+        clock.now += 1
+        console.log(_train_row(step))
+        if step == 400:
+            console.log(EVAL_ROW)
+    console.message("saved")
+    console.close(0, {})
+    text = out.getvalue()
+    last = text.rstrip("\n").split("\n")[-1].split("\r")[-1]
+    for part in ("50%|", "step 500/1,000", "loss 1.234", "top1 54.3%", "val 61.20%", "eta 10s"):
+        assert part in last, last
+    assert "5,312 img/s" in last
+    assert "lr" not in last
+    assert text.count("val top1 61.20%") == 1
+    assert "saved\n" in text
+    assert text.count("\n") == 3  # the evaluation, the message, and the end of the live line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-1, "0s"), (45.4, "45s"), (723, "12m03s"), (59.9, "1m00s"), (11_100, "3h05m")]
+    + [(187_200, "2d04h")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

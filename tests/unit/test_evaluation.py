@@ -1,0 +1,194 @@
+"""Evaluation against a loop over single images, scikit-learn, and itself on more ranks."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dist_resnet.augment import Normalisation
+from dist_resnet.data.dataset import Dataset
+from dist_resnet.data.images import ImageSet
+from dist_resnet.data.stream import open_loader
+from dist_resnet.distributed import World
+from dist_resnet.evaluation import Evaluation, Evaluator
+from dist_resnet.models.resnet import ResNet, build_model
+from dist_resnet.schema import ModelConfig
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, 1, CPU)
+MEAN, STD = (100.0, 110.0, 120.0), (50.0, 55.0, 60.0)
+CLASSES, COUNT, SIDE = 5, 61, 12
+
+
+@dataclass
+class ArrayLoader:
+    """A `Loader` over arrays in memory."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(indices), self.batch_size):
+            chosen = indices[start : start + self.batch_size]
+            yield torch.from_numpy(self.images[chosen]), torch.from_numpy(self.labels[chosen])
+
+
+def _data() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (COUNT, SIDE, SIDE, 3), dtype=np.uint8)
+    return images, rng.integers(0, CLASSES - 1, COUNT)  # the last class has no image
+
+
+def _model() -> ResNet:
+    return copy.deepcopy(_warmed_up())
+
+
+@cache
+def _warmed_up() -> ResNet:
+    """Random, with running statistics of random images, so that its guesses differ."""
+    model = build_model(ModelConfig(widths=[8, 8, 16]), CLASSES, 3)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _ in range(60):
+            model(torch.randn(32, 3, SIDE, SIDE, generator=generator))
+    return model
+
+
+def _evaluate(world: World, batch: int, count: int = COUNT, tta: bool = True) -> Evaluation:
+    images, labels = _data()
+    evaluator = Evaluator(
+        ArrayLoader(images, labels, batch), np.arange(count),
+        Normalisation.of(MEAN, STD, SIDE, CPU), torch.float32, tta, world,
+    )  # fmt: skip
+    return evaluator(_model())
+
+
+def _one_by_one(model: ResNet, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Each image alone, in float64, its loss written out."""
+    model = model.double().eval()
+    losses, guesses, with_mirror = [], [], []
+
+    def logits(image: np.ndarray) -> np.ndarray:
+        pixels = (image.astype(np.float64) - MEAN) / STD
+        with torch.no_grad():
+            return model(torch.from_numpy(pixels.transpose(2, 0, 1)[None].copy()))[0].numpy()
+
+    for image, label in zip(images, labels, strict=True):
+        values = logits(image)
+        losses.append(np.log(np.exp(values - values.max()).sum()) + values.max() - values[label])
+        guesses.append(int(values.argmax()))
+        with_mirror.append(int((values + logits(image[:, ::-1])).argmax()))
+    return {"loss": float(np.mean(losses)), "guesses": guesses, "tta": with_mirror}
+
+
+@pytest.fixture(scope="module")
+def truth() -> dict[str, Any]:
+    return _one_by_one(_model(), *_data())
+
+
+@pytest.mark.parametrize("batch", [1, 4, 61, 500])
+def test_a_plain_loop_finds_the_same(batch: int, truth: dict[str, Any]) -> None:
+    labels = _data()[1]
+    found = _evaluate(ALONE, batch)
+    assert len(set(truth["guesses"])) >= 3
+    assert found.images == COUNT
+    assert found.correct == sum(g == t for g, t in zip(truth["guesses"], labels, strict=True))
+    assert found.top1 == found.correct / COUNT
+    assert found.correct_tta == sum(g == t for g, t in zip(truth["tta"], labels, strict=True))
+    assert found.top1_tta == pytest.approx(found.correct_tta / COUNT)
+    assert truth["tta"] != truth["guesses"]
+    assert found.loss == pytest.approx(truth["loss"], rel=1e-5)
+
+
+def test_confusion_and_per_class_are_scikit_learns(truth: dict[str, Any]) -> None:
+    from sklearn.metrics import confusion_matrix, recall_score  # not in every rank: it takes 2 s
+
+    labels, found = _data()[1], _evaluate(ALONE, 8)
+    expected = confusion_matrix(labels, truth["guesses"], labels=range(CLASSES))
+    assert np.array_equal(found.confusion.numpy(), expected)
+    recall = recall_score(
+        labels, truth["guesses"], labels=range(CLASSES), average=None, zero_division=0
+    )
+    assert found.per_class() == pytest.approx(recall.tolist())
+    assert found.per_class()[CLASSES - 1] == 0.0
+
+
+def test_without_mirror_images() -> None:
+    found = _evaluate(ALONE, 8, tta=False)
+    assert found.correct_tta is None
+    assert found.top1_tta is None
+    assert found.correct == _evaluate(ALONE, 8).correct
+
+
+def test_only_the_given_indices_count(truth: dict[str, Any]) -> None:
+    images, labels = _data()
+    chosen = np.array([3, 60, 11, 30, 2])
+    evaluator = Evaluator(
+        ArrayLoader(images, labels, 2), chosen, Normalisation.of(MEAN, STD, SIDE, CPU),
+        torch.float32, False, ALONE,
+    )  # fmt: skip
+    found = evaluator(_model())
+    assert found.images == 5
+    assert found.correct == sum(truth["guesses"][i] == labels[i] for i in chosen)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(training: bool) -> None:
+    images, labels = _data()
+    model = _model().train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    evaluator = Evaluator(
+        ArrayLoader(images, labels, 8), np.arange(COUNT),
+        Normalisation.of(MEAN, STD, SIDE, CPU), torch.float32, False, ALONE,
+    )  # fmt: skip
+    first, second = evaluator(model), evaluator(model)
+    assert model.training is training
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert first.loss == second.loss
+
+
+def _on_ranks(world: World) -> list[tuple[Any, ...]]:
+    """(loss, correct, images, mirrored, confusion) of several shapes; 61 images in one batch leave
+    all ranks but one without work."""
+    found = []
+    for batch, count in ((4, 61), (61, 61), (7, 61), (4, 1)):
+        e = _evaluate(world, batch, count)
+        found.append((e.loss, e.correct, e.images, e.correct_tta, e.confusion.tolist()))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_same_figures_on_any_number_of_ranks(ranks: int) -> None:
+    alone = _on_ranks(ALONE)
+    for result in run_ranks(ranks, _on_ranks):
+        for one, other in zip(alone, result, strict=True):
+            assert one == other  # the loss too, to its last bit
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "resident"])
+def test_real_loaders_give_what_the_arrays_give(
+    kind: str, tiny: Dataset, tiny_images: ImageSet
+) -> None:
+    model, found = _model(), []
+    for loader in (
+        open_loader(kind, tiny.test_path, 4, CPU),
+        ArrayLoader(tiny_images.test.images, tiny_images.test.labels, 4),
+    ):
+        evaluator = Evaluator(
+            loader, np.arange(29), Normalisation.of(tiny.mean, tiny.std, 12, CPU),
+            torch.float32, False, ALONE,
+        )  # fmt: skip
+        found.append(evaluator(model))
+    assert found[0].loss == found[1].loss
+    assert torch.equal(found[0].confusion, found[1].confusion)

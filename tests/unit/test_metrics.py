@@ -1,0 +1,77 @@
+"""Sums on the device against sums by hand."""
+
+import pytest
+import torch
+
+from dist_resnet.metrics import Totals
+
+CPU = torch.device("cpu")
+ROWS = [(2.0, 0.25, 1.5), (1.0, 0.5, 0.5), (0.25, 0.75, 4.0), (8.0, 1.0, 0.125)]
+
+
+def _add(totals: Totals, number: int, bad: bool = False) -> None:
+    loss, top1, norm = (torch.tensor(value) for value in ROWS[number % 4])
+    totals.add(loss, top1, norm, torch.tensor(number), torch.tensor(bad))
+
+
+def _mean(numbers: range, column: int) -> float:
+    values = [ROWS[n % 4][column] for n in numbers]
+    return sum(values) / len(values)
+
+
+def test_two_windows_are_read_independently() -> None:
+    totals = Totals(CPU)
+    for number in range(10):
+        _add(totals, number)
+        if number == 5:
+            log = totals.take(Totals.LOG)
+            assert log.steps == 6
+            assert (log.loss, log.top1, log.grad_norm) == tuple(
+                pytest.approx(_mean(range(6), column)) for column in range(3)
+            )
+    log, epoch = totals.take(Totals.LOG), totals.take(Totals.EPOCH)
+    assert (log.steps, epoch.steps) == (4, 10)
+    assert log.loss == pytest.approx(_mean(range(6, 10), 0))
+    assert epoch.top1 == pytest.approx(_mean(range(10), 1))
+    assert epoch.grad_norm == pytest.approx(_mean(range(10), 2))
+
+
+def test_an_empty_window_divides_by_nothing() -> None:
+    means = Totals(CPU).take(Totals.LOG)
+    assert (means.loss, means.top1, means.grad_norm, means.steps) == (0, 0, 0, 0)
+
+
+def test_the_first_bad_step_stays() -> None:
+    totals = Totals(CPU)
+    assert totals.bad_step() is None
+    for number in range(6):
+        _add(totals, number, bad=number in (0, 3, 5))
+    assert totals.bad_step() == 0  # step 0 is a step like any other
+    totals.take(Totals.LOG)
+    assert totals.bad_step() == 0
+
+
+def test_sums_are_float64() -> None:
+    totals = Totals(CPU)
+    big, one = torch.tensor(2.0**24), torch.tensor(1.0)
+    for value in (big, one, one):
+        totals.add(value, one, one, torch.tensor(0), torch.tensor(False))
+    assert totals.take(Totals.LOG).loss == (2.0**24 + 2) / 3
+
+
+def test_round_trip_in_the_middle_of_a_window() -> None:
+    first = Totals(CPU)
+    for number in range(3):
+        _add(first, number, bad=number == 2)
+    first.take(Totals.LOG)
+    _add(first, 3)
+    saved = first.state_dict()
+    second = Totals(CPU)
+    second.load_state_dict(saved)
+    _add(second, 4)  # must not write through to what was saved
+    assert second.bad_step() == 2
+    assert second.take(Totals.EPOCH).steps == 5
+    third = Totals(CPU)
+    third.load_state_dict(saved)
+    assert third.take(Totals.EPOCH) == first.take(Totals.EPOCH)
+    assert third.take(Totals.LOG) == first.take(Totals.LOG)

@@ -1,0 +1,128 @@
+"""Derived numbers against a table worked out by hand, and their invariants."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_resnet.config import load_config
+from dist_resnet.errors import UserError
+from dist_resnet.plan import Plan, explain, make_plan, rates
+from dist_resnet.schema import Config, DataConfig, ParallelConfig
+
+
+def _plan(images: int, ranks: int, *pairs: str) -> Plan:
+    return make_plan(load_config(pairs), images, ranks)
+
+
+def test_the_recipe_on_one_process() -> None:
+    assert _plan(50_000, 1).as_dict() == {
+        "world_size": 1,
+        "replicas": 1,
+        "replicas_per_rank": 1,
+        "batch_size_per_replica": 32,
+        "global_batch_size": 32,
+        "train_images": 50_000,
+        "steps_per_epoch": 1562,
+        "images_left_out_per_epoch": 16,
+        "schedule_steps": 234_300,
+        "total_steps": 234_300,
+        "base_lr": 0.05,
+        "lr_factor": 1.0,
+        "peak_lr": 0.05,
+    }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "replicas", "each", "batch", "steps", "left"),
+    [
+        (1, "auto", 1, 32, 1562, 16),
+        (4, "auto", 1, 128, 390, 80),
+        (1, "4", 4, 128, 390, 80),
+        (2, "4", 2, 128, 390, 80),
+        (4, "4", 1, 128, 390, 80),
+        (3, "6", 2, 192, 260, 80),
+        (7, "auto", 1, 224, 223, 48),
+    ],
+)
+def test_replicas_over_ranks(
+    ranks: int, replicas: str, each: int, batch: int, steps: int, left: int
+) -> None:
+    plan = _plan(50_000, ranks, f"parallel.replicas={replicas}")
+    found = (plan.replicas_per_rank, plan.global_batch_size, plan.steps_per_epoch)
+    assert (*found, plan.images_left_out_per_epoch) == (each, batch, steps, left)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "reference", "factor"),
+    [
+        ("none", 32, 1), ("linear", 32, 4), ("sqrt", 32, 2), ("linear", 256, 0.5),
+        ("sqrt", 512, 0.5),
+    ],
+)  # fmt: skip
+def test_the_rate_follows_the_global_batch(scaling: str, reference: int, factor: float) -> None:
+    pairs = [f"optim.lr_scaling={scaling}", f"optim.reference_batch_size={reference}"]
+    one, four = _plan(50_000, 1, *pairs, "parallel.replicas=4"), _plan(50_000, 4, *pairs)
+    assert one.peak_lr == four.peak_lr == pytest.approx(0.05 * factor)
+    assert four.lr_factor == pytest.approx(factor)
+
+
+def test_max_steps_stops_early_but_bends_no_schedule() -> None:
+    long, short = _plan(1000, 1, "train.epochs=4"), _plan(1000, 1, "train.epochs=4",
+                                                           "train.max_steps=10")  # fmt: skip
+    assert (short.total_steps, short.schedule_steps) == (10, 124)
+    config = load_config(["train.epochs=4"])
+    assert rates(config, long)[:10] == rates(config, short)[:10]
+    assert len(rates(config, short)) == 124
+    assert _plan(1000, 1, "train.epochs=1", "train.max_steps=99999").total_steps == 31
+
+
+def test_epochs_end_where_they_should() -> None:
+    plan = _plan(1000, 1, "train.epochs=4")  # 31 steps an epoch
+    assert [plan.epoch_of(step) for step in (0, 30, 31, 61, 62)] == [0, 0, 1, 1, 2]
+    assert [s for s in range(125) if plan.ends_epoch(s, 1)] == [31, 62, 93, 124]
+    assert [s for s in range(125) if plan.ends_epoch(s, 2)] == [62, 124]
+    assert not any(plan.ends_epoch(s, 0) for s in range(125))
+
+
+@pytest.mark.parametrize(("replicas", "ranks", "start"), [(4, 3, 2), (6, 4, 3), (1, 2, 1)])
+def test_replicas_that_do_not_divide(replicas: int, ranks: int, start: int) -> None:
+    with pytest.raises(UserError, match=rf"parallel.replicas={replicas}: .*start {start},"):
+        _plan(50_000, ranks, f"parallel.replicas={replicas}")
+
+
+def test_a_set_smaller_than_one_batch() -> None:
+    assert _plan(64, 2).steps_per_epoch == 1
+    with pytest.raises(UserError, match=r"data.batch_size_per_replica=32: .*64.*63"):
+        _plan(63, 2)
+
+
+@settings(max_examples=200)
+@given(
+    images=st.integers(1, 5000),
+    ranks=st.integers(1, 8),
+    each=st.integers(1, 4),
+    batch=st.integers(1, 70),
+)
+def test_every_image_is_used_or_left_out(images: int, ranks: int, each: int, batch: int) -> None:
+    config = Config(
+        parallel=ParallelConfig(replicas=ranks * each),
+        data=DataConfig(batch_size_per_replica=batch),
+    )
+    if images < ranks * each * batch:
+        with pytest.raises(UserError):
+            make_plan(config, images, ranks)
+        return
+    plan = make_plan(config, images, ranks)
+    used = plan.steps_per_epoch * plan.world_size * plan.replicas_per_rank * batch
+    assert used + plan.images_left_out_per_epoch == images
+    assert 0 <= plan.images_left_out_per_epoch < plan.global_batch_size
+
+
+def test_the_explanation_says_reference_effective_and_why() -> None:
+    config = load_config(["optim.lr_scaling=sqrt", "optim.lr=0.02"])
+    text = "\n".join(explain(config, make_plan(config, 50_000, 4)))
+    assert f"{0.02 * math.sqrt(128 / 32):g}" in text
+    for part in ("0.02 at batch 32", "0.04 at batch 128", "sqrt(128 / 32)", "4 of 32", "390"):
+        assert part in text

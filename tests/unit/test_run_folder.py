@@ -1,0 +1,162 @@
+"""The run folder: one job at a time, files that are whole, nothing deleted that is not ours."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dist_resnet import storage
+from dist_resnet.errors import UserError
+from dist_resnet.run_folder import RunFolder
+from dist_resnet.storage import write_atomically
+
+ROOT = Path(__file__).parents[2]
+HOLD = """
+import sys
+from pathlib import Path
+from dist_resnet.run_folder import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+folder.open()
+print("open", flush=True)
+sys.stdin.read()
+"""
+WRITE = """
+import sys
+from pathlib import Path
+from dist_resnet.run_folder import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+for step in range(10**9):
+    folder.set_status("running", step, "x" * (step % 5000))
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock of <tmp_path>/run."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], cwd=ROOT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        assert process.stdout.readline() == "open\n"
+        yield process
+        process.kill()
+
+
+def test_the_lock_excludes_a_second_process(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    with pytest.raises(UserError, match=rf"in use by process {holder.pid} ") as caught:
+        RunFolder(tmp_path / "run").open()
+    assert "\n" not in str(caught.value)
+    RunFolder(tmp_path / "other").open()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_dead_process_holds_nothing(
+    how: signal.Signals, tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
+    holder.send_signal(how)
+    holder.wait(10)
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    owner = (tmp_path / "run" / ".lock").read_text()
+    assert owner.startswith(f"process {os.getpid()} on ")
+
+
+def test_open_makes_the_folder_and_says_when_it_cannot(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "a" / "b" / "c").open()
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written: .*run\.dir"):
+        RunFolder(tmp_path / "file" / "run").open()
+
+
+def test_clear_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    ours = ["config.yaml", "plan.json", "metrics.jsonl", "status.json", "summary.json"]
+    for name in [*ours, "notes.md", "report.html"]:
+        (folder.path / name).write_text("{}")
+    for name in ("checkpoints", "wandb", "mine"):
+        (folder.path / name).mkdir()
+        (folder.path / name / "file").write_text("")
+    folder.clear()
+    left = {path.name for path in folder.path.iterdir()} - {".lock"}
+    assert left == {"notes.md", "report.html", "mine"}
+    folder.clear()  # nothing there is fine too
+
+
+def test_status_round_trips_and_is_empty_where_there_is_none(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.status() == {}
+    folder.set_status("failed", 12, 'no space\n"left" é')
+    expected = {"state": "failed", "step": 12, "reason": 'no space\n"left" é'}
+    assert json.loads((tmp_path / "status.json").read_text()) == expected
+    assert folder.status() == expected
+    for damaged in ("", "{", "[1]", "null"):
+        (tmp_path / "status.json").write_text(damaged)
+        assert folder.status() == {}
+    assert not folder.has_summary()
+    folder.write_json("summary.json", {"a": 1})
+    assert folder.has_summary()
+
+
+def test_a_reader_never_sees_half_a_status(tmp_path: Path) -> None:
+    writer = subprocess.Popen([sys.executable, "-c", WRITE, str(tmp_path)], cwd=ROOT)
+    path, seen = tmp_path / "status.json", set()
+    try:
+        while not path.exists():
+            assert writer.poll() is None
+        for _ in range(100_000):
+            status = json.loads(path.read_text())
+            assert len(status["reason"]) == status["step"] % 5000
+            seen.add(status["step"])
+            if len(seen) > 100:
+                break
+        assert len(seen) > 100
+    finally:
+        writer.kill()
+        writer.wait()
+    json.loads(path.read_text())  # nor after a kill
+
+
+def test_a_full_disk_does_not_end_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.set_status("running", 1)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(storage.os, "fsync", full)
+    folder.set_status("running", 2)
+    assert "No space left" in capsys.readouterr().err
+    assert folder.status()["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+    with pytest.raises(OSError, match="No space left"):
+        folder.write_text("config.yaml", "x")
+
+
+def test_atomic_writes_replace_and_leave_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for content in (b"first", b"", b"\x00\xff" * 1000):
+        write_atomically(path, content)
+        assert path.read_bytes() == content
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(OSError, match="No such file"):
+        write_atomically(tmp_path / "missing" / "file", b"x")
+
+
+def test_the_wandb_id_is_made_once(tmp_path: Path) -> None:
+    folder, made = RunFolder(tmp_path / "run"), iter(["first", "second"])
+    folder.open()
+    assert folder.wandb_id(lambda: next(made)) == "first"
+    assert RunFolder(tmp_path / "run").wandb_id(lambda: next(made)) == "first"
+    folder.clear()
+    assert folder.wandb_id(lambda: next(made)) == "second"

@@ -1,0 +1,196 @@
+"""One step of training against the same step in plain PyTorch."""
+
+import copy
+
+import pytest
+import torch
+
+from dist_resnet.metrics import Totals
+from tests.training import (
+    PlainLoop,
+    assert_same_step,
+    batch_of,
+    part_of,
+    rates,
+    small_config,
+    train_step,
+)
+
+STEPS = 20
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [],
+        ["optim.label_smoothing=0.1", "optim.nesterov=true", "augment.cutout=4"],
+        ["augment.mixup_alpha=0", "model.dropout=0", "precision.channels_last=false"],
+        ["model.shortcut=pad", "optim.momentum=0", "augment.flip=false", "seed=3"],
+        ["parallel.reduction=exact"],
+    ],
+    ids=["recipe", "smoothing nesterov cutout", "no mixup no dropout nchw", "pad", "exact"],
+)
+def test_one_replica_is_a_plain_loop(pairs: list[str]) -> None:
+    config = small_config(*pairs)
+    step, plain = train_step(config, 1), PlainLoop(config)
+    for number in range(STEPS):
+        batch = batch_of(number, 1)
+        step(batch)
+        plain.step(number, batch)
+        assert_same_step(step.state, plain)
+    assert step.state.step == STEPS
+    means = step.state.totals.take(Totals.EPOCH)
+    assert means.steps == STEPS
+    assert means.loss == pytest.approx(sum(plain.losses) / STEPS, rel=1e-5)
+    assert means.top1 == pytest.approx(sum(plain.top1) / STEPS, abs=1e-6)
+    assert means.grad_norm == pytest.approx(sum(plain.norms) / STEPS, rel=1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["fast", "exact"])
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_replicas_on_one_rank_are_averaged(replicas: int, reduction: str) -> None:
+    config = small_config(f"parallel.reduction={reduction}")
+    step, plain = train_step(config, replicas), PlainLoop(config)
+    for number in range(6):
+        batch = batch_of(number, replicas)
+        step(batch)
+        plain.step(number, batch)
+        assert_same_step(step.state, plain)
+    means = step.state.totals.take(Totals.LOG)
+    assert means.loss == pytest.approx(sum(plain.losses) / 6, rel=1e-5)
+    assert means.top1 == pytest.approx(sum(plain.top1) / 6, abs=1e-6)
+    assert means.grad_norm == pytest.approx(sum(plain.norms) / 6, rel=1e-4)
+
+
+def test_two_replicas_are_not_one_of_twice_the_size() -> None:
+    """BatchNorm statistics are the replica's own: 2 x 8 images and 1 x 16 must differ."""
+    two = train_step(small_config(), 2)
+    one = train_step(small_config("data.batch_size_per_replica=16"), 1)
+    batch = batch_of(0, 2)
+    two(batch)
+    one(batch)
+    difference = (two.state.flat.values - one.state.flat.values).abs().max()
+    assert float(difference) > 1e-4
+
+
+def test_the_order_of_replicas_in_a_batch_does_not_matter_to_the_mean() -> None:
+    first, second = train_step(small_config(), 2), train_step(small_config(), 2)
+    batch = batch_of(0, 2)
+    a, b = part_of(batch, 0, 2), part_of(batch, 1, 2)
+    first(batch)
+    second(type(batch)(*(torch.cat([getattr(x, n) for x in (b, a)])
+                         for n in ("images", "labels", "samples"))))  # fmt: skip
+    torch.testing.assert_close(
+        first.state.flat.values, second.state.flat.values, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_moving_average_of_weights_and_statistics() -> None:
+    config = small_config("train.ema_decay=0.9")
+    step, plain = train_step(config, 1), PlainLoop(config)
+    average = copy.deepcopy(plain.model.state_dict())
+    for number in range(STEPS):
+        batch = batch_of(number, 1)
+        step(batch)
+        plain.step(number, batch)
+        assert_same_step(step.state, plain)
+        decay = min(0.9, (1 + number) / (10 + number))
+        for name, tensor in plain.model.state_dict().items():
+            average[name] = decay * average[name] + (1 - decay) * tensor
+    now = copy.deepcopy(step.state.flat.model.state_dict())
+    with step.state.evaluated_weights():
+        for name, tensor in step.state.flat.model.state_dict().items():
+            torch.testing.assert_close(tensor, average[name], rtol=1e-5, atol=1e-5)
+        used = step.state.flat.model.state_dict()["head.weight"]
+        assert not torch.equal(used, now["head.weight"])
+    for name, tensor in step.state.flat.model.state_dict().items():
+        assert torch.equal(tensor, now[name]), name
+
+
+def test_the_weights_come_back_when_evaluation_fails() -> None:
+    step = train_step(small_config("train.ema_decay=0.9"), 1)
+    step(batch_of(0, 1))
+    before = step.state.flat.exchange.clone(), step.state.flat.values.clone()
+    with pytest.raises(KeyError), step.state.evaluated_weights():
+        raise KeyError
+    assert torch.equal(step.state.flat.values, before[1])
+    size = len(before[1])
+    assert torch.equal(step.state.flat.statistics, before[0][size:-3])
+
+
+def test_without_an_average_the_weights_themselves_are_evaluated() -> None:
+    step = train_step(small_config(), 1)
+    before = step.state.flat.values.clone()
+    with step.state.evaluated_weights():
+        assert torch.equal(step.state.flat.values, before)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_step_is_a_function_of_step_and_batch_alone(replicas: int) -> None:
+    """From a state in the middle, whatever was drawn before, bit for bit."""
+    config = small_config("train.ema_decay=0.99")
+    first = train_step(config, replicas)
+    for number in range(6):
+        first(batch_of(number, replicas))
+        if number == 2:
+            saved = copy.deepcopy(first.state.state_dict())
+    second = train_step(config, replicas)
+    torch.manual_seed(99)
+    second.state.load_state_dict(saved)
+    assert second.state.step == 3
+    for number in range(3, 6):
+        second(batch_of(number, replicas))
+    one, other = first.state, second.state
+    assert torch.equal(one.flat.values, other.flat.values)
+    assert torch.equal(one.flat.statistics, other.flat.statistics)
+    assert one.ema is not None
+    assert other.ema is not None
+    assert torch.equal(one.ema, other.ema)
+    assert torch.equal(one.totals.sums, other.totals.sums)
+
+
+def test_steps_draw_different_choices() -> None:
+    """The same images at step 0 and at step 1 are augmented differently."""
+    step = train_step(small_config("optim.momentum=0"), 1)
+    start, batch, moved = step.state.flat.values.clone(), batch_of(0, 1), []
+    for number in (0, 1):
+        step.state.flat.values.copy_(start)
+        step.state.step = number
+        step(batch)
+        moved.append((step.state.flat.values - start) / rates()[number])
+    assert float((moved[0] - moved[1]).abs().max()) > 1e-3
+
+
+def test_the_rate_of_the_step_is_used() -> None:
+    step = train_step(small_config("optim.momentum=0", "optim.weight_decay=0"), 1)
+    start, moved = step.state.flat.values.clone(), []
+    step.rates = [0.0, 0.01, 0.02]
+    step.keys = step.keys[:1].expand(3)
+    for number in range(3):
+        step.state.flat.values.copy_(start)
+        step.state.step = number
+        step(batch_of(0, 1))
+        moved.append(step.state.flat.values - start)
+    assert torch.equal(moved[0], torch.zeros_like(start))
+    torch.testing.assert_close(moved[2], 2 * moved[1], rtol=1e-3, atol=1e-6)
+
+
+def test_the_first_step_that_is_not_finite_is_remembered() -> None:
+    step = train_step(small_config(), 1)
+    for number in range(5):
+        if number == 3:
+            with torch.no_grad():
+                step.state.flat.values[0] = float("nan")
+        step(batch_of(number, 1))
+        assert step.state.totals.bad_step() == (None if number < 3 else 3)
+
+
+def test_bf16_follows_fp32_and_keeps_its_weights_in_float32() -> None:
+    half, full = train_step(small_config(), 1, torch.bfloat16), train_step(small_config(), 1)
+    for number in range(5):
+        half(batch_of(number, 1))
+        full(batch_of(number, 1))
+    means = [step.state.totals.take(Totals.LOG).loss for step in (half, full)]
+    assert means[0] == pytest.approx(means[1], rel=0.02)
+    assert means[0] != means[1]
+    assert all(t.dtype == torch.float32 for t in half.state.flat.model.state_dict().values())

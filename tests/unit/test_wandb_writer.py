@@ -1,0 +1,201 @@
+"""What stands between W&B and training, against everything that misbehaves. No wandb here."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+import pytest
+
+from dist_resnet.tracking import writer
+from dist_resnet.tracking.reach import wanted_mode, why_unreachable
+from dist_resnet.tracking.tracker import Row
+from dist_resnet.tracking.writer import WandbTracker
+from tests.wandb_stub import WandbStub
+
+
+class _Session:
+    run_id, mode = "the-run", "offline"
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.finished: tuple[int, Mapping[str, object]] | None = None
+        self.abandoned = threading.Event()
+        self.first: int | None = 7
+        self.on_stop: Callable[[], None] = lambda: None
+
+    def open(self, on_stop: Callable[[], None]) -> None:
+        self.on_stop = on_stop
+
+    def log(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def next_step(self) -> int | None:
+        return self.first
+
+    def finish(self, exit_code: int, summary: Mapping[str, object]) -> None:
+        self.finished = (exit_code, summary)
+
+    def abandon(self) -> None:
+        self.abandoned.set()
+
+    def resend(self) -> str:
+        return "wandb sync HERE"
+
+
+class _Stuck(_Session):
+    """Blocks in one method until it is abandoned, as a stopped wandb-core does."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        setattr(self, where, lambda *_: self.abandoned.wait(20))
+
+
+def _started(session: _Session, said: list[str], close_seconds: float = 0.3) -> WandbTracker:
+    tracker = WandbTracker(session, said.append, close_seconds)
+    assert tracker.start(5.0)
+    return tracker
+
+
+def test_every_row_then_the_summary() -> None:
+    session, said = _Session(), list[str]()
+    tracker = _started(session, said, 5.0)
+    for step in range(100):
+        tracker.log({"step": step})
+    assert tracker.position() == 107
+    tracker.close(3, {"a": 1})
+    tracker.close(0, {})
+    tracker.log({"step": 100})
+    assert [row["step"] for row in session.rows] == list(range(100))
+    assert session.finished == (3, {"a": 1})
+    assert not said
+    assert not session.abandoned.is_set()
+
+
+def test_a_start_that_hangs_is_given_up() -> None:
+    session, said = _Stuck("open"), list[str]()
+    began = time.monotonic()
+    assert not WandbTracker(session, said.append).start(0.2)
+    assert time.monotonic() - began < 2
+    assert session.abandoned.is_set()
+    assert "did not start within 0.2 s" in said[0]
+
+
+def test_a_start_that_fails_says_why_in_one_line() -> None:
+    class Failing(_Session):
+        def open(self, on_stop: Callable[[], None]) -> None:
+            raise SystemExit("no\nroom")
+
+    said: list[str] = []
+    assert not WandbTracker(Failing(), said.append).start(5.0)
+    (line,) = said
+    assert "SystemExit: no room" in line
+
+
+@pytest.mark.parametrize("where", ["log", "finish"])
+def test_an_end_that_hangs_is_given_up(where: str) -> None:
+    session, said = _Stuck(where), list[str]()
+    tracker = _started(session, said)
+    for step in range(10):
+        tracker.log({"step": step})
+    began = time.monotonic()
+    tracker.close(0, {})
+    assert time.monotonic() - began < 2
+    assert session.abandoned.is_set()
+    (line,) = said
+    assert "metrics.jsonl" in line
+    assert "wandb sync HERE" in line
+
+
+def test_a_full_queue_drops_rows_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "QUEUE_ROWS", 4)
+    session, said = _Stuck("log"), list[str]()
+    tracker = _started(session, said)
+    began = time.monotonic()
+    for step in range(100):
+        tracker.log({"step": step})
+    assert time.monotonic() - began < 0.5
+    assert tracker.dropped in (95, 96)
+    assert len(said) == 1
+    tracker.close(0, {})
+    assert time.monotonic() - began < 2
+
+
+def test_a_bad_value_costs_its_row_only() -> None:
+    session, said = _Session(), list[str]()
+    tracker = _started(session, said, 5.0)
+    tracker.log({"step": 1, "train/loss": "no number"})  # type: ignore[dict-item]
+    tracker.log({"step": 2, "train/loss": float("nan")})
+    assert tracker.position() == 8
+    tracker.close(0, {})
+    assert [row["step"] for row in session.rows] == [2]
+    assert said == ["wandb: 1 rows are in metrics.jsonl only"]
+
+
+@pytest.mark.parametrize(
+    ("error", "calls"), [(ConnectionResetError("gone"), 1), (RuntimeError("odd"), 3)]
+)
+def test_a_service_that_fails_is_given_up(error: Exception, calls: int) -> None:
+    called: list[Row] = []
+
+    class Failing(_Session):
+        def log(self, row: Row) -> None:
+            called.append(row)
+            raise error
+
+    session, said = Failing(), list[str]()
+    tracker = _started(session, said)
+    for step in range(10):
+        tracker.log({"step": step})
+        time.sleep(0.01)
+    assert len(called) == calls
+    assert (tracker.mode, tracker.position()) == ("off", None)
+    tracker.close(0, {})
+    assert session.abandoned.is_set()
+    assert session.finished is None
+    assert len(said) == 2
+
+
+def test_stop_and_unknown_position() -> None:
+    session = _Session()
+    session.first = None
+    tracker = _started(session, [], 5.0)
+    assert tracker.position() is None
+    assert not tracker.stop_requested()
+    session.on_stop()
+    assert tracker.stop_requested()
+    tracker.close(0, {})
+
+
+@pytest.mark.parametrize(
+    ("configured", "environment", "wanted"),
+    [("auto", None, "auto"), ("auto", "dryrun", "offline"), ("auto", "ONLINE", "online")]
+    + [("offline", "online", "offline"), ("auto", "shared", "auto"), ("auto", "", "auto")],
+)
+def test_wanted_mode(
+    configured: str, environment: str | None, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("WANDB_MODE", environment)
+    assert wanted_mode(configured, lambda _: None) == wanted
+
+
+def test_a_server_that_does_not_answer_is_known_in_the_time_given() -> None:
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        assert "cannot reach" in (why_unreachable(url) or "")  # not listening: refused
+        mute.listen(8)
+        began = time.monotonic()
+        assert why_unreachable(url, 0.3)
+        assert time.monotonic() - began < 1.5
+
+
+@pytest.mark.parametrize(
+    ("code", "usable"), [(200, True), (401, True), (302, True), (500, False), (503, False)]
+)
+def test_only_a_server_in_trouble_is_ruled_out(code: int, usable: bool) -> None:
+    with WandbStub() as server:
+        server.fault = lambda kind, what: ("status", code)
+        assert (why_unreachable(server.url) is None) is usable
