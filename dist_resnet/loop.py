@@ -79,6 +79,8 @@ class Trainer:
     watch: Stopwatch
     keeper: Keeper | None
     """Writes checkpoints and the status; None on all ranks but the first."""
+    last_evaluation: dict[str, float | int] | None = None
+    """The row of this process's last evaluation."""
 
     def fit(self) -> None:
         """Train from `state.step` to the last step.
@@ -162,7 +164,8 @@ class Trainer:
             row["val/top1_tta"] = result.top1_tta
         for name, share in zip(self.classes, result.per_class(), strict=True):
             row[f"val/per_class/{name}"] = share
-        self.tracker.log(row | {"gap/top1": epoch.top1 - result.top1})
+        self.last_evaluation = row | {"gap/top1": epoch.top1 - result.top1}
+        self.tracker.log(self.last_evaluation)
         if result.top1 <= self.state.best.get("val/top1", -1.0):
             return False
         self.state.best = {"val/top1": result.top1, "step": done}

@@ -5,27 +5,36 @@ import torch
 from dist_resnet.errors import UserError
 from dist_resnet.schema import PrecisionConfig
 
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-def choose_dtype(config: PrecisionConfig, device: torch.device) -> tuple[torch.dtype, str]:
-    """The type for autocast and, for the reader, why.
+
+def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
+    """bf16, fp16 or fp32 and, for the reader, why.
+
+    Args:
+        wanted: one of these, or auto.
 
     Raises:
         UserError: the type does not exist on `device`.
     """
-    wanted = config.dtype
     if device.type == "cuda":
         has_bf16, place = torch.cuda.get_device_capability(device) >= (8, 0), "this GPU"
     else:
         has_bf16, place = _cpu_has_bf16(), "this CPU"
     if wanted == "auto":
         if has_bf16:
-            return torch.bfloat16, f"bf16 ({place} computes in it)"
-        return torch.float32, f"fp32 ({place} has no bf16 arithmetic)"
+            return "bf16", f"bf16 ({place} computes in it)"
+        return "fp32", f"fp32 ({place} has no bf16 arithmetic)"
     if wanted == "fp16" and device.type == "cpu":
         raise UserError("precision.dtype=fp16: only on GPUs; use bf16, fp32 or auto on a CPU")
-    chosen = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wanted]
     slow = " (emulated here: slow)" if wanted == "bf16" and not has_bf16 else ""
-    return chosen, wanted + slow
+    return wanted, wanted + slow
+
+
+def choose_dtype(config: PrecisionConfig, device: torch.device) -> tuple[torch.dtype, str]:
+    """As `choose_precision`, with the type itself for autocast."""
+    name, reason = choose_precision(config.dtype, device)
+    return _TYPES[name], reason
 
 
 def _cpu_has_bf16() -> bool:

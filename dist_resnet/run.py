@@ -4,21 +4,22 @@ from pathlib import Path
 from typing import Any
 
 from dist_resnet import signals, watchdog
-from dist_resnet.data.stream import open_loader, training_batches
+from dist_resnet.data.stream import Loader, open_loader, training_batches
 from dist_resnet.distributed import World, on_main, start, stop, together
 from dist_resnet.environment import git_commit, hardware, versions
 from dist_resnet.errors import EXIT_DONE, DistResnetError, Preempted, UserError
+from dist_resnet.evaluation import Evaluator
 from dist_resnet.loop import Trainer
 from dist_resnet.plan import Plan, explain, make_plan, rates
 from dist_resnet.recording import Recording, open_recording
 from dist_resnet.resume import check_same_run, find_checkpoint, open_folder, run_name
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
-from dist_resnet.session import Session, open_session, with_replicas
+from dist_resnet.session import Session, open_session, settle
 from dist_resnet.state import TrainState, build_state
 from dist_resnet.step import TrainStep
 from dist_resnet.stopwatch import Stopwatch
-from dist_resnet.summary import summarise
+from dist_resnet.summary import last_evaluation, summarise
 from dist_resnet.tracking.jsonl import read_rows
 
 
@@ -46,13 +47,10 @@ def run(config: Config) -> None:
         stop()
 
 
-def _run_in(config: Config, world: World, folder: RunFolder) -> None:
+def _run_in(wanted: Config, world: World, folder: RunFolder) -> None:
+    saved = find_checkpoint(wanted, folder)
+    config = together(lambda: settle(wanted, world, saved))
     session = open_session(config, world)
-    saved = find_checkpoint(config, folder)
-    replicas = config.parallel.replicas
-    if replicas == "auto":
-        replicas = saved["config"]["parallel"]["replicas"] if saved else world.size
-    config = with_replicas(config, int(replicas))
     plan = make_plan(config, len(session.train_indices), world.size)
     if saved is not None:
         check_same_run(saved, config, session.dataset.fingerprint)
@@ -83,9 +81,14 @@ def _trainer(
 ) -> Trainer:
     world, data = session.world, session.dataset
     size = plan.batch_size_per_replica * plan.replicas_per_rank
-    loader = open_loader(config.data.loader, data.train_path, size, world.device)
-    evaluator = session.evaluator()
-    data.check_not_replaced()
+
+    def open_loaders() -> tuple[Loader, Evaluator]:
+        loader = open_loader(config.data.loader, data.train_path, size, world.device)
+        evaluator = session.evaluator()
+        data.check_not_replaced()
+        return loader, evaluator
+
+    loader, evaluator = together(open_loaders)
     batches = training_batches(
         loader, config.seed, session.train_indices, plan, world.rank, state.step, world.device
     )
@@ -130,12 +133,12 @@ def _fit_and_close(
         watchdog.disarm()
 
     def finish() -> None:
-        facts = _facts(trainer, session)
-        summary = summarise(read_rows(folder.metrics), state.best, facts)
         try:
+            last = trainer.last_evaluation or last_evaluation(read_rows(folder.metrics))
+            summary = summarise(last, state.best, _facts(trainer, session))
             folder.write_json("summary.json", summary)
         except OSError as error:
-            raise UserError(f"summary.json cannot be written: {error.strerror}") from None
+            raise UserError(f"{folder.path}: no summary.json: {error.strerror}") from None
         recording.close(EXIT_DONE, "done", state.step, "", summary)
         _say(_conclusion(summary, session, folder))
 

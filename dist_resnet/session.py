@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from dist_resnet.distributed import World, from_main, on_main, together
 from dist_resnet.errors import UserError
 from dist_resnet.evaluation import BATCH_SIZE, Evaluator
 from dist_resnet.launcher import environment_rank
-from dist_resnet.precision import choose_dtype, make_deterministic
+from dist_resnet.precision import choose_dtype, choose_precision, make_deterministic
 from dist_resnet.schema import Config
 
 
@@ -90,6 +91,24 @@ def choose_threads(config: Config, local_size: int) -> int:
     if config.parallel.reduction == "exact":
         return 1
     return max(1, len(os.sched_getaffinity(0)) // local_size)
+
+
+def settle(config: Config, world: World, saved: dict[str, Any] | None) -> Config:
+    """`config` with what was left to the machine settled: replicas and precision.
+
+    A run that is continued keeps what it began with, wherever it goes on.
+
+    Raises:
+        UserError: the precision does not exist here.
+    """
+    if config.parallel.replicas == "auto":
+        began = saved["config"]["parallel"]["replicas"] if saved else world.size
+        config = with_replicas(config, began)
+    if config.precision.dtype == "auto":
+        began = saved["config"]["precision"]["dtype"] if saved else "auto"
+        dtype = cast(Any, choose_precision(began, world.device)[0])
+        config = replace(config, precision=replace(config.precision, dtype=dtype))
+    return config
 
 
 def with_replicas(config: Config, replicas: int) -> Config:

@@ -1,0 +1,48 @@
+"""What is left to the machine is settled once, and kept by whoever continues the run."""
+
+import pytest
+import torch
+
+from dist_resnet.config import load_config, to_dict
+from dist_resnet.distributed import World
+from dist_resnet.errors import UserError
+from dist_resnet.precision import choose_precision
+from dist_resnet.session import choose_threads, settle
+
+CPU = torch.device("cpu")
+
+
+def world(size: int) -> World:
+    return World(rank=0, size=size, local_rank=0, local_size=size, device=CPU)
+
+
+def test_a_new_run_takes_the_machine_s_replicas_and_precision() -> None:
+    config = settle(load_config([]), world(3), None)
+    assert config.parallel.replicas == 3
+    assert config.precision.dtype == choose_precision("auto", CPU)[0]
+    assert config.precision.dtype in ("bf16", "fp32")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_continued_run_keeps_what_it_began_with(dtype: str) -> None:
+    began = load_config(["parallel.replicas=4", f"precision.dtype={dtype}"])
+    config = settle(load_config([]), world(2), {"config": to_dict(began)})
+    assert config == began
+
+
+def test_what_is_configured_is_never_changed() -> None:
+    wanted = load_config(["parallel.replicas=6", "precision.dtype=fp32"])
+    began = {"config": to_dict(load_config(["parallel.replicas=4", "precision.dtype=bf16"]))}
+    assert settle(wanted, world(2), began) == wanted
+
+
+def test_fp16_is_refused_on_a_cpu() -> None:
+    with pytest.raises(UserError, match=r"precision\.dtype=fp16"):
+        choose_precision("fp16", CPU)
+
+
+def test_exact_reduction_uses_one_thread_whatever_the_number_of_ranks() -> None:
+    exact = load_config(["parallel.reduction=exact"])
+    assert {choose_threads(exact, ranks) for ranks in (1, 2, 4)} == {1}
+    assert choose_threads(load_config(["parallel.threads=3"]), 2) == 3
+    assert choose_threads(load_config([]), 10_000) == 1
