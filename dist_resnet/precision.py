@@ -21,14 +21,13 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
         has_bf16, place = torch.cuda.get_device_capability(device) >= (8, 0), "this GPU"
     else:
         has_bf16, place = _cpu_has_bf16(), "this CPU"
-    if wanted == "auto":
-        if has_bf16:
-            return "bf16", f"bf16 ({place} computes in it)"
-        return "fp32", f"fp32 ({place} has no bf16 arithmetic)"
     if wanted == "fp16" and device.type == "cpu":
         raise UserError("precision.dtype=fp16: only on GPUs; use bf16, fp32 or auto on a CPU")
-    slow = " (emulated here: slow)" if wanted == "bf16" and not has_bf16 else ""
-    return wanted, wanted + slow
+    if wanted == "auto":
+        wanted = "bf16" if has_bf16 else "fp32"
+    if wanted == "bf16":
+        return wanted, f"bf16 ({place} {'computes in it' if has_bf16 else 'emulates it: slow'})"
+    return wanted, wanted if has_bf16 else f"{wanted} ({place} has no bf16 arithmetic)"
 
 
 def choose_dtype(config: PrecisionConfig, device: torch.device) -> tuple[torch.dtype, str]:

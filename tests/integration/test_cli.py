@@ -116,6 +116,7 @@ def test_a_training_leaves_the_run_folder_of_the_contract(tmp_path: Path, digits
         f"run.dir={tmp_path}",
         "run.name=job",
         "train.epochs=2",
+        "parallel.threads=1",
     ]
     first = run_job(2, keys, tmp_path)
     assert first.code == 0, first.output

@@ -40,6 +40,7 @@ def settings(folder: Path, digits: Dataset, name: str, *extra: str) -> list[str]
         "checkpoint.every_steps=5",
         "log.every_steps=5",
         "wandb.mode=disabled",
+        "parallel.threads=1",
         *extra,
     ]
 

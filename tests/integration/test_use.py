@@ -32,6 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Path:
         "augment.flip=false",
         "wandb.mode=disabled",
         "precision.dtype=fp32",
+        "parallel.threads=1",
     ]
     outcome = run_job(0, keys, folder)
     assert outcome.code == 0, outcome.output

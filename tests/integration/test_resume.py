@@ -1,0 +1,103 @@
+"""A run goes on from any one checkpoint: the step is the only position."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dist_resnet.data.dataset import Dataset
+from tests.jobs import differences, metric_rows, run_job
+
+MIDDLE = 28  # of 40 steps; an epoch of digits has 44 at batch 32
+
+
+def settings(folder: Path, digits: Dataset, name: str, *extra: str) -> list[str]:
+    return [
+        f"run.dir={folder}",
+        f"run.name={name}",
+        f"data.root={digits.folder.parent}",
+        "data.dataset=digits",
+        "data.val_split=100",
+        "train.max_steps=40",
+        "train.ema_decay=0.9",
+        "checkpoint.every_steps=7",
+        "checkpoint.keep=9",
+        "log.every_steps=9",
+        "wandb.mode=disabled",
+        "parallel.threads=1",
+        *extra,
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    outcome = run_job(0, settings(folder, digits, "whole"), folder)
+    assert outcome.code == 0, outcome.output
+    return folder / "whole"
+
+
+def middle_of(run: Path) -> Path:
+    (found,) = (run / "checkpoints").glob(f"step-{MIDDLE:08d}-*.pt")
+    return found
+
+
+@pytest.mark.parametrize("loader", ["ffcv", "resident"])
+def test_from_a_mid_epoch_checkpoint_alone(
+    tmp_path: Path, digits: Dataset, whole: Path, loader: str
+) -> None:
+    alone = shutil.copy(middle_of(whole), tmp_path)
+    keys = settings(tmp_path, digits, "again", f"run.resume={alone}", f"data.loader={loader}")
+    outcome = run_job(0, keys, tmp_path)
+    assert outcome.code == 0, outcome.output
+    assert f"continued at step {MIDDLE}" in outcome.output
+    assert set(differences(whole, tmp_path / "again")) <= {"metrics.jsonl"}
+    later = [row for row in metric_rows(whole) if row["step"] > MIDDLE]
+    assert metric_rows(tmp_path / "again") == later
+
+
+def test_a_run_taken_back_sets_its_later_checkpoints_aside(
+    tmp_path: Path, digits: Dataset, whole: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "whole")
+    path = middle_of(tmp_path / "whole")
+    keys = settings(tmp_path, digits, "whole", f"run.resume={path}")
+    outcome = run_job(0, keys, tmp_path)
+    assert outcome.code == 0, outcome.output
+    assert differences(whole, tmp_path / "whole") == []
+    assert list((tmp_path / "whole" / "checkpoints").glob("step-00000035-*.superseded"))
+
+
+def test_never_refuses_a_folder_with_a_run_and_overwrite_begins_it_anew(
+    tmp_path: Path, digits: Dataset, whole: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "whole")
+    refused = run_job(0, settings(tmp_path, digits, "whole", "run.resume=never"), tmp_path)
+    assert refused.code == 2
+    assert "run.resume=never" in refused.output
+    assert "run.overwrite=true" in refused.output
+    (tmp_path / "whole" / "notes.txt").write_text("the user's own")
+    again = run_job(0, settings(tmp_path, digits, "whole", "run.overwrite=true"), tmp_path)
+    assert again.code == 0, again.output
+    assert "continued" not in again.output
+    assert differences(whole, tmp_path / "whole") == []
+    assert (tmp_path / "whole" / "notes.txt").exists()
+
+
+def test_damaged_newest_checkpoint_is_told_and_the_one_before_used(
+    tmp_path: Path, digits: Dataset, whole: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "whole")
+    folder = tmp_path / "whole" / "checkpoints"
+    for path in folder.glob("*-00000040-*.pt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    (flipped,) = folder.glob("step-00000035-*.pt")
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    (tmp_path / "whole" / "summary.json").unlink()
+    outcome = run_job(0, settings(tmp_path, digits, "whole"), tmp_path)
+    assert outcome.code == 0, outcome.output
+    assert f"continued at step {MIDDLE}" in outcome.output
+    assert outcome.output.count("using the one before it") >= 2
+    assert differences(whole, tmp_path / "whole") == []
