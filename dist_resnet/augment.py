@@ -105,7 +105,8 @@ class ChoiceDrawer:
             partner=torch.argsort(draws[:, _PARTNER], stable=True) if config.mixup_alpha else None,
             lam=None
             if self.lam_table is None
-            else self.lam_table[below(draws[0, _LAM], _LAM_QUANTILES)],
+            # Not by indexing, which would read the index on the host: a wait in every step.
+            else torch.take(self.lam_table, below(draws[0, _LAM], _LAM_QUANTILES)),
             keep=dropout_factors(draws[:, _DROPOUT:], self.dropout) if self.dropout else None,
         )
 

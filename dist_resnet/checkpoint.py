@@ -69,7 +69,7 @@ class CheckpointStore:
         path = self.folder / f"step-{name}"
         write_atomically(path, data)
         if best:
-            self._keep_as_best(path, self.folder / f"best-{name}")
+            self._keep_as_best(path, self.folder / f"best-{name}", data)
         for old in self._named("step")[self.keep :]:
             old.unlink(missing_ok=True)
         return path
@@ -121,9 +121,13 @@ class CheckpointStore:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
-    def _keep_as_best(self, path: Path, best: Path) -> None:
-        with contextlib.suppress(FileExistsError):
+    def _keep_as_best(self, path: Path, best: Path, data: bytes) -> None:
+        try:
             os.link(path, best)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without hard links
+            write_atomically(best, data)
         for old in self._named("best"):
             if old != best:
                 old.unlink(missing_ok=True)

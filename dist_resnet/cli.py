@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from dist_resnet.errors import EXIT_PREEMPTED, DistResnetError, Preempted
-from dist_resnet.launcher import environment_rank
+from dist_resnet.errors import EXIT_PREEMPTED, DistResnetError, PeerLost, Preempted
+from dist_resnet.launcher import environment_int
 
-# torchrun ends all ranks as soon as one has left: the others let rank 0 speak first.
+# torchrun ends all ranks as soon as one has left: the others let the node's first speak first.
 _PATIENCE_SECONDS = 10.0
 
 
@@ -19,13 +19,13 @@ def run_command(action: Callable[[], int]) -> NoReturn:
     """Run `action` and exit with its code, or with that of its `DistResnetError`."""
     try:
         code = action()
-    except DistResnetError as error:
+    except (DistResnetError, Preempted) as error:
         _reset_signals()
         code = error.exit_code
-        if environment_rank() == 0:
-            print(f"dist_resnet: {error}", file=sys.stderr)
+        first = environment_int("LOCAL_RANK", 0) == 0
+        if first or isinstance(error, PeerLost):
+            print(f"dist_resnet: {error}", file=sys.stderr, flush=True)
         elif not isinstance(error, Preempted):
-            sys.stderr.flush()
             time.sleep(_PATIENCE_SECONDS)
     except KeyboardInterrupt:
         code = EXIT_PREEMPTED

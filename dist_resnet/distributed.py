@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -13,8 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_resnet.errors import PeerLost, UserError, first_line
+from dist_resnet import signals
+from dist_resnet.errors import PeerLost, Preempted, UserError, first_line
 from dist_resnet.launcher import (
+    PARENT,
     environment_int,
     environment_rank,
     environment_world_size,
@@ -22,6 +25,10 @@ from dist_resnet.launcher import (
 )
 
 T = TypeVar("T")
+
+# Outside of the training steps ranks wait for one that downloads or writes, not for a hang.
+_PATIENCE = datetime.timedelta(hours=1)
+_patient: Any = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ def start(device: str, timeout_seconds: int) -> World:
     place = _choose_device(device, local_rank, local_size)
     if under_torchrun():
         _die_with_parent()
+    global _patient
     if size > 1 and not dist.is_initialized():
         try:
             dist.init_process_group(
@@ -65,6 +73,7 @@ def start(device: str, timeout_seconds: int) -> World:
                 timeout=datetime.timedelta(seconds=timeout_seconds + 10),
                 device_id=place if place.type == "cuda" else None,
             )
+            _patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
         except (dist.DistError, ValueError, RuntimeError) as error:
             line = first_line(error)
             raise UserError(f"rank {rank} of {size} cannot reach the others: {line}") from None
@@ -108,7 +117,7 @@ def together(action: Callable[[], T]) -> T:
     if dist.is_initialized():
         messages: list[str | None] = [None] * world_size()
         with _collective():
-            dist.all_gather_object(messages, message)
+            dist.all_gather_object(messages, message, group=_patient)
         message = next((text for text in messages if text), None)
     if message:
         raise UserError(message)
@@ -122,7 +131,7 @@ def on_main(action: Callable[[], None]) -> None:
     if dist.is_initialized():
         box = [message]
         with _collective():
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, group=_patient)
         message = box[0]
     if message:
         raise UserError(message)
@@ -134,7 +143,7 @@ def from_main(value: T) -> T:
         return value
     box = [value]
     with _collective():
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=_patient)
     return box[0]
 
 
@@ -144,7 +153,7 @@ def from_all(value: T) -> list[T]:
         return [value]
     gathered: list[Any] = [None] * world_size()
     with _collective():
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, group=_patient)
     return gathered
 
 
@@ -159,7 +168,11 @@ def _collective() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's own; NCCL's DistBackendError is one too
-        raise PeerLost(f"lost contact with another rank: {first_line(error)}") from None
+        if signals.received():  # the others have met the same signal, and left before
+            reason = f"stopped by {signals.received_name()}; the last checkpoint counts"
+            raise Preempted(reason) from None
+        line = first_line(error)
+        raise PeerLost(f"rank {environment_rank()}: lost contact with another: {line}") from None
 
 
 def _attempt(action: Callable[[], T]) -> tuple[tuple[T] | None, str | None]:
@@ -177,7 +190,7 @@ def _choose_device(wanted: str, local_rank: int, local_size: int) -> torch.devic
             "parallel.device=cuda: no CUDA device here; use parallel.device=cpu or auto"
         )
     count = torch.cuda.device_count()
-    if local_rank >= count:
+    if local_size > count:
         raise UserError(
             f"{local_size} processes for {count} GPUs on {socket.gethostname()}: start "
             f"--nproc_per_node={count} and set parallel.replicas={local_size} for the same training"
@@ -193,3 +206,5 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     except (AttributeError, OSError):  # not Linux
         return
+    if os.getppid() != PARENT:  # it died while this process was importing
+        raise Preempted("torchrun has gone")

@@ -22,7 +22,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device, threads: int) -> dict[str, str | int]:
-    """Processor, cores and, on a GPU, its name."""
+    """Processor, CPU threads of a rank and, on a GPU, its name."""
     facts: dict[str, str | int] = {"cpu": _cpu_model(), "threads_per_rank": threads}
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-"""How a run can end other than well, and the exit code of each (README, "Exit codes")."""
+"""How a run can end other than well, and the exit code of each (README, "The run folder")."""
 
 EXIT_DONE = 0
 EXIT_USER = 2
@@ -36,8 +36,11 @@ class Diverged(DistResnetError):
     exit_code = EXIT_DIVERGED
 
 
-class Preempted(DistResnetError):
-    """A signal asked the run to stop; its state is saved and the same command continues it."""
+class Preempted(BaseException):
+    """A signal asked the run to stop; its state is saved and the same command continues it.
+
+    No Exception: raised by a signal handler, it must pass every `except Exception` on its way.
+    """
 
     exit_code = EXIT_PREEMPTED
 

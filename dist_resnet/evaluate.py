@@ -41,6 +41,7 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: on all ranks alike.
     """
+    from dist_resnet.augment import Normalisation
     from dist_resnet.config import stored_config
     from dist_resnet.distributed import start, stop
     from dist_resnet.session import open_session
@@ -56,7 +57,11 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str]) -> dict[str, Any]:
             raise UserError(
                 f"{session.dataset.folder}: its classes are not those the model was trained on"
             )
-        result = session.evaluator()(model)
+        if session.image_size != tuple(saved["image_size"]):
+            raise UserError(f"{session.dataset.folder}: its images are not of the model's size")
+        width = session.dataset.width
+        statistics = Normalisation.of(saved["mean"], saved["std"], width, world.device)
+        result = session.evaluator(statistics)(model)
     finally:
         stop()
     figures: dict[str, Any] = {

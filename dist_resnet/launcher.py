@@ -2,6 +2,9 @@
 
 import os
 
+PARENT = os.getppid()
+"""Process that started this one, as seen when this module was first imported."""
+
 
 def environment_int(name: str, default: int) -> int:
     return int(os.environ.get(name, default))
@@ -22,5 +25,14 @@ def under_torchrun() -> bool:
 
 
 def restart_count() -> int:
-    """How often torchrun has restarted the workers of this job on this node."""
+    """How often torchrun has restarted the workers of this job on this node after a failure.
+
+    Restarts because a node joined or left do not count: see `job_id`.
+    """
     return environment_int("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def job_id() -> str:
+    """What torchrun calls this job, the same on all nodes and in all restarts; may be empty."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if name == "none" else name

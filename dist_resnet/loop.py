@@ -92,10 +92,11 @@ class Trainer:
         """
         self.watch.start_window()
         while self.state.step < self.plan.total_steps:
-            watchdog.rearm()
             with self.watch.waiting_for_data():
                 batch = next(self.batches)
             self.train_step(batch)
+            # From the first step's end on: that step may compile for minutes.
+            watchdog.rearm(self.config.parallel.timeout_seconds)
             self._at_border(self.state.step)
 
     def _at_border(self, done: int) -> None:
@@ -128,7 +129,8 @@ class Trainer:
         Reading it waits for a GPU, so there it is read only where the host waits anyway.
         """
         flag = self.state.flat.extras[2]
-        if flag.is_cuda and done % self.config.log.every_steps:
+        waits = done % self.config.log.every_steps == 0 or self.plan.ends_epoch(done, 1)
+        if flag.is_cuda and not waits and not self._saves_at(done):
             return False
         return bool(flag > 0)
 

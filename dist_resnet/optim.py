@@ -9,6 +9,7 @@ from torch.optim.sgd import sgd
 from dist_resnet.flat import FlatModel
 from dist_resnet.schema import OptimConfig
 
+SMALLEST_SCALE = 2.0**-14  # below fp16's own smallest normal number the gradients are infinite
 _SCALE_START = 65536.0  # and
 _SCALE_PATIENCE = 2000  # steps without overflow before it doubles: as torch.amp.GradScaler
 

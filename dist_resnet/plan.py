@@ -26,10 +26,6 @@ class Plan:
     lr_factor: float
     peak_lr: float
 
-    def epoch_of(self, step: int) -> int:
-        """The epoch, from 0, that `step` belongs to."""
-        return step // self.steps_per_epoch
-
     def ends_epoch(self, step: int, every: int) -> bool:
         """Whether `step` steps complete an epoch that is a multiple of `every` (0: never)."""
         return bool(every) and step > 0 and step % (self.steps_per_epoch * every) == 0
@@ -57,7 +53,7 @@ def make_plan(config: Config, train_images: int, world_size: int) -> Plan:
     per_replica = config.data.batch_size_per_replica
     global_batch = replicas * per_replica
     steps = train_images // global_batch
-    if steps == 0:
+    if steps <= 0:
         raise UserError(
             f"data.batch_size_per_replica={per_replica}: {replicas} replicas need {global_batch} "
             f"images for one step, the training set has {train_images}"

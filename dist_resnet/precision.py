@@ -1,5 +1,7 @@
 """The type of the activations: what the hardware has, and what was asked for."""
 
+import os
+
 import torch
 
 from dist_resnet.errors import UserError
@@ -41,6 +43,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def make_deterministic() -> None:
-    """Forbid CUDA kernels whose results vary from call to call (needs CUBLAS_WORKSPACE_CONFIG)."""
+    """Forbid CUDA kernels whose results vary from call to call; before the first CUDA call."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -55,10 +55,12 @@ def open_recording(
         folder.write_text("config.yaml", to_yaml(config))
         folder.write_json("plan.json", plan.as_dict())
         rewind(folder.metrics, step)
+        (folder.path / "summary.json").unlink(missing_ok=True)  # of a shorter run
+        console = Console(plan.total_steps, step)
+        metrics = MetricsFile(folder.metrics, console.message)
     except OSError as error:
         raise UserError(f"{folder.path}: cannot be written: {error.strerror}") from None
     data, resolved = session.dataset, to_dict(config)
-    console = Console(plan.total_steps, step)
     wandb = start_wandb(
         config.wandb,
         folder.path,
@@ -74,7 +76,7 @@ def open_recording(
         resume_position=(saved or {}).get("wandb_position"),
         say=console.message,
     )
-    parts: list[Tracker] = [console, MetricsFile(folder.metrics)]
+    parts: list[Tracker] = [console, metrics]
     tracker = Trackers(parts if wandb is None else [*parts, wandb], console.message)
     header = {
         "config": resolved,

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from dist_resnet.checkpoint import CheckpointStore, read_checkpoint
-from dist_resnet.config import to_dict, trajectory_differences, trajectory_hash
-from dist_resnet.distributed import from_main, on_main, together
-from dist_resnet.errors import UserError
-from dist_resnet.launcher import restart_count
+from dist_resnet.config import flatten, to_dict, trajectory_differences, trajectory_hash
+from dist_resnet.distributed import from_main, on_main
+from dist_resnet.errors import EXIT_DIVERGED, Diverged, UserError
+from dist_resnet.launcher import job_id, restart_count
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
 from dist_resnet.tracking.tracker import say_on_stderr
@@ -25,43 +25,62 @@ def open_folder(config: Config, folder: RunFolder) -> None:
 
     Raises:
         UserError: in use, not writable, or holding a run that was not to be continued.
+        Diverged: torchrun has restarted what diverged, and would compute the same again.
     """
     folder.open()
-    # Workers that torchrun restarts go on with what the first ones have begun.
-    if restart_count() > 0:
-        return
-    if config.run.overwrite:
+    before = folder.status()
+    if folder.is_of_job(job_id()) or restart_count() > 0:
+        # Workers that torchrun restarts go on with what the first ones have begun.
+        if before.get("exit_code") == EXIT_DIVERGED and restart_count() > 0:
+            raise Diverged(str(before.get("reason")))
+    elif config.run.overwrite:
         folder.clear()
     elif config.run.resume == "never" and any(folder.checkpoints.glob("*.pt")):
         raise UserError(
             f"run.resume=never: {folder.path} holds a run already; "
             "choose another run.name, or run.overwrite=true to delete it"
         )
+    folder.set_status("running", before.get("step", 0))
 
 
 def find_checkpoint(config: Config, folder: RunFolder) -> dict[str, Any] | None:
-    """The content of the checkpoint to continue from, read by every rank; None: start anew.
+    """The content of the checkpoint to continue from, as rank 0 reads it; None: start anew.
 
     Raises:
         UserError: on all ranks, where none of the existing ones is valid.
     """
     store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
-    chosen: list[Path] = []
+    found: list[dict[str, Any]] = []
 
     def choose() -> None:
         wanted = config.run.resume
-        if wanted in ("auto", "never") or (restart_count() > 0 and store.newest_path()):
-            found = store.newest(say_on_stderr)
-            if found:
-                chosen.append(found[0])
-            return
-        step = int(read_checkpoint(Path(wanted))["state"]["step"])
-        store.set_aside_after(step)
-        chosen.append(Path(wanted))
+        begun = (folder.is_of_job(job_id()) or restart_count() > 0) and store.newest_path()
+        if wanted in ("auto", "never") or begun:
+            newest = store.newest(say_on_stderr)
+            if newest is not None:
+                found.append(newest[1])
+        else:
+            content = read_checkpoint(Path(wanted))
+            if Path(wanted).resolve().parent != folder.checkpoints.resolve():
+                # Another run's: that one's record on W&B is not this one's to rewind.
+                content |= {"wandb_id": None, "wandb_position": None}
+            found.append(content)
 
     on_main(choose)
-    path = from_main(chosen[0] if chosen else None)
-    return None if path is None else together(lambda: read_checkpoint(path))
+    return from_main(found[0] if found else None)
+
+
+def take_back(config: Config, folder: RunFolder, step: int) -> None:
+    """Set checkpoints of later steps aside and make this job the folder's own. On rank 0 only.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        CheckpointStore(folder.checkpoints, config.checkpoint.keep).set_aside_after(step)
+        folder.set_job(job_id())
+    except OSError as error:
+        raise UserError(f"{folder.path}: cannot be written: {error.strerror}") from None
 
 
 def check_same_run(saved: dict[str, Any], config: Config, fingerprint: str) -> None:
@@ -78,3 +97,16 @@ def check_same_run(saved: dict[str, Any], config: Config, fingerprint: str) -> N
             f"the checkpoint belongs to another run: {'; '.join(differences)}; "
             "set these back, choose another run.name, or run.overwrite=true"
         )
+
+
+def check_same_configuration(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Refuse to train with ranks that were given another configuration than rank 0.
+
+    Raises:
+        UserError: with every differing key; where files lie may differ.
+    """
+    own, main = dict(flatten(ours)), dict(flatten(theirs))
+    places = ("run.dir", "data.root")
+    differing = [key for key in own if own[key] != main[key] and key not in places]
+    if differing:
+        raise UserError(f"the processes were given different values of {', '.join(differing)}")

@@ -4,15 +4,23 @@ from pathlib import Path
 from typing import Any
 
 from dist_resnet import signals, watchdog
+from dist_resnet.config import to_dict
 from dist_resnet.data.stream import Loader, open_loader, training_batches
-from dist_resnet.distributed import World, on_main, start, stop, together
+from dist_resnet.distributed import World, from_main, on_main, start, stop, together
 from dist_resnet.environment import git_commit, hardware, versions
 from dist_resnet.errors import EXIT_DONE, DistResnetError, Preempted, UserError
 from dist_resnet.evaluation import Evaluator
 from dist_resnet.loop import Trainer
 from dist_resnet.plan import Plan, explain, make_plan, rates
 from dist_resnet.recording import Recording, open_recording
-from dist_resnet.resume import check_same_run, find_checkpoint, open_folder, run_name
+from dist_resnet.resume import (
+    check_same_configuration,
+    check_same_run,
+    find_checkpoint,
+    open_folder,
+    run_name,
+    take_back,
+)
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
 from dist_resnet.session import Session, open_session, settle
@@ -50,22 +58,25 @@ def run(config: Config) -> None:
 def _run_in(wanted: Config, world: World, folder: RunFolder) -> None:
     saved = find_checkpoint(wanted, folder)
     config = together(lambda: settle(wanted, world, saved))
+    ours, theirs = to_dict(config), from_main(to_dict(config))
+    together(lambda: check_same_configuration(ours, theirs))
     session = open_session(config, world)
     plan = make_plan(config, len(session.train_indices), world.size)
     if saved is not None:
         check_same_run(saved, config, session.dataset.fingerprint)
-    say = _say if world.is_main else _say_nothing
-    if saved is not None and saved["state"]["step"] >= plan.total_steps and folder.has_summary():
-        say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
+    step = saved["state"]["step"] if saved is not None else 0
+    on_main(lambda: take_back(config, folder, step))
+    if step >= plan.total_steps and from_main(folder.has_summary()):
         if world.is_main:
-            folder.set_status("done", saved["state"]["step"], exit_code=EXIT_DONE)
+            _say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
+            folder.set_status("done", step, exit_code=EXIT_DONE)
         return
     state = build_state(config, len(session.dataset.classes), session.precision, world.device)
     if saved is not None:
         state.load_state_dict(saved["state"])
     if world.is_main:
         for line in _introduction(session, plan, state, folder):
-            say(line)
+            _say(line)
     recording = together(lambda: open_recording(config, session, plan, state.step, folder, saved))
     trainer = _trainer(config, session, plan, state, recording, saved)
     _fit_and_close(trainer, session, folder, recording)
@@ -84,7 +95,7 @@ def _trainer(
 
     def open_loaders() -> tuple[Loader, Evaluator]:
         loader = open_loader(config.data.loader, data.train_path, size, world.device)
-        evaluator = session.evaluator()
+        evaluator = session.evaluator(session.normalisation())
         data.check_not_replaced()
         return loader, evaluator
 
@@ -120,13 +131,17 @@ def _fit_and_close(
 ) -> None:
     state, world = trainer.state, session.world
     signals.defer()
-    watchdog.arm(trainer.config.parallel.timeout_seconds)
     try:
         label = f"rank {world.rank} of {world.size}"
         watchdog.call_as(label, trainer.fit)
     except BaseException as error:
         status, reason = _ending(error)
-        recording.close(getattr(error, "exit_code", 1), status, state.step, reason, {})
+        code = getattr(error, "exit_code", 1)
+        if isinstance(error, Preempted):
+            # All ranks are here. Those that left before rank 0 has closed would end it early.
+            on_main(lambda: recording.close(code, status, state.step, reason, {}))
+        else:
+            recording.close(code, status, state.step, reason, {})
         raise
     finally:
         trainer.batches.close()
@@ -148,7 +163,7 @@ def _fit_and_close(
 
 def _ending(error: BaseException) -> tuple[str, str]:
     """State and reason for status.json."""
-    known = isinstance(error, DistResnetError)
+    known = isinstance(error, DistResnetError | Preempted)
     reason = str(error) if known else f"{type(error).__name__}: {error}"
     return "preempted" if isinstance(error, Preempted) else "failed", reason
 
@@ -194,7 +209,3 @@ def _conclusion(summary: dict[str, Any], session: Session, folder: RunFolder) ->
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def _say_nothing(line: str) -> None:
-    del line

@@ -13,7 +13,8 @@ from typing import Any
 from dist_resnet.errors import UserError
 from dist_resnet.storage import write_atomically
 
-_CONTENTS = ("config.yaml", "plan.json", "metrics.jsonl", "status.json", "summary.json")
+_JOB = ".job"
+_CONTENTS = (_JOB, "config.yaml", "plan.json", "metrics.jsonl", "status.json", "summary.json")
 
 
 class RunFolder:
@@ -37,6 +38,8 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.truncate(self._lock, 0)
             os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            for left in (*self.path.glob(".tmp.*"), *self.path.glob(".metrics.jsonl.rewind-*")):
+                left.unlink(missing_ok=True)
         except BlockingIOError:
             assert self._lock is not None
             owner = os.pread(self._lock, 200, 0).decode(errors="replace")
@@ -49,11 +52,30 @@ class RunFolder:
             ) from None
 
     def clear(self) -> None:
-        """Delete an earlier run's files, and nothing else that may lie in the folder."""
-        for name in _CONTENTS:
-            (self.path / name).unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.path / "wandb"):
-            shutil.rmtree(folder, ignore_errors=True)
+        """Delete an earlier run's files, and nothing else that may lie in the folder.
+
+        Raises:
+            UserError: one of them cannot be deleted.
+        """
+        try:
+            for name in _CONTENTS:
+                (self.path / name).unlink(missing_ok=True)
+            for folder in (self.checkpoints, self.path / "wandb"):
+                if folder.exists():
+                    shutil.rmtree(folder)
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be deleted: {error.strerror}") from None
+
+    def is_of_job(self, job: str) -> bool:
+        """Whether torchrun's job `job` has begun or continued this run already."""
+        try:
+            return job != "" and (self.path / _JOB).read_text() == job
+        except OSError:
+            return False
+
+    def set_job(self, job: str) -> None:
+        """Raises OSError: disk full, read-only."""
+        self.write_text(_JOB, job)
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Raises OSError: disk full, read-only."""
@@ -70,8 +92,10 @@ class RunFolder:
         values: dict[str, Any] = {"state": state, "step": step, "reason": reason}
         if exit_code is not None:  # torchrun itself returns 1 for all of them
             values["exit_code"] = exit_code
+        content = (json.dumps(values, indent=2) + "\n").encode()
         try:
-            self.write_json("status.json", values)
+            # A heartbeat may be lost with the power; how the run ended may not.
+            write_atomically(self.path / "status.json", content, durable=state != "running")
         except OSError as error:
             print(f"status.json cannot be written: {error.strerror}", file=sys.stderr)
 

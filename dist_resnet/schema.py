@@ -134,7 +134,7 @@ class EvalConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_epochs: int = 1
-    """Save after so many epochs, and always at the end; 0: only at the end."""
+    """Save after so many epochs, at the end, and when the evaluation is the best so far; 0: not."""
     every_steps: int = 0
     """Save also after so many steps; 0: not."""
     keep: int = 3
@@ -180,10 +180,11 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
-# Keys that do not alter the weights of any step: they may change when a run is continued.
+# Keys that alter no step's weights but by rounding: they may change when a run is continued.
 FREE_SECTIONS = ("run", "eval", "checkpoint", "log", "wandb")
 FREE_KEYS = frozenset(
     {
+        "parallel.device",
         "data.root",
         "data.loader",
         "parallel.timeout_seconds",

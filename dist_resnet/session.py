@@ -49,14 +49,18 @@ class Session:
         data = self.dataset
         return Normalisation.of(data.mean, data.std, data.width, self.world.device)
 
-    def evaluator(self) -> Evaluator:
-        """Evaluates on the held-out images if there are any, else on the test set."""
+    def evaluator(self, statistics: Normalisation) -> Evaluator:
+        """Evaluates on the held-out images if there are any, else on the test set.
+
+        Args:
+            statistics: of the set that the model was trained on.
+        """
         data, held_out = self.dataset, self.held_out
         path = data.train_path if len(held_out) else data.test_path
         indices = held_out if len(held_out) else np.arange(data.num_test)
         loader = open_loader(self.config.data.loader, path, BATCH_SIZE, self.world.device)
         tta = self.config.eval.flip_tta
-        return Evaluator(loader, indices, self.normalisation(), self.precision, tta, self.world)
+        return Evaluator(loader, indices, statistics, self.precision, tta, self.world)
 
 
 def open_session(config: Config, world: World) -> Session:
@@ -70,6 +74,9 @@ def open_session(config: Config, world: World) -> Session:
     if config.precision.deterministic:
         make_deterministic()
     precision, reason = together(lambda: choose_dtype(config.precision, world.device))
+    if precision == torch.float32:
+        # cuDNN's default for float32 convolutions is TF32, with a mantissa of 10 bits.
+        torch.backends.cudnn.allow_tf32 = False
     dataset = _open_dataset(config)
     held_out = config.data.val_split
     if held_out >= dataset.num_train:

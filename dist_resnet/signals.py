@@ -31,8 +31,9 @@ def defer() -> None:
 
 
 def request() -> None:
-    """Ask this process to stop, as a signal would."""
-    os.kill(os.getpid(), signal.SIGTERM)
+    """Ask this process to stop, as a signal would; once, as a second one would mean "at once"."""
+    if not _received:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def received() -> int:

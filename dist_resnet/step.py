@@ -11,7 +11,7 @@ from dist_resnet.data.stream import Batch
 from dist_resnet.distributed import world_size
 from dist_resnet.loss import mixed_targets, soft_cross_entropy, weighted_correct
 from dist_resnet.models.resnet import ResNet
-from dist_resnet.optim import ema_weight
+from dist_resnet.optim import SMALLEST_SCALE, ema_weight
 from dist_resnet.randomness import step_keys
 from dist_resnet.reduction import build_reduction
 from dist_resnet.schema import Config
@@ -125,6 +125,9 @@ class TrainStep:
             state.ema[:size].lerp_(flat.values, weight)
             state.ema[size:].lerp_(flat.statistics, weight)
         loss, top1, _ = flat.extras.unbind()
-        # fp16 probes for overflow: an infinite gradient is then a skipped step, no divergence.
-        finite = torch.isfinite(loss + norm if overflow is None else loss)
+        # fp16 probes for overflow: an infinite gradient is then a skipped step, no divergence,
+        # unless no scale is small enough.
+        finite = torch.isfinite(loss + norm)
+        if state.loss_scale is not None:
+            finite &= state.loss_scale.scale > SMALLEST_SCALE
         state.totals.add(loss, top1, norm, self.steps[step], ~finite)

@@ -9,29 +9,27 @@ from collections.abc import Callable
 
 _REARM_SECONDS = 0.5  # re-arming starts a thread (about 60 us), too much for every step of a GPU
 
+_armed_at: float | None = None
 _timeout: float = 0.0
-_armed_at: float = 0.0
 
 
-def arm(timeout_seconds: float) -> None:
-    """From now on `rearm` must be called at least every `timeout_seconds`."""
-    global _timeout
-    _timeout = timeout_seconds
-    rearm(now=True)
+def rearm(timeout_seconds: float | None = None) -> None:
+    """Report progress. Once a time limit was given, this must be called again before it is over.
 
-
-def rearm(now: bool = False) -> None:
-    """Report progress."""
-    global _armed_at
-    moment = time.monotonic()
-    if _timeout and (now or moment - _armed_at > _REARM_SECONDS):
-        _armed_at = moment
+    Args:
+        timeout_seconds: None: the one given before, if any.
+    """
+    global _armed_at, _timeout
+    now = time.monotonic()
+    _timeout = _timeout if timeout_seconds is None else timeout_seconds
+    if _timeout and (_armed_at is None or now - _armed_at > _REARM_SECONDS):
+        _armed_at = now
         faulthandler.dump_traceback_later(_timeout, exit=True)
 
 
 def disarm() -> None:
-    global _timeout
-    _timeout = 0.0
+    global _armed_at, _timeout
+    _armed_at, _timeout = None, 0.0
     faulthandler.cancel_dump_traceback_later()
 
 

@@ -30,6 +30,7 @@ from dist_resnet.data.folder import load_folder
 from dist_resnet.data.images import ImageSet
 from dist_resnet.data.sources import CIFAR, load_cifar, load_digits, load_synthetic
 from dist_resnet.errors import UserError
+from dist_resnet.storage import sync_folder
 
 BUILTIN = (*CIFAR, "digits", "synthetic")
 SYNTHETIC = {"num-train": 50_000, "num-test": 10_000, "classes": 10, "size": 32, "seed": 0}
@@ -147,7 +148,7 @@ def _place(
         if not (pixels_agree and np.array_equal(found.labels, split.labels)):
             raise UserError(f"{file} reads back differently from what was written; check the disk")
     describe(built, image_set, name, source_name)
-    _sync(built)
+    sync_folder(built)
     _swap(built, Path(os.path.realpath(folder)))
     return Dataset.load(folder, verify=False)
 
@@ -163,16 +164,7 @@ def _swap(built: Path, place: Path) -> None:
         if place.is_dir():  # a file system without exchange, such as NFS: away for a moment
             os.rename(place, built.with_name("replaced"))
         os.rename(built, place)
-    _sync(place.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Make names on disk durable, which fsync of the files does not."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(place.parent)
 
 
 class _Parser(argparse.ArgumentParser):

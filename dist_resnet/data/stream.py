@@ -41,7 +41,7 @@ def open_loader(kind: str, path: Path, batch_size: int, device: torch.device) ->
     Args:
         kind: `data.loader`.
     """
-    # Imported here: FFCV takes 3 s, which --help and --print-config need not.
+    # Imported here: numba and FFCV take a second, which --help and --print-config need not.
     if kind == "resident":
         from dist_resnet.data.resident_loader import ResidentLoader
 

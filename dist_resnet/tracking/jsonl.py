@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dist_resnet.tracking.tracker import Row
+from dist_resnet.storage import write_atomically
+from dist_resnet.tracking.tracker import Row, Say, say_on_stderr
 
 
 class MetricsFile:
@@ -21,32 +22,48 @@ class MetricsFile:
 
     name = "metrics.jsonl"
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, say: Say = say_on_stderr) -> None:
         self.path = Path(path)
+        self._say = say
+        self._waiting: list[bytes] = []
         _cut_torn_line(self.path)
         self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def log(self, row: Row) -> None:
-        """Append one row. OSError (a full disk, say) goes to the caller and leaves no torn line."""
+        """Append one row, after those that a full disk has kept waiting; the first one is told."""
         line = json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False)
-        data = line.encode() + b"\n"
-        size = os.fstat(self._fd).st_size
-        written = os.write(self._fd, data)
-        if written != len(data):  # the disk filled up inside this line
-            os.ftruncate(self._fd, size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        told = bool(self._waiting)
+        self._waiting.append(line.encode() + b"\n")
+        try:
+            self._write_waiting()
+        except OSError as error:
+            if not told:
+                self._say(
+                    f"{self.path}: {error.strerror}; rows wait in memory for room"
+                )
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            size = os.fstat(self._fd).st_size
+            written = os.write(self._fd, self._waiting[0])
+            if written != len(self._waiting[0]):  # the disk filled up inside this line
+                os.ftruncate(self._fd, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            del self._waiting[0]
 
     def message(self, text: str) -> None:
         """Do nothing: lines for people do not belong among the figures."""
 
     def close(self, exit_code: int, summary: Mapping[str, object]) -> None:
         """Flush to the disk and close; `summary` has a file of its own."""
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        if self._fd < 0:
+            return
+        try:
+            self._write_waiting()
+            os.fsync(self._fd)
+        finally:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def read_rows(path: Path | str) -> list[dict[str, float | int | None]]:
@@ -64,15 +81,7 @@ def rewind(path: Path | str, step: int) -> int:
     if not target.exists():
         return 0
     kept = [line for line, row in _whole_lines(target) if _step_of(row) <= step]
-    temporary = target.with_name(f".{target.name}.rewind-{os.getpid()}")
-    try:
-        with temporary.open("wb") as out:
-            out.writelines(line + b"\n" for line in kept)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(target, b"".join(line + b"\n" for line in kept))
     return len(kept)
 
 

@@ -91,10 +91,13 @@ def test_killed_agent_leaves_no_orphan_and_the_same_command_continues(
 def test_killed_rank_is_restarted_by_torchrun(
     tmp_path: Path, digits: Dataset, undisturbed: Path
 ) -> None:
-    job = launch(command(2, 1, settings(tmp_path, digits, "job")), tmp_path / "log")
+    keys = settings(tmp_path, digits, "job", "run.overwrite=true")
+    job = launch(command(2, 1, keys), tmp_path / "log")
     wait_for_step(tmp_path / "job", 10, job, 60)
     workers(job)[1].send_signal(signal.SIGKILL)
     assert job.wait(100) == 0, (tmp_path / "log").read_text()
+    # What the first workers began is continued, not overwritten once more.
+    assert "continued at step" in (tmp_path / "log").read_text()
     assert differences(undisturbed, tmp_path / "job") == []
 
 
@@ -108,7 +111,7 @@ def test_sigterm_saves_at_a_step_border_and_the_same_command_continues(
     job.wait(30)
     assert time.monotonic() - began < 15
     found = status(tmp_path, "job")
-    assert found["state"] == "preempted"
+    assert (found["state"], found["exit_code"]) == ("preempted", 75)
     saved = CheckpointStore(tmp_path / "job" / "checkpoints", 3).newest(print)
     assert saved is not None
     assert saved[1]["state"]["step"] == found["step"]
@@ -164,7 +167,7 @@ def test_nan_in_one_rank_ends_all_with_the_step_named(
     assert len(lines) == 1, outcome.output
     assert "not finite at step 13" in lines[0]
     assert "step-00000010" in lines[0]
-    assert status(tmp_path, "job")["state"] == "failed"
+    assert (status(tmp_path, "job")["state"], status(tmp_path, "job")["exit_code"]) == ("failed", 3)
     newest = CheckpointStore(tmp_path / "job" / "checkpoints", 3).newest(print)
     assert newest is not None
     assert newest[1]["state"]["step"] == 10
@@ -176,7 +179,7 @@ def test_full_disk_costs_no_older_checkpoint(
 ) -> None:
     ballast = small_disk / "ballast"
     job = launch(command(0, 0, settings(small_disk, digits, "job")), tmp_path / "log")
-    wait_for_step(small_disk / "job", 5, job, 60)
+    wait_for_step(small_disk / "job", 10, job, 60)  # the checkpoint of step 5 is there
     with ballast.open("wb") as file:  # until nothing more fits
         try:
             while True:
@@ -259,7 +262,8 @@ def test_user_errors_are_said_once_by_two_ranks(
     if extra == ["parallel.device=cuda"] and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     outcome = run_job(2, settings(tmp_path, digits, "job", *extra), tmp_path, 60)
-    assert outcome.code == 1
+    assert outcome.code == 1  # torchrun's
+    assert "exitcode  : 2" in outcome.output
     assert_one_line(outcome.output, 2, *texts)
 
 

@@ -101,3 +101,15 @@ def test_damaged_newest_checkpoint_is_told_and_the_one_before_used(
     assert f"continued at step {MIDDLE}" in outcome.output
     assert outcome.output.count("using the one before it") >= 2
     assert differences(whole, tmp_path / "whole") == []
+
+
+def test_a_refused_checkpoint_leaves_the_run_as_it_was(
+    tmp_path: Path, digits: Dataset, whole: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "whole")
+    before = sorted((tmp_path / "whole" / "checkpoints").iterdir())
+    keys = [f"run.resume={middle_of(whole)}", "optim.lr=0.2"]
+    outcome = run_job(0, settings(tmp_path, digits, "whole", *keys), tmp_path)
+    assert outcome.code == 2
+    assert "optim.lr: 0.05 -> 0.2" in outcome.output
+    assert sorted((tmp_path / "whole" / "checkpoints").iterdir()) == before

@@ -18,7 +18,7 @@ import torch
 
 from dist_resnet import storage
 from dist_resnet.checkpoint import CheckpointStore, read_checkpoint
-from dist_resnet.errors import UserError
+from dist_resnet.errors import Preempted, UserError
 from tests.training import batch_of, small_config, train_step
 
 
@@ -344,3 +344,33 @@ def test_a_copy_in_another_folder_under_another_name_is_readable(tmp_path: Path)
     copy = tmp_path / "model.pt"
     shutil.copy(path, copy)
     assert read_checkpoint(copy)["step"] == 3
+
+
+def test_a_signal_while_reading_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = _store(tmp_path)
+    path = store.save(_content(1), 1, best=False)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise Preempted("stopped by SIGTERM before the first step")
+
+    monkeypatch.setattr(torch, "load", interrupted)
+    with pytest.raises(Preempted):
+        store.newest(print)
+    assert path.exists()
+
+
+def test_best_is_kept_on_a_file_system_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    store = _store(tmp_path, keep=1)
+    for step in (1, 2):
+        store.save(_content(step), step, best=step == 1)
+    assert _names(store) == ["best-00000001", "step-00000002"]
+    (best,) = store.folder.glob("best-*")
+    _assert_same(read_checkpoint(best)["weights"], _content(1)["weights"])

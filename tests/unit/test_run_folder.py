@@ -135,7 +135,7 @@ def test_a_full_disk_does_not_end_training(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(storage.os, "fsync", full)
-    folder.set_status("running", 2)
+    folder.set_status("failed", 2)
     assert "No space left" in capsys.readouterr().err
     assert folder.status()["step"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_resnet.metrics import Totals
 from tests.training import (
@@ -194,3 +195,23 @@ def test_bf16_follows_fp32_and_keeps_its_weights_in_float32() -> None:
     assert means[0] == pytest.approx(means[1], rel=0.02)
     assert means[0] != means[1]
     assert all(t.dtype == torch.float32 for t in half.state.flat.model.state_dict().values())
+
+
+class _NoWaits(TorchDispatchMode):
+    """Refuses the operations that a host must wait for on a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = str(func)
+        assert "_local_scalar_dense" not in name, "something like .item()"
+        assert "nonzero" not in name, "something like indexing by a mask"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keys", [(), ("train.ema_decay=0.9", "parallel.reduction=exact")])
+def test_nothing_in_a_step_waits_for_the_device(keys: tuple[str, ...]) -> None:
+    step = train_step(small_config("augment.cutout=4", *keys), replicas=2)
+    step(batch_of(0, 2))
+    with _NoWaits():
+        step(batch_of(1, 2))
+    with pytest.raises(AssertionError, match="item"), _NoWaits():
+        float(step.state.flat.values[0])
