@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -245,6 +246,44 @@ def test_dataset_replaced_or_truncated_after_the_run_began(tmp_path: Path, digit
     prepare(load_synthetic(1437, 360, 10, 32, 1), root / "digits", "synthetic", "digits")
     outcome = run_job(0, base, tmp_path)
     assert_one_line(outcome.output, outcome.code, "another run", "fingerprint")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_wandb_service_killed_or_stopped_changes_nothing(
+    tmp_path: Path, digits: Dataset, undisturbed: Path, number: int
+) -> None:
+    keys = settings(tmp_path, digits, "job", "wandb.mode=offline", "parallel.timeout_seconds=60")
+    job = launch(command(2, 0, keys), tmp_path / "log")
+    try:
+        wait_for_step(tmp_path / "job", 5, job, 60)
+        tree = psutil.Process(job.pid).children(recursive=True)
+        service = [process for process in tree if "wandb-core" in process.name()]
+        assert service, "no service to disturb"
+        for process in service:
+            process.send_signal(number)
+        assert job.wait(90) == 0, (tmp_path / "log").read_text()
+    finally:
+        kill_tree(job)
+    assert differences(undisturbed, tmp_path / "job") == []
+
+
+def test_rendezvous_port_in_use_is_told_within_seconds(tmp_path: Path, digits: Dataset) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        arguments = command(2, 0, settings(tmp_path, digits, "job"))
+        at = arguments.index("--standalone")
+        arguments[at : at + 1] = [
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint=127.0.0.1:{port}",
+            "--rdzv-conf=is_host=1",
+        ]
+        job = launch(arguments, tmp_path / "log")
+        try:
+            assert job.wait(40) == 1
+        finally:
+            kill_tree(job)
+    assert "EADDRINUSE" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "job").exists()
 
 
 @pytest.mark.parametrize(

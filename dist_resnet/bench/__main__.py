@@ -1,0 +1,94 @@
+"""Benchmarks: python -m dist_resnet.bench NAME [options] [key=value ...]
+
+  loader    images/s of our loaders with device augmentation, beside torchvision's and FFCV's own
+  step      one training step in every mode, its share of the machine's limits, where time goes
+  train     end to end, beside the loop everyone writes; one process and two ranks
+  scaling   one rank and two, the all-reduce, and what follows for 8, 64 and 1,024 replicas
+  peers     overhead a step of other frameworks (those that are installed), and their images/s
+
+key=value are those of the trainer (--help of dist_resnet.train lists them), such as data.root=data.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from dist_resnet.cli import run_command
+from dist_resnet.config import load_config
+from dist_resnet.errors import EXIT_DONE, UserError
+from dist_resnet.launcher import under_torchrun
+
+NAMES = {"loader": 7, "step": 7, "train": 6, "scaling": 8, "peers": 7}
+"""Benchmarks, and their default number of rounds."""
+# Quick runs have to fit into a test: a slim net, small batches, the embedded digits.
+_QUICK = ("data.dataset=digits", "model.widths=[4,6,8]", "data.batch_size_per_replica=8")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors as everywhere in this package: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"bench: {message}; see --help")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, measure, show; the exit code."""
+    asked = _parser().parse_intermixed_args(arguments)
+    if asked.name not in NAMES:
+        raise UserError(f"bench: {asked.name!r} is none of {', '.join(NAMES)}")
+    if under_torchrun():
+        raise UserError("bench: start it without torchrun; it starts its own ranks")
+    if asked.rounds is not None and asked.rounds < 1:
+        raise UserError(f"bench: --rounds {asked.rounds}: must be at least 1")
+    pairs = (*(_QUICK if asked.quick else ()), *asked.pairs)
+    config = load_config(pairs)
+
+    from dist_resnet.bench.load import LIMIT, LoadMeter, check_idle
+    from dist_resnet.bench.plot import bar_chart
+    from dist_resnet.bench.report import Settings, gather_facts, write, write_json
+
+    before = check_idle(asked.force, 0.2 if asked.quick else 3.0)
+    rounds = asked.rounds or (2 if asked.quick else NAMES[asked.name])
+    settings = Settings(config, pairs, rounds, asked.quick, asked.full, asked.step_us)
+    facts = gather_facts(config, arguments)
+    meter = LoadMeter()
+    report = importlib.import_module(f"dist_resnet.bench.{asked.name}").run(settings)
+    during = meter.others()
+    report.facts = facts | {"other_load_cores": {"before": before, "during": during}}
+    if during is not None and during > LIMIT:
+        report.notes.append(f"{during:.1f} cores were busy with something else: do not believe it")
+    if asked.quick:
+        report.notes.append("--quick: these figures mean nothing")
+    print(report.tables())
+    if asked.json is not None:
+        write_json(asked.json, report)
+    if asked.plot is not None:
+        write(asked.plot, bar_chart(report))
+    return EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m dist_resnet.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", help=" | ".join(NAMES))
+    parser.add_argument("pairs", nargs="*", metavar="key=value", help="the trainer's keys")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the main table")
+    parser.add_argument("--rounds", type=int, help="how often each candidate takes its turn")
+    parser.add_argument("--quick", action="store_true", help="seconds, for tests; digits")
+    parser.add_argument("--full", action="store_true", help="also what takes long")
+    parser.add_argument("--force", action="store_true", help="on a loaded machine: warn only")
+    parser.add_argument(
+        "--step-us", type=float, metavar="T", help="scaling: predict for a step of T microseconds"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,128 @@
+"""Where a step's time goes: the real step, its parts wrapped in timers; and its operators."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from dist_resnet import step as step_module
+from dist_resnet.data.stream import Batch
+from dist_resnet.step import TrainStep
+
+# Names that `step` calls, and the part they belong to.
+_PARTS = {
+    "augment": "augmentation",
+    "mixed_targets": "loss",
+    "soft_cross_entropy": "loss",
+    "weighted_correct": "loss",
+}
+_GROUPS = {
+    "convolution": ("conv",),
+    "BatchNorm": ("batch_norm",),
+    "ReLU and additions": ("relu", "threshold", "aten::add"),
+    "casts and copies": ("copy_", "_to_copy", "aten::to", "clone", "contiguous"),
+    "crop, flip, normalise, mixup": ("index", "pad", "where", "lerp", "flip", "sub_", "aten::mul"),
+    "optimizer": ("sgd",),
+    "matrix products": ("mm", "linear"),
+}
+
+
+class _Clock:
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._cuda = device.type == "cuda"
+
+    def now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def wrap(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = self.now()
+            result = function(*args, **kwargs)
+            self.seconds[part] = self.seconds.get(part, 0.0) + self.now() - start
+            return result
+
+        return timed
+
+
+@contextmanager
+def _timers(step: TrainStep, clock: _Clock) -> Iterator[None]:
+    """Timers around what `step` calls, taken away afterwards."""
+    with ExitStack() as stack:
+
+        def put(owner: Any, name: str, part: str) -> None:
+            wrapped = clock.wrap(part, getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, wrapped))
+
+        for name, part in _PARTS.items():
+            put(step_module, name, part)
+        put(step, "draw", "random choices")
+        put(step, "forward", "forward")
+        put(step.state.optimizer, "step", "optimizer")
+        put(step.reduction, "add", "reduction")
+        put(step.reduction, "finish", "reduction")
+        original = torch.Tensor.backward
+        backward = clock.wrap("backward", original)
+        stack.enter_context(
+            mock.patch.object(torch.Tensor, "backward", lambda *a, **k: backward(*a, **k))
+        )
+        yield
+
+
+def parts_of_step(step: TrainStep, draw: Callable[[], Batch], steps: int) -> list[dict[str, Any]]:
+    """Milliseconds a step in each part, over `steps` steps, and its share of the whole."""
+    clock = _Clock(step.device)
+    with _timers(step, clock):
+        step(draw())
+        clock.seconds.clear()
+        start = clock.now()
+        for _ in range(steps):
+            before = clock.now()
+            batch = draw()
+            clock.seconds["data"] = clock.seconds.get("data", 0.0) + clock.now() - before
+            step(batch)
+        total = clock.now() - start
+    parts = clock.seconds | {"the rest: host, statistics": total - sum(clock.seconds.values())}
+    rows = [
+        {"name": name, "ms_per_step": 1000 * s / steps, "percent": 100 * s / total}
+        for name, s in sorted(parts.items(), key=lambda item: -item[1])
+    ]
+    return [*rows, {"name": "whole step", "ms_per_step": 1000 * total / steps, "percent": 100.0}]
+
+
+def operators_of_step(
+    step: TrainStep, draw: Callable[[], Batch], steps: int
+) -> list[dict[str, Any]]:
+    """Shares of the operators in a step's time, grouped, and how often each is called."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU]
+    if step.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    step(draw())
+    with profile(activities=activities) as profiler:
+        for _ in range(steps):
+            step(draw())
+    groups: dict[str, list[float]] = {}
+    for event in profiler.key_averages():
+        own = event.self_device_time_total if len(activities) > 1 else event.self_cpu_time_total
+        entry = groups.setdefault(_group(event.key), [0.0, 0.0])
+        entry[0] += own
+        entry[1] += event.count if own else 0
+    total = sum(entry[0] for entry in groups.values()) or 1.0
+    return [
+        {"name": name, "percent": 100 * own / total, "calls_per_step": calls / steps}
+        for name, (own, calls) in sorted(groups.items(), key=lambda item: -item[1][0])
+    ]
+
+
+def _group(operator: str) -> str:
+    return next(
+        (name for name, parts in _GROUPS.items() if any(part in operator for part in parts)),
+        "other",
+    )

@@ -1,0 +1,142 @@
+"""The loop everyone writes, to be measured against: nothing of it is used in training.
+
+torch's DataLoader, autocast, SGD and DistributedDataParallel, `.item()` in every step; the model's
+layers and the recipe (mixup, dropout, weight decay) are ours, so that the same work is compared.
+Here DDP itself is the subject, so this module imports torch.nn.parallel, which no other does.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
+
+from dist_resnet.bench.gate import Finished, Gate, in_turns
+from dist_resnet.bench.torchvision_loader import ArrayDataset, torch_loader
+from dist_resnet.distributed import World
+from dist_resnet.models.resnet import build_model
+from dist_resnet.schema import Config
+from dist_resnet.session import open_session
+
+
+class ReferenceLoop:
+    """Model, criterion, optimizer, and one step on a batch of normalised images.
+
+    Args:
+        precision: float32, or what autocast computes in.
+        channels_last: memory layout of model and images.
+        mixed_up: whether to mix images up as the recipe says; tests compare without.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        classes: int,
+        world: World,
+        precision: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        mixed_up: bool = True,
+    ) -> None:
+        self.device = world.device
+        self.precision = precision
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.alpha = config.augment.mixup_alpha if mixed_up else 0.0
+        self.model: nn.Module = as_torch_makes_it(config, classes)
+        self.model.to(self.device).to(memory_format=self.layout)
+        if world.size > 1:
+            self.model = DistributedDataParallel(self.model)
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
+        optim = config.optim
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=optim.lr,
+            momentum=optim.momentum,
+            weight_decay=optim.weight_decay,
+            nesterov=optim.nesterov,
+        )
+        self.random = np.random.default_rng(config.seed)
+        self.running_loss, self.correct, self.seen = 0.0, 0, 0
+
+    def step(self, images: Tensor, labels: Tensor) -> float:
+        """Train on one batch; its loss."""
+        images = images.to(self.device, memory_format=self.layout, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        lam, others = 1.0, labels
+        if self.alpha:
+            lam = float(self.random.beta(self.alpha, self.alpha))
+            order = torch.randperm(len(labels), device=self.device)
+            images = lam * images + (1 - lam) * images[order]
+            others = labels[order]
+        self.optimizer.zero_grad()
+        with torch.autocast(
+            self.device.type, self.precision, enabled=self.precision != torch.float32
+        ):
+            logits = self.model(images)
+            loss = self.criterion(logits, labels)
+            if self.alpha:
+                loss = lam * loss + (1 - lam) * self.criterion(logits, others)
+        loss.backward()
+        self.optimizer.step()
+        value = loss.item()
+        self.running_loss += value
+        self.correct += int(logits.argmax(dim=1).eq(labels).sum().item())
+        self.seen += len(labels)
+        return value
+
+
+def as_torch_makes_it(config: Config, classes: int) -> nn.Module:
+    """The configured model with nn.BatchNorm2d's counter of batches and nn.Dropout."""
+    model = build_model(config.model, classes, config.seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked = torch.tensor(0)
+    if config.model.dropout:
+        model.add_module("head", nn.Sequential(nn.Dropout(config.model.dropout), model.head))
+    return model
+
+
+def train(config: Config, world: World, gate: Gate, steps: int, workers: int, tuned: bool) -> None:
+    """Train on the prepared data set, `steps` steps a turn.
+
+    Args:
+        workers: of the DataLoader.
+        tuned: give it our precision and channels-last; else float32 and NCHW.
+
+    Raises:
+        Finished: the gate has closed.
+    """
+    session = open_session(config, world)
+    precision = session.precision if tuned else torch.float32
+    loop = ReferenceLoop(config, len(session.dataset.classes), world, precision, tuned)
+    augment = config.augment
+    data = ArrayDataset(session.dataset, augment.crop_padding, augment.flip)
+    sampler: Any = DistributedSampler(data) if world.size > 1 else None
+    loader = torch_loader(
+        data,
+        config.data.batch_size_per_replica,
+        workers,
+        sampler,
+        pin_memory=world.device.type == "cuda",
+    )
+    loop.model.train()
+    for images, labels in in_turns(_endless(loader, sampler), steps, gate):
+        loop.step(images, labels)
+    raise Finished
+
+
+def _endless(loader: Any, sampler: Any) -> Callable[[], tuple[Tensor, Tensor]]:
+    """The next batch, epoch after epoch."""
+
+    def epochs() -> Iterator[tuple[Tensor, Tensor]]:
+        epoch = 0
+        while True:
+            if sampler is not None:
+                sampler.set_epoch(epoch)
+            yield from loader
+            epoch += 1
+
+    batches = epochs()
+    return lambda: next(batches)

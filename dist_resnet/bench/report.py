@@ -1,0 +1,148 @@
+"""What a benchmark found: tables on the terminal, JSON, and facts about how it was measured."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dist_resnet.errors import UserError
+from dist_resnet.schema import Config
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asks for."""
+
+    config: Config
+    pairs: tuple[str, ...]
+    """The key=value pairs it was made of, for worker processes."""
+    rounds: int
+    quick: bool = False
+    """Seconds instead of minutes: for tests, its figures mean nothing."""
+    full: bool = False
+    """Also what takes long."""
+    step_microseconds: float | None = None
+    """scaling: predict for this step time instead of the one measured."""
+
+
+@dataclass
+class Report:
+    """One benchmark's result; its JSON has exactly these keys."""
+
+    kind: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Figures, each with its "table"; a row that could not be measured has a "failure"."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know to read the rows."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    plot: tuple[str, str] = ("", "images_per_second")
+    """Table and key that the plot shows."""
+
+    def add(self, table: str, *rows: dict[str, Any]) -> None:
+        self.rows += [{"table": table, **row} for row in rows]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the JSON file."""
+        return {
+            "kind": f"bench/{self.kind}",
+            "schema": SCHEMA,
+            "facts": self.facts,
+            "settings": self.settings,
+            "rows": self.rows,
+            "notes": self.notes,
+        }
+
+    def tables(self) -> str:
+        """All rows for the terminal, each table under its name, then the notes."""
+        names = list(dict.fromkeys(row["table"] for row in self.rows))
+        blocks = [
+            f"{name}\n{render([row for row in self.rows if row['table'] == name])}"
+            for name in names
+        ]
+        return "\n\n".join([*blocks, "\n".join(f"- {note}" for note in self.notes)]).rstrip()
+
+
+def gather_facts(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
+    """Versions, hardware, commit and command; no path, no date, no name of a machine or user."""
+    import torch
+
+    from dist_resnet.environment import git_commit, hardware, versions
+    from dist_resnet.session import choose_threads
+
+    wants_cpu = config.parallel.device == "cpu" or not torch.cuda.is_available()
+    device = torch.device("cpu" if wants_cpu else "cuda")
+    return {
+        "command": " ".join(["python -m dist_resnet.bench", *map(_without_path, arguments)]),
+        "commit": git_commit(),
+        "versions": versions(),
+        "hardware": {
+            **hardware(device, choose_threads(config, 1)),
+            "cores": len(os.sched_getaffinity(0)),
+        },
+    }
+
+
+def _without_path(argument: str) -> str:
+    """Keys keep their values, but a path only its last part."""
+    key, sign, value = argument.rpartition("=")
+    return f"{key}{sign}{Path(value).name}" if "/" in value else argument
+
+
+def write(path: Path, text: str) -> None:
+    """Write `text`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def write_json(path: Path, report: Report) -> None:
+    write(path, json.dumps(report.as_dict(), indent=2) + "\n")
+
+
+def render(rows: Sequence[dict[str, Any]]) -> str:
+    """A table with a column for each key, quartiles beside what they belong to."""
+    keys = [
+        key
+        for key in dict.fromkeys(key for row in rows for key in row)
+        if key != "table" and not key.endswith("_quartiles")
+    ]
+    cells = [[key.replace("_", " ") for key in keys]]
+    cells += [[_cell(row, key) for key in keys] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(keys))]
+    numeric = [all(isinstance(row.get(key, 0), int | float | None) for row in rows) for key in keys]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _cell(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    if value is None:
+        return ""
+    text = number(value) if isinstance(value, float) else str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        text = f"{value:,}"
+    around = row.get(f"{key}_quartiles")
+    return f"{text} [{number(around[0])}, {number(around[1])}]" if around else text
+
+
+def number(value: float) -> str:
+    """Four significant digits, with thousands separated, never an exponent for what is readable."""
+    if value == 0 or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"

@@ -1,0 +1,197 @@
+"""One training step in every mode, as a share of the machine's limits, and where its time goes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from dist_resnet.bench.measure import (
+    Candidate,
+    Timing,
+    measure,
+    one_line,
+    speed_row,
+)
+from dist_resnet.bench.report import Report, Settings
+
+STEPS = 20  # a turn
+BANDS = (("bf16", True), ("bf16", False), ("fp32", True), ("fp32", False))
+
+
+def run(settings: Settings) -> Report:
+    """Measure the modes, the ceilings and the parts."""
+    report = Report("step", plot=("modes", "images_per_second"))
+    steps = 2 if settings.quick else STEPS
+    batch = settings.config.data.batch_size_per_replica
+    candidates: list[Candidate] = []
+    failed: list[Timing] = []
+    limits: dict[str, dict[str, Any]] = {}
+    for mode, dtype, channels_last in _modes(settings):
+        layout = "channels-last" if channels_last else "NCHW"
+        name = f"{mode}, {dtype}, {layout}"
+        try:
+            made = _Made(settings, mode, dtype, channels_last)
+            if mode == "eager":
+                limits[name] = made.limits(0.05 if settings.quick else 1.0)
+            made.run(2)
+        except Exception as error:  # a mode may be missing here; its row says why
+            failed.append(Timing(name, 1, failure=one_line(error)))
+        else:
+            candidates.append(Candidate(name, steps * batch, made.bind(steps)))
+    timings = measure(candidates, settings.rounds)
+    reference = next(iter(timings.values()), None)
+    for timing in [*timings.values(), *failed]:
+        row = speed_row(timing, reference)
+        row |= _shares(timing, limits.get(timing.name.replace("compile", "eager")), batch)
+        report.add("modes", row)
+    report.add("limits", *({"name": name, **facts} for name, facts in limits.items()))
+    report.settings = {
+        "batch_size_per_replica": batch,
+        "steps_per_turn": steps,
+        "rounds": settings.rounds,
+        "model": settings.config.model.name,
+    }
+    _add_parts(report, settings)
+    report.notes += _NOTES
+    return report
+
+
+_NOTES = [
+    "every step is the trainer's own, with augmentation and mixup, fed with uint8 batches kept in"
+    " memory; one replica, one process",
+    "percent of limit: the longer of FLOPs / matrix-product rate and bytes / bandwidth, both rates"
+    " measured here, over the time of the step. Bytes are those of a step without fusion, so a"
+    " compiled step may pass 100",
+    "percent of convolutions alone: time of the model's convolutions, forward and backward, and"
+    " nothing else, over the time of the step",
+    "bandwidth: adding buffers as large as the activations that a step keeps (where these fit into"
+    " a cache, it is the cache's)",
+    "step by parts: with timers around them (on a GPU each waits, so the sum exceeds a free step);"
+    " operators: self time, from torch.profiler",
+]
+
+
+def _modes(settings: Settings) -> list[tuple[str, str, bool]]:
+    """(step_mode, dtype, channels_last); compiling takes a minute or more: all with --full."""
+    import torch
+
+    modes = [("eager", *band) for band in BANDS]
+    compiled = BANDS if settings.full else BANDS[:1]
+    if not settings.quick:
+        modes += [("compile", *band) for band in compiled]
+    if settings.config.parallel.device != "cpu" and torch.cuda.is_available():
+        modes += [("eager", "fp16", True), ("graph", "bf16", True), ("graph", "fp16", True)]
+    return modes
+
+
+class _Made:
+    """A trainer's step in one mode, with a few batches in memory."""
+
+    def __init__(self, settings: Settings, mode: str, dtype: str, channels_last: bool) -> None:
+        from dist_resnet.bench.our_loop import make_step, quiet
+        from dist_resnet.config import load_config
+        from dist_resnet.distributed import start
+        from dist_resnet.plan import make_plan
+        from dist_resnet.session import open_session
+        from dist_resnet.step import TrainStep
+
+        layout = str(channels_last).lower()
+        pairs = (f"train.step_mode={mode}", f"precision.dtype={dtype}", "parallel.replicas=1")
+        config = quiet(load_config([*settings.pairs, *pairs, f"precision.channels_last={layout}"]))
+        world = start(config.parallel.device, config.parallel.timeout_seconds)
+        self.session = open_session(config, world)
+        plan = make_plan(config, len(self.session.train_indices), 1)
+        self.step = make_step(config, self.session, plan, TrainStep)
+        self.batches = _keep(self.session, plan)
+        self.position = 0
+
+    def draw(self) -> Any:
+        self.position += 1
+        return self.batches[self.position % len(self.batches)]
+
+    def run(self, steps: int) -> None:
+        """So many steps, and wait for the device."""
+        import torch
+
+        for _ in range(steps):
+            self.step(self.draw())
+        if self.step.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def bind(self, steps: int) -> Callable[[], None]:
+        return lambda: self.run(steps)
+
+    def limits(self, seconds: float) -> dict[str, Any]:
+        """What a step computes and moves, and how fast this machine could."""
+        import torch
+
+        from dist_resnet.augment import augment
+        from dist_resnet.bench.roofline import count_work, measure_ceilings
+
+        step, batch = self.step, self.draw()
+        model, dtype = step.state.flat.model, step.precision
+        choices = step.draw(step.keys[0], batch.samples)
+        images = augment(batch.images, choices, step.config.augment, step.statistics)
+        if not step.config.precision.channels_last:
+            images = images.contiguous()
+
+        def forward_and_backward() -> None:
+            loss, _ = step._forward(batch.images, batch.labels, choices)
+            loss.backward()
+
+        work = count_work(forward_and_backward, model)
+        found = measure_ceilings(model, images, dtype, work, seconds)
+        assert torch.is_grad_enabled()
+        return {
+            "mflop_per_image": work.flops / len(images) / 1e6,
+            "mb_per_image": work.bytes_moved / len(images) / 1e6,
+            "matmul_gflops": found.matmul_flops / 1e9,
+            "conv_gflops": found.conv_flops / 1e9,
+            "gb_per_second": found.bytes_per_second / 1e9,
+            "compute_ms": 1e3 * work.flops / found.matmul_flops,
+            "memory_ms": 1e3 * work.bytes_moved / found.bytes_per_second,
+            "convolutions_ms": 1e3 * found.model_convs_seconds,
+        }
+
+
+def _keep(session: Any, plan: Any, count: int = 8) -> list[Any]:
+    """A few batches, copied out of the loader's buffers."""
+    from dist_resnet.bench.our_loop import open_batches
+
+    stream = open_batches(session, plan)
+    kept = []
+    for _ in range(count):
+        batch = next(stream)
+        kept.append(replace(batch, images=batch.images.clone(), labels=batch.labels.clone()))
+    stream.close()
+    return kept
+
+
+def _shares(timing: Timing, limit: dict[str, Any] | None, batch: int) -> dict[str, float]:
+    speed = timing.images_per_second
+    if speed is None or limit is None:
+        return {}
+    step_ms = 1000 * batch / speed
+    bound = max(limit["compute_ms"], limit["memory_ms"])
+    return {
+        "ms_per_step": step_ms,
+        "percent_of_limit": 100 * bound / step_ms,
+        "percent_of_convolutions_alone": 100 * limit["convolutions_ms"] / step_ms,
+    }
+
+
+def _add_parts(report: Report, settings: Settings) -> None:
+    """Of the configured precision and layout, with the real loader, eager."""
+    from dist_resnet.bench.our_loop import open_batches
+    from dist_resnet.bench.parts import operators_of_step, parts_of_step
+    from dist_resnet.plan import make_plan
+
+    config = settings.config
+    made = _Made(settings, "eager", config.precision.dtype, config.precision.channels_last)
+    plan = make_plan(made.session.config, len(made.session.train_indices), 1)
+    stream = open_batches(made.session, plan)
+    steps = 3 if settings.quick else 50
+    try:
+        report.add("step by parts", *parts_of_step(made.step, lambda: next(stream), steps))
+        report.add("operators", *operators_of_step(made.step, lambda: next(stream), steps // 2 + 1))
+    finally:
+        stream.close()

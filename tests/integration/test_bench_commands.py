@@ -1,0 +1,132 @@
+"""Every benchmark, as a user types it, on the embedded digits."""
+
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_resnet.bench.jobs import Job, JobFailed, Worker
+from dist_resnet.data.dataset import Dataset
+from tests.jobs import ROOT
+
+PAIRS = ("data.dataset=digits", "model.widths=[4,6,8]", "data.batch_size_per_replica=8")
+
+
+def bench(name: str, data: Dataset, place: Path) -> tuple[dict[str, Any], str]:
+    """Its JSON and its terminal."""
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "dist_resnet.bench", name, "--quick", "--force",
+            "--json", str(place / "a.json"), "--plot", str(place / "a.svg"),
+            f"data.root={data.folder.parent}",
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=500, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    found = json.loads((place / "a.json").read_text())
+    assert found["kind"] == f"bench/{name}"
+    facts = found["facts"]
+    assert facts["command"].startswith(f"python -m dist_resnet.bench {name} --quick")
+    assert str(place) not in json.dumps(found)
+    assert {"versions", "hardware", "commit", "other_load_cores"} <= facts.keys()
+    assert ET.parse(place / "a.svg").getroot().tag.endswith("svg")
+    return found, result.stdout
+
+
+def rows(found: dict[str, Any], table: str) -> list[dict[str, Any]]:
+    chosen = [row for row in found["rows"] if row["table"] == table]
+    assert chosen, f"no table {table}"
+    return chosen
+
+
+def failures(found: dict[str, Any]) -> list[str]:
+    """All but those of packages that need not be there."""
+    said = [f"{row['name']}: {row['failure']}" for row in found["rows"] if "failure" in row]
+    return [text for text in said if not re.search(r"not installed|No module named", text)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_loader(digits: Dataset, tmp_path: Path) -> None:
+    found, text = bench("loader", digits, tmp_path)
+    assert failures(found) == []
+    assert len(rows(found, "images per second")) == 7
+    assert all(row["ratio"] > 0 for row in rows(found, "ratios"))
+    assert "torchvision, 2 workers" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_step(digits: Dataset, tmp_path: Path) -> None:
+    found, _ = bench("step", digits, tmp_path)
+    assert failures(found) == []
+    assert all(row["percent_of_limit"] > 0 for row in rows(found, "modes"))
+    parts = rows(found, "step by parts")
+    assert sum(row["percent"] for row in parts) == pytest.approx(200)  # the parts, and the whole
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_train(digits: Dataset, tmp_path: Path) -> None:
+    found, _ = bench("train", digits, tmp_path)
+    assert failures(found) == []
+    speeds = rows(found, "end to end")
+    assert {row["ranks"] for row in speeds} == {1, 2}
+    assert len(rows(found, "ratios")) == 4
+    assert len(rows(found, "share of loader, augmentation, logging and W&B")) == 2
+    assert all("DDP" not in row["ratio_to"] for row in speeds)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_scaling(digits: Dataset, tmp_path: Path) -> None:
+    found, _ = bench("scaling", digits, tmp_path)
+    assert failures(found) == []
+    assert len(rows(found, "measured")) == 3
+    for row in rows(found, "predicted"):
+        assert row["images_per_second"] > 0
+        assert 0 < row["efficiency"] <= 1
+    many = [row for row in rows(found, "predicted") if row["name"] == "1,024 replicas"]
+    assert all("no recipe" in row["warning"] for row in many)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_peers(digits: Dataset, tmp_path: Path) -> None:
+    found, _ = bench("peers", digits, tmp_path)
+    assert failures(found) == []
+    overhead = {(row["name"], row["ranks"]) for row in rows(found, "overhead, tiny model")}
+    assert {("ours", 1), ("ours", 2), ("bare loop", 1), ("bare loop", 2)} <= overhead
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_worker_that_fails_says_why(ranks: int, digits: Dataset) -> None:
+    pairs = (*PAIRS, f"data.root={digits.folder.parent}")
+    options = {"framework": "Nothing", "steps": 1, "tiny": True}
+    worker = Worker(Job("bad", "peer", ranks, pairs, options))
+    try:
+        with pytest.raises(JobFailed, match="Nothing"):
+            worker.wait_until_ready()
+    finally:
+        worker.close()
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_told_from_one_that_is_slow() -> None:
+    options = {"framework": "bare loop", "steps": 1, "tiny": True}
+    worker = Worker(Job("bare loop", "peer", 1, PAIRS, options))
+    try:
+        worker.wait_until_ready()
+        worker.run()
+        worker._process.kill()
+        with pytest.raises(JobFailed, match="died without a word"):
+            worker.run()
+    finally:
+        worker.close()
