@@ -35,11 +35,14 @@ def open_folder(config: Config, folder: RunFolder) -> None:
             raise Diverged(str(before.get("reason")))
     elif config.run.overwrite:
         folder.clear()
+        before = {}
     elif config.run.resume == "never" and any(folder.checkpoints.glob("*.pt")):
-        raise UserError(
+        reason = (
             f"run.resume=never: {folder.path} holds a run already; "
             "choose another run.name, or run.overwrite=true to delete it"
         )
+        folder.set_status("failed", before.get("step", 0), reason, UserError.exit_code)
+        raise UserError(reason)
     folder.set_status("running", before.get("step", 0))
 
 
@@ -103,10 +106,13 @@ def check_same_configuration(ours: dict[str, Any], theirs: dict[str, Any]) -> No
     """Refuse to train with ranks that were given another configuration than rank 0.
 
     Raises:
-        UserError: with every differing key; where files lie may differ.
+        UserError: with every differing key; where files lie, and how rank 0 opens them, may differ.
     """
     own, main = dict(flatten(ours)), dict(flatten(theirs))
-    places = ("run.dir", "data.root")
-    differing = [key for key in own if own[key] != main[key] and key not in places]
+    differing = [
+        key
+        for key in own
+        if own[key] != main[key] and key != "data.root" and not key.startswith("run.")
+    ]
     if differing:
         raise UserError(f"the processes were given different values of {', '.join(differing)}")

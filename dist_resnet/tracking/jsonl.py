@@ -38,9 +38,7 @@ class MetricsFile:
             self._write_waiting()
         except OSError as error:
             if not told:
-                self._say(
-                    f"{self.path}: {error.strerror}; rows wait in memory for room"
-                )
+                self._say(f"{self.path}: {error.strerror}; rows wait in memory for room")
 
     def _write_waiting(self) -> None:
         while self._waiting:
