@@ -1,0 +1,48 @@
+"""Examine this machine: python -m dist_resnet.doctor [FILE.yaml ...] [key=value ...]
+
+The configuration says which dataset, folder and device. Under torchrun, or with DOCTOR=1 before any
+launcher, the processes examine their network, clocks, versions and data together too. Exit code 2
+if anything failed.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from dist_resnet.cli import run_command
+from dist_resnet.config import load_config
+from dist_resnet.distributed import from_all, start, stop
+from dist_resnet.doctor import Finding, show
+from dist_resnet.doctor.network import network_findings
+from dist_resnet.doctor.node import node_findings
+from dist_resnet.errors import EXIT_DONE, EXIT_USER
+from dist_resnet.launcher import environment_int, environment_world_size
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Examine and print; the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return EXIT_DONE
+    config = load_config(arguments)
+    several = environment_int("GROUP_WORLD_SIZE", 1) > 1
+    good = True
+    if environment_int("LOCAL_RANK", 0) == 0:
+        local_size = environment_int("LOCAL_WORLD_SIZE", 1)
+        good = show(node_findings(config, local_size), several)
+    if environment_world_size() == 1:
+        how = "DOCTOR=1 launch/single_node.sh or multi_node.sh examines several together"
+        show([Finding("ok", "processes", "one", how)], several)
+        return EXIT_DONE if good else EXIT_USER
+    world = start(config.parallel.device, config.parallel.timeout_seconds)
+    try:
+        findings = network_findings(config, world)
+        if world.is_main:
+            good &= show(findings, several)
+        # The others wait: torchrun would end rank 0 in the middle of its lines.
+        return EXIT_DONE if all(from_all(good)) else EXIT_USER
+    finally:
+        stop()
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,208 @@
+"""What can be examined on one machine alone."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dist_resnet.data.dataset import Dataset
+from dist_resnet.data.prepare import prepare
+from dist_resnet.data.sources import load_synthetic
+from dist_resnet.data.stream import open_loader
+from dist_resnet.distributed import backends
+from dist_resnet.doctor import Examination, Finding, examine
+from dist_resnet.environment import versions
+from dist_resnet.launcher import under_torchrun
+from dist_resnet.precision import choose_dtype
+from dist_resnet.schema import Config
+from dist_resnet.session import choose_threads
+from dist_resnet.tracking.reach import wanted_mode
+
+MIB = 1 << 20
+_TORCH = (2, 14)
+_BUILTIN = ("cifar10", "cifar100", "digits")
+_PREPARE = "python -m dist_resnet.data.prepare"
+
+
+def node_findings(config: Config, local_size: int) -> Iterator[Finding]:
+    """Examine this machine for `local_size` processes."""
+    examinations: dict[str, Examination] = {
+        "torch": _torch,
+        "device": lambda: _device(config, local_size),
+        "precision": lambda: _precision(config),
+        "collectives": _collectives,
+        "ffcv": _ffcv,
+        "dataset": lambda: _dataset(config),
+        "wandb": lambda: _wandb(config),
+        "disk": lambda: _disk(Path(config.run.dir)),
+        "shared memory": lambda: _shared_memory(config, local_size),
+        "threads": lambda: _threads(config, local_size),
+    }
+    for subject, action in examinations.items():
+        yield examine(subject, action)
+
+
+def _torch() -> Finding:
+    found = versions()
+    text = f"{torch.__version__}, Python {found['python']}"
+    numbers = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if numbers < _TORCH:
+        wanted = ".".join(map(str, _TORCH))
+        return Finding("FAIL", "torch", text, f"needs {wanted} or newer: run `make setup`")
+    return Finding("ok", "torch", text)
+
+
+def _device(config: Config, local_size: int) -> Finding:
+    count = torch.cuda.device_count() if config.parallel.device != "cpu" else 0
+    if count == 0:
+        if config.parallel.device == "cuda":
+            remedy = "use parallel.device=cpu, or see why `nvidia-smi` shows none"
+            return Finding("FAIL", "device", "parallel.device=cuda, but no CUDA device", remedy)
+        if config.parallel.device == "auto" and Path("/dev/nvidiactl").exists():
+            remedy = "is the driver newer than that? compare `nvidia-smi`; or parallel.device=cpu"
+            text = f"a GPU driver, but no CUDA device for torch (CUDA {torch.version.cuda})"
+            return Finding("FAIL", "device", text, remedy)
+        return Finding("ok", "device", f"CPU, {os.cpu_count()} cores")
+    if local_size > count:
+        remedy = f"start {count} and set parallel.replicas={local_size} for the same training"
+        return Finding("FAIL", "device", f"{local_size} processes for {count} GPUs", remedy)
+    for number in range(count):
+        probe = torch.ones(64, 64, device=torch.device("cuda", number))
+        if (probe @ probe).sum().item() != 64**3:
+            return Finding("FAIL", "device", f"GPU {number} computes wrongly", "replace it")
+    names = {torch.cuda.get_device_name(number) for number in range(count)}
+    text = f"{count} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}"
+    return Finding("ok", "device", text)
+
+
+def _precision(config: Config) -> Finding:
+    use_gpu = torch.cuda.is_available() and config.parallel.device != "cpu"
+    dtype, reason = choose_dtype(config.precision, torch.device("cuda" if use_gpu else "cpu"))
+    del dtype
+    return Finding("ok", "precision", reason)
+
+
+def _collectives() -> Finding:
+    found = backends()
+    needed = "nccl" if torch.cuda.is_available() else "gloo"
+    text = f"torch was built with {' and '.join(found) or 'none'}"
+    if needed not in found:
+        return Finding("FAIL", "collectives", text, f"install a torch that has {needed}")
+    if under_torchrun() and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        remedy = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as launch/run.sh does"
+        return Finding("note", "collectives", f"{text}; torchrun cannot restart ranks", remedy)
+    return Finding("ok", "collectives", text)
+
+
+def _ffcv() -> Finding:
+    """Write a small data set and read it back through FFCV."""
+    images = load_synthetic(48, 16, classes=4, size=16, seed=1)
+    quiet = contextlib.redirect_stderr(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, quiet:
+        dataset = prepare(images, Path(folder) / "probe", "synthetic", "probe")
+        loader = open_loader("ffcv", dataset.train_path, 16, torch.device("cpu"))
+        wanted = np.arange(32)[::-1].copy()
+        # A batch may be overwritten by the next one.
+        read = [(x.numpy().copy(), y.numpy().copy()) for x, y in loader.batches(wanted)]
+    pixels = np.concatenate([batch for batch, _ in read])
+    labels = np.concatenate([batch for _, batch in read])
+    right = np.array_equal(pixels, images.train.images[wanted]) and np.array_equal(
+        labels.reshape(-1), images.train.labels[wanted]
+    )
+    text = f"{versions().get('ffcv', '?')}, 32 images written and read back"
+    if not right:
+        return Finding("FAIL", "ffcv", f"{text}: not the same", "run `make setup` again")
+    return Finding("ok", "ffcv", text)
+
+
+def _dataset(config: Config) -> Finding:
+    name, folder = config.data.dataset, Path(config.data.root) / config.data.dataset
+    if not Dataset.exists(folder):
+        command = f"{_PREPARE} {name} --output {config.data.root}"
+        if name in _BUILTIN:
+            text = f"{folder} is not there yet; the first training prepares it"
+            return Finding("note", "dataset", text, f"or do it now: {command}")
+        text = f"{folder} is not there"
+        return Finding("FAIL", "dataset", text, f"prepare it: {_PREPARE} --help; or set data.root")
+    data = Dataset.load(folder, verify=True)
+    text = f"{folder}: {data.num_train:,} + {data.num_test:,} images, checksums right"
+    return Finding("ok", "dataset", f"{text}, fingerprint {data.fingerprint[:12]}")
+
+
+def _wandb(config: Config) -> Finding:
+    mode = wanted_mode(config.wandb.mode)
+    if mode in ("disabled", "offline"):
+        return Finding("ok", "wandb", f"{mode}, as asked")
+    if importlib.util.find_spec("wandb") is None:
+        remedy = "run `make setup`, or set wandb.mode=disabled"
+        return Finding("FAIL", "wandb", "not installed", remedy)
+    from dist_resnet.tracking.reach import why_unreachable
+    from dist_resnet.tracking.wandb_session import _why_no_credentials
+
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    why = _why_no_credentials(server) or why_unreachable(server)
+    if why is None:
+        return Finding("ok", "wandb", f"{versions().get('wandb', '?')}, online at {server}")
+    remedy = "for online records: wandb login, or set WANDB_API_KEY; else wandb.mode=offline"
+    return Finding("FAIL" if mode == "online" else "note", "wandb", f"offline: {why}", remedy)
+
+
+def _disk(folder: Path) -> Finding:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(MIB))
+    free = shutil.disk_usage(folder).free
+    text = f"{folder.resolve()}: writable, {free / (1 << 30):,.1f} GiB free"
+    if free < 256 * MIB:
+        return Finding("FAIL", "disk", text, "make room, or set run.dir to a larger disk")
+    return Finding("ok", "disk", text)
+
+
+def _shared_memory(config: Config, local_size: int) -> Finding:
+    place = Path("/dev/shm")
+    if not place.is_dir():
+        return Finding("note", "shared memory", "no /dev/shm", "ranks talk more slowly without it")
+    size = shutil.disk_usage(place).free
+    text = f"{size / MIB:,.0f} MiB free in /dev/shm"
+    use_gpu = torch.cuda.is_available() and config.parallel.device != "cpu"
+    # NCCL takes about 10 MiB for each pair of neighbours and channel; Docker gives 64 MiB in all.
+    if use_gpu and local_size > 1 and size < 64 * MIB * local_size:
+        remedy = "docker run --shm-size=1g; Kubernetes: an emptyDir of medium Memory at /dev/shm"
+        return Finding("FAIL", "shared memory", text, remedy)
+    return Finding("ok", "shared memory", text)
+
+
+def _threads(config: Config, local_size: int) -> Finding:
+    cores = len(os.sched_getaffinity(0))
+    threads = choose_threads(config, local_size)
+    text = f"{cores} cores for {local_size} processes of {threads} threads"
+    quota = cpu_quota()
+    if quota and quota < 0.9 * local_size * threads:
+        text += f", but the container may use only {quota:g}"
+        remedy = f"set parallel.threads={max(1, int(quota) // local_size)}, or raise its CPU limit"
+        return Finding("FAIL", "threads", text, remedy)
+    if local_size * threads > cores:
+        remedy = "set parallel.threads, or start fewer processes and set parallel.replicas"
+        return Finding("FAIL", "threads", text, remedy)
+    return Finding("ok", "threads", text)
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """CPUs that this process's control group may use; None: as many as there are."""
+    try:
+        limit, period = (root / "cpu.max").read_text().split()
+        return None if limit == "max" else int(limit) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        limits = [int((root / "cpu" / f"cpu.cfs_{n}_us").read_text()) for n in ("quota", "period")]
+    except (OSError, ValueError):
+        return None
+    return None if limits[0] < 0 else limits[0] / limits[1]

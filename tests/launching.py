@@ -1,0 +1,117 @@
+"""Run the launchers: with a stand-in for Python that plays a scenario, or with real trainings."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from tests.jobs import ROOT
+
+LAUNCH = ROOT / "launch"
+
+# $PYTHON of run.sh: answers where the run folder is; as torchrun it plays the next line of the
+# scenario, or the last one again.
+_FAKE_PYTHON = r"""#!/usr/bin/env bash
+if [[ $1 == - ]]; then cat >/dev/null; printf '%s\n0\n' "$RUN"; exit; fi
+printf '%s\n' "$*" >>"$FAKE/calls"
+env >"$FAKE/environment"
+status() {  # STATE STEP [CODE]
+    printf '{\n  "state": "%s",\n  "step": %s,\n  "reason": "a \\"test\\", it is"%s\n}\n' \
+        "$1" "$2" "${3:+,
+  \"exit_code\": $3}" >"$RUN/new" && mv "$RUN/new" "$RUN/status.json"
+}
+number=$(wc -l <"$FAKE/calls") lines=$(wc -l <"$FAKE/scenario")
+eval "$(sed -n "$((number < lines ? number : lines))p" "$FAKE/scenario")"
+"""
+
+
+class Stage:
+    """A folder with a scenario: a line of bash for each start of torchrun."""
+
+    def __init__(self, folder: Path, scenario: Sequence[str], **environment: str) -> None:
+        self.folder, self.run = folder, folder / "run"
+        (folder / "scenario").write_text("".join(f"{line}\n" for line in scenario))
+        fake = folder / "python"
+        fake.write_text(_FAKE_PYTHON)
+        fake.chmod(0o755)
+        own = {"FAKE": str(folder), "RUN": str(self.run), "PYTHON": str(fake)}
+        self.environment = own | {"BACKOFF": "0", "REJOIN": "1", "LOCK_WAIT": "1"} | environment
+
+    def start(self, script: str, *arguments: str) -> subprocess.Popen[bytes]:
+        return start([str(LAUNCH / script), *arguments], self.folder / "log", self.environment)
+
+    def play(self, script: str = "run.sh", *arguments: str) -> int:
+        """The exit code of one of the launchers."""
+        return self.play_command([str(LAUNCH / script), *arguments])
+
+    def play_command(self, command: Sequence[str]) -> int:
+        """The exit code of a command, started in the repository's folder."""
+        job = start(command, self.folder / "log", self.environment)
+        try:
+            return job.wait(30)
+        finally:
+            end(job)
+
+    def calls(self) -> list[str]:
+        """The command lines that torchrun was started with."""
+        path = self.folder / "calls"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+
+def start(
+    command: Sequence[str], log: Path, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """Start a launcher with nothing of this session's own world, but `environment`."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "PET_", "SKYPILOT_")) and name != "PYTHONPATH"
+    }
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=out,
+            stdin=subprocess.DEVNULL,
+            env=kept | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | dict(environment),
+            cwd=ROOT,
+        )
+
+
+def end(job: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of it."""
+    try:
+        tree = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        tree = []
+    for process in tree:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    job.wait()
+
+
+def agent_of(job: subprocess.Popen[bytes]) -> psutil.Process:
+    """The torchrun below a launcher."""
+    found = [
+        child
+        for child in psutil.Process(job.pid).children()
+        if "torch.distributed.run" in " ".join(child.cmdline())
+    ]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, f"not within {seconds} s: {what}"
+        time.sleep(0.05)

@@ -1,0 +1,163 @@
+"""What the doctor says of one machine, and how it judges several."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_resnet.config import load_config
+from dist_resnet.data.dataset import Dataset
+from dist_resnet.distributed import World
+from dist_resnet.doctor import Finding, examine
+from dist_resnet.doctor.network import (
+    SKEW_SECONDS,
+    Facts,
+    all_reduce_findings,
+    clock_offsets,
+    network_findings,
+    same_finding,
+    skew_finding,
+    versions_finding,
+)
+from dist_resnet.doctor.node import cpu_quota, node_findings
+from dist_resnet.errors import UserError
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+def findings(tmp_path: Path, digits: Dataset, *extra: str, ranks: int = 1) -> dict[str, Finding]:
+    config = load_config(
+        [
+            "data.dataset=digits",
+            f"data.root={digits.folder.parent}",
+            f"run.dir={tmp_path / 'runs'}",
+            "wandb.mode=disabled",
+            "parallel.device=cpu",
+            "parallel.threads=1",
+            *extra,
+        ]
+    )
+    return {finding.subject: finding for finding in node_findings(config, ranks)}
+
+
+def test_a_sound_machine(tmp_path: Path, digits: Dataset) -> None:
+    found = findings(tmp_path, digits)
+    assert {finding.level for finding in found.values()} == {"ok"}, found
+    assert torch.__version__ in found["torch"].text
+    assert "written and read back" in found["ffcv"].text
+    assert digits.fingerprint[:12] in found["dataset"].text
+    assert len(found) == 10
+
+
+@pytest.mark.parametrize(
+    ("extra", "subject", "level", "text"),
+    [
+        (["data.dataset=birds"], "dataset", "FAIL", "data.prepare --help"),
+        (["data.dataset=cifar10"], "dataset", "note", "data.prepare cifar10 --output"),
+        (["wandb.mode=online"], "wandb", "FAIL", "wandb login"),
+        (["run.dir=/proc/nowhere"], "disk", "FAIL", ""),
+        (["parallel.threads=4096"], "threads", "FAIL", "parallel.threads"),
+        (["precision.dtype=fp16"], "precision", "FAIL", "use bf16, fp32 or auto"),
+    ],
+)
+def test_what_is_wrong_has_a_remedy(
+    tmp_path: Path,
+    digits: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+    extra: list[str],
+    subject: str,
+    level: str,
+    text: str,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
+    found = findings(tmp_path, digits, *extra)
+    assert found[subject].level == level
+    assert found[subject].remedy
+    assert text in found[subject].line()
+    assert [s for s, f in found.items() if f.level == "FAIL"] == [subject] * (level == "FAIL")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_asked_for_and_missing(tmp_path: Path, digits: Dataset) -> None:
+    found = findings(tmp_path, digits, "parallel.device=cuda")
+    assert found["device"].level == "FAIL"
+    assert "parallel.device=cpu" in found["device"].remedy
+
+
+def test_a_damaged_dataset(tmp_path: Path, tiny: Dataset, digits: Dataset) -> None:
+    root = tmp_path / "data"
+    (root / "digits").mkdir(parents=True)
+    for path in digits.folder.iterdir():
+        content = bytearray(path.read_bytes())
+        if path.name == "test.beton":
+            content[-1] ^= 1
+        (root / "digits" / path.name).write_bytes(content)
+    found = findings(tmp_path, digits, f"data.root={root}")
+    assert found["dataset"].level == "FAIL"
+    assert "python -m dist_resnet.data.prepare digits" in found["dataset"].remedy
+
+
+def test_an_exception_is_a_finding_with_a_remedy() -> None:
+    def user() -> Finding:
+        raise UserError("the thing is broken; mend it with glue")
+
+    def bug() -> Finding:
+        raise ImportError("libopencv_core.so.406: no such file")
+
+    assert examine("x", user) == Finding("FAIL", "x", "the thing is broken", "mend it with glue")
+    found = examine("x", bug)
+    assert found.level == "FAIL"
+    assert "make setup" in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2.0),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_cpu_quota(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cpu_quota(tmp_path) == quota
+
+
+def test_who_differs_is_named() -> None:
+    same = [("rank 0 on a", "x"), ("rank 1 on b", "x")]
+    assert same_finding("data", same, "copy it") == Finding("ok", "data", "x everywhere")
+    found = same_finding("data", [*same, ("rank 2 on c", "y")], "copy it")
+    assert found == Finding("FAIL", "data", "x at rank 0 on a, but y at rank 2 on c", "copy it")
+
+
+def test_versions() -> None:
+    facts = [Facts("rank 0 on a", {"torch": "2.14.1"}, "c", "f")] * 2
+    assert versions_finding(facts).level == "ok"
+    odd = Facts("rank 2 on b", {"torch": "2.13.0"}, "c", "f")
+    found = versions_finding([*facts, odd])
+    assert (found.level, found.subject) == ("FAIL", "torch")
+    assert "2.13.0 at rank 2 on b" in found.text
+    missing = versions_finding([*facts, Facts("rank 2 on b", {}, "c", "f")])
+    assert "missing at rank 2 on b" in missing.text
+
+
+def test_clocks() -> None:
+    places = ["rank 0 on a", "rank 1 on b"]
+    assert skew_finding(places, [0.0, -0.9 * SKEW_SECONDS]).level == "ok"
+    found = skew_finding(places, [0.0, -2 * SKEW_SECONDS])
+    assert found.level == "FAIL"
+    assert found.text == "rank 1 on b is -10.0 s off rank 0's"
+    assert found.remedy
+
+
+def test_one_process_measures_itself(tmp_path: Path, digits: Dataset) -> None:
+    assert [f.level for f in all_reduce_findings(ALONE)] == ["ok"]
+    assert clock_offsets(ALONE) == [0.0]
+    config = load_config([f"data.root={digits.folder.parent}", "data.dataset=digits"])
+    assert {f.level for f in network_findings(config, ALONE)} == {"ok"}
+    assert os.environ.get("RANK") is None

@@ -1,0 +1,203 @@
+"""launch/run.sh decides rightly what a job's end means; torchrun is played by a script."""
+
+import fcntl
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launching import Stage, end, wait_until
+
+CRASH = "status running 5; exit 1"
+DONE = "status done 40 0; exit 0"
+# What a job does that saves when it is told to stop.
+OBEDIENT = (
+    "trap 'status preempted 7 75; exit 1' {}; touch $FAKE/ready; while :; do sleep 0.05; done"
+)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "code", "starts"),
+    [
+        ([DONE], 0, 1),
+        (["exit 0"], 0, 1),  # --help and --print-config
+        (["status failed 5 2; exit 1"], 2, 1),
+        (["status failed 5 3; exit 1"], 3, 1),
+        (["status preempted 5 75; exit 1"], 75, 1),
+        ([CRASH], 1, 4),
+        (["exit 1"], 1, 4),
+        (["status failed 5 1; exit 1"], 1, 4),
+        ([CRASH, DONE], 0, 2),
+        # As long as it comes further it is started again.
+        ([f"status running {n}; exit 1" for n in range(5, 50, 5)] + [DONE], 0, 10),
+        # Two failures at one place, progress, and a full allowance again.
+        ([CRASH] * 3 + ["status running 6; exit 1"] * 3 + [DONE], 0, 7),
+        # torchrun itself is killed: its workers were told by the kernel and have saved.
+        (["status preempted 5 75; kill -9 $$", DONE], 0, 2),
+        # All done, and only then something broke.
+        (["status done 40 0; exit 1"], 0, 1),
+    ],
+)
+def test_the_end_of_a_job(tmp_path: Path, scenario: list[str], code: int, starts: int) -> None:
+    stage = Stage(tmp_path, scenario)
+    assert stage.play() == code, stage.log()
+    assert len(stage.calls()) == starts, stage.log()
+
+
+@pytest.mark.parametrize("state", ["preempted", "done", "failed"])
+def test_an_earlier_jobs_status_says_nothing(tmp_path: Path, state: str) -> None:
+    stage = Stage(tmp_path, ["exit 1"])
+    stage.run.mkdir()
+    text = f'{{\n  "state": "{state}",\n  "step": 900,\n  "reason": "",\n  "exit_code": 2\n}}\n'
+    (stage.run / "status.json").write_text(text)
+    assert stage.play() == 1
+    assert len(stage.calls()) == 4
+
+
+def test_overwrite_is_meant_once(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, ["exit 1", CRASH, DONE])
+    assert stage.play("run.sh", "a.yaml", "run.overwrite=true") == 0
+    first, second, third = stage.calls()
+    assert first.endswith("-m dist_resnet.train a.yaml run.overwrite=true")
+    assert second == first, "nothing was begun: it is still to be overwritten"
+    assert third.endswith("run.overwrite=true run.overwrite=false run.resume=auto")
+
+
+@pytest.mark.parametrize(
+    ("sent", "arrives"), [("TERM", "TERM"), ("USR1", "USR1"), ("INT", "TERM"), ("HUP", "TERM")]
+)
+def test_signals_are_passed_on(tmp_path: Path, sent: str, arrives: str) -> None:
+    stage = Stage(tmp_path, [OBEDIENT.format(arrives)])
+    job = stage.start("single_node.sh")
+    try:
+        wait_until((tmp_path / "ready").exists, 10, "start")
+        job.send_signal(getattr(signal, f"SIG{sent}"))
+        assert job.wait(10) == 75
+    finally:
+        end(job)
+    assert len(stage.calls()) == 1
+
+
+def test_a_signal_before_anything_runs_gives_75(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, [DONE])
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\ntouch {tmp_path}/ready\nsleep 0.5\nkill -USR1 $$\n")
+    job = stage.start("run.sh")
+    try:
+        wait_until((tmp_path / "ready").exists, 10, "start")
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(10) == 75
+    finally:
+        end(job)
+
+
+def test_a_killed_supervisor_takes_torchrun_along(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, [OBEDIENT.format("TERM")])
+    job = stage.start("single_node.sh")
+    wait_until((tmp_path / "ready").exists, 10, "start")
+    left = psutil.Process(job.pid).children(recursive=True)
+    job.kill()
+    job.wait()
+    assert psutil.wait_procs(left, 5)[1] == []
+    assert '"preempted"' in (stage.run / "status.json").read_text()
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, [DONE])
+    stage.run.mkdir()
+    with (stage.run / ".lock").open("w") as lock:
+        lock.write("process 7 on elsewhere")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert stage.play() == 2
+    assert "in use by process 7 on elsewhere" in stage.log()
+    assert stage.calls() == []
+    assert stage.play() == 0
+
+
+def test_what_cannot_be_started_is_refused(tmp_path: Path) -> None:
+    for environment, text in (
+        ({"RUN": "/proc/nowhere"}, "/proc/nowhere: cannot be written"),
+        ({"NNODES": "2"}, "needs RDZV_ENDPOINT=HOST:PORT"),
+        ({"NNODES": "1:2", "RDZV_ENDPOINT": "a:1"}, "does not go with NNODES=1:2"),
+    ):
+        stage = Stage(tmp_path, [DONE], **environment)
+        assert stage.play("run.sh", "run.overwrite=true") == 2
+        assert text in stage.log()
+        assert stage.calls() == []
+
+
+def test_torchrun_gets_what_restarts_need(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, [DONE], PET_NNODES="7", PET_MASTER_ADDR="x", NPROC="3")
+    assert stage.play("single_node.sh", "seed=1") == 0
+    (call,) = stage.calls()
+    for option in (
+        "--standalone",
+        "--nproc-per-node=3",
+        "--max-restarts=0",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    ):
+        assert option in call.split()
+    environment = (tmp_path / "environment").read_text().splitlines()
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in environment
+    assert [line for line in environment if line.startswith("PET_")] == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_nodes_meet_at_node_0(tmp_path: Path, rank: int) -> None:
+    stage = Stage(tmp_path, [DONE], JOIN_TIMEOUT="77", IFNAME="lo")
+    assert stage.play("multi_node.sh", str(rank), "2:4", "gpu0", "seed=1") == 0
+    (call,) = stage.calls()
+    for option in (
+        "--nnodes=2:4",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=gpu0:29400",
+        "--rdzv-id=none",
+        f"--rdzv-conf=is_host={1 - rank},join_timeout=77,last_call_timeout=30",
+    ):
+        assert option in call.split()
+    assert "GLOO_SOCKET_IFNAME=lo" in (tmp_path / "environment").read_text().splitlines()
+
+
+@pytest.mark.parametrize("arguments", [[], ["0", "2"], ["a", "2", "host"], ["0", "2-4", "host"]])
+def test_multi_node_explains_itself(tmp_path: Path, arguments: list[str]) -> None:
+    stage = Stage(tmp_path, [DONE])
+    assert stage.play("multi_node.sh", *arguments) == 2
+    assert "launch/multi_node.sh RANK NODES HOST[:PORT]" in stage.log()
+
+
+def two(stage: Path, scenario: list[str], **environment: str) -> Stage:
+    return Stage(stage, scenario, NODE_RANK="1", NNODES="2", RDZV_ENDPOINT="a:1", **environment)
+
+
+def test_node_0_leaves_its_word_and_the_others_follow(tmp_path: Path) -> None:
+    follower = two(tmp_path, ["exit 1"])
+    follower.run.mkdir()
+    word = follower.run / ".word"
+    word.write_text("exit 3 of an earlier job\n")
+    job = follower.start("run.sh")
+    try:
+        wait_until(lambda: len(follower.calls()) > 1, 10, "it joins again by itself")
+        assert job.poll() is None, "the earlier job's end is not its own"
+        word.write_text("start 1\n")
+        seen = len(follower.calls())
+        wait_until(lambda: len(follower.calls()) > seen, 10, "it joins again when told to")
+        word.write_text("exit 2 now\n")
+        assert job.wait(10) == 2
+    finally:
+        end(job)
+
+
+def test_a_silent_node_0_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    stage = two(tmp_path, ["exit 1"], JOIN_TIMEOUT="1")
+    assert stage.play() == 1
+    assert "node 0 has been silent" in stage.log()
+
+
+def test_node_0_says_how_it_ended(tmp_path: Path) -> None:
+    stage = Stage(
+        tmp_path, ["status failed 5 3; exit 1"], NNODES="2", RDZV_ENDPOINT="a:1", NODE_RANK="0"
+    )
+    assert stage.play() == 3
+    assert (stage.run / ".word").read_text().startswith("exit 3 ")
