@@ -66,12 +66,12 @@ class CheckpointStore:
         data = buffer.getvalue()
         name = f"{step:08d}-{hashlib.sha256(data).hexdigest()[:16]}.pt"
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._delete_old()  # before, too: a lower checkpoint.keep makes room on a full disk
         path = self.folder / f"step-{name}"
         write_atomically(path, data)
         if best:
             self._keep_as_best(path, self.folder / f"best-{name}", data)
-        for old in self._named("step")[self.keep :]:
-            old.unlink(missing_ok=True)
+        self._delete_old()
         return path
 
     def newest(
@@ -120,6 +120,10 @@ class CheckpointStore:
         for path in self.folder.glob(".tmp.*"):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+
+    def _delete_old(self) -> None:
+        for old in self._named("step")[self.keep :]:
+            old.unlink(missing_ok=True)
 
     def _keep_as_best(self, path: Path, best: Path, data: bytes) -> None:
         try:

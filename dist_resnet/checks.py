@@ -69,7 +69,9 @@ def _check_training(config: Config) -> None:
     limit = train.max_steps
     _require(limit is None or limit >= 1, "train.max_steps", limit, "at least 1, or null")
     mode = train.step_mode
-    _require(mode != "graph", "train.step_mode", mode, "auto, eager or compile (graph: not yet)")
+    _require(
+        mode != "graph", "train.step_mode", mode, "auto, eager, compile or fused (graph: not yet)"
+    )
     decay = train.ema_decay
     _require(0 <= decay < 1, "train.ema_decay", decay, "at least 0 and below 1")
     warmup, marks = schedule.warmup_epochs, schedule.milestones

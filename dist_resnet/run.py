@@ -26,6 +26,7 @@ from dist_resnet.schema import Config
 from dist_resnet.session import Session, open_session, settle
 from dist_resnet.state import TrainState, build_state
 from dist_resnet.step import TrainStep
+from dist_resnet.step_mode import choose_step_mode
 from dist_resnet.stopwatch import Stopwatch
 from dist_resnet.summary import last_evaluation, summarise
 from dist_resnet.tracking.jsonl import read_rows
@@ -75,7 +76,7 @@ def _run_in(wanted: Config, world: World, folder: RunFolder) -> None:
     if saved is not None:
         state.load_state_dict(saved["state"])
     if world.is_main:
-        for line in _introduction(session, plan, state, folder):
+        for line in _introduction(wanted, session, plan, state, folder):
             _say(line)
     recording = together(lambda: open_recording(config, session, plan, state.step, folder, saved))
     trainer = _trainer(config, session, plan, state, recording, saved)
@@ -185,15 +186,18 @@ def _facts(trainer: Trainer, session: Session) -> dict[str, Any]:
     }
 
 
-def _introduction(session: Session, plan: Plan, state: TrainState, folder: RunFolder) -> list[str]:
+def _introduction(
+    wanted: Config, session: Session, plan: Plan, state: TrainState, folder: RunFolder
+) -> list[str]:
     data, config = session.dataset, session.config
+    _, step = choose_step_mode(wanted.train.step_mode, config, session.world.device)
     lines = [
         f"run: {folder.path}" + (f", continued at step {state.step:,}" if state.step else ""),
         f"data: {data.name}, {data.num_train:,} training images, {len(data.classes)} classes;"
         f" evaluated on the {session.eval_set}",
         f"model: {config.model.name}, {state.flat.values.numel():,} parameters",
         f"device: {session.world.device.type}, {session.precision_reason},"
-        f" {session.threads} CPU threads a process",
+        f" {session.threads} CPU threads a process; step: {step}",
         *explain(config, plan),
     ]
     return lines

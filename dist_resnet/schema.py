@@ -95,8 +95,8 @@ class TrainConfig:
     """Stop after this many steps; the schedule is still that of train.epochs; null: no limit."""
     ema_decay: float = 0.0
     """Decay per step of the moving average of the weights that is evaluated; 0: none."""
-    step_mode: Literal["auto", "eager", "compile", "graph"] = "auto"
-    """How the step runs: eager, or with torch.compile; graph is reserved; auto: eager."""
+    step_mode: Literal["auto", "eager", "compile", "fused", "graph"] = "auto"
+    """eager, compile (torch.compile) or fused (our kernel, CPUs only); auto: fused, else eager."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from dist_resnet.evaluation import BATCH_SIZE, Evaluator
 from dist_resnet.launcher import environment_rank
 from dist_resnet.precision import choose_dtype, choose_precision, make_deterministic
 from dist_resnet.schema import Config
+from dist_resnet.step_mode import choose_step_mode
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def choose_threads(config: Config, local_size: int) -> int:
 
 
 def settle(config: Config, world: World, saved: dict[str, Any] | None) -> Config:
-    """`config` with what was left to the machine settled: replicas and precision.
+    """`config` with what was left to the machine settled: replicas, precision, mode of the step.
 
     A run that is continued keeps what it began with, wherever it goes on.
 
@@ -115,6 +116,12 @@ def settle(config: Config, world: World, saved: dict[str, Any] | None) -> Config
         began = saved["config"]["precision"]["dtype"] if saved else "auto"
         dtype = cast(Any, choose_precision(began, world.device)[0])
         config = replace(config, precision=replace(config.precision, dtype=dtype))
+    if config.train.step_mode == "auto":
+        began = saved["config"]["train"]["step_mode"] if saved else "auto"
+        # The mode alters rounding only, so a machine without the kernel continues all the same.
+        wanted = "auto" if began == "fused" else began
+        mode = cast(Any, choose_step_mode(wanted, config, world.device)[0])
+        config = replace(config, train=replace(config.train, step_mode=mode))
     return config
 
 

@@ -1,31 +1,22 @@
 """One optimisation step: augment, forward, backward for each local replica, reduce, update."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dist_resnet import signals
+from dist_resnet.allocator import keep_freed_memory
 from dist_resnet.augment import ChoiceDrawer, Choices, Normalisation, augment
 from dist_resnet.data.stream import Batch
 from dist_resnet.distributed import world_size
 from dist_resnet.loss import mixed_targets, soft_cross_entropy, weighted_correct
-from dist_resnet.models.resnet import ResNet
 from dist_resnet.optim import SMALLEST_SCALE, ema_weight
 from dist_resnet.randomness import step_keys
 from dist_resnet.reduction import build_reduction
 from dist_resnet.schema import Config
 from dist_resnet.state import TrainState
-
-
-def step_function(mode: str, model: ResNet) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """The model's forward pass as `train.step_mode` wants it.
-
-    auto is eager: on a CPU Inductor gained nothing at batch 32 and took a minute to compile.
-    """
-    if mode == "compile":
-        return torch.compile(model, fullgraph=True, dynamic=False)
-    return model
+from dist_resnet.step_mode import choose_step_mode, forward_function
 
 
 class TrainStep:
@@ -41,6 +32,7 @@ class TrainStep:
         statistics: Normalisation,
         image_size: tuple[int, int],
     ) -> None:
+        keep_freed_memory()
         self.config = config
         self.state = state
         self.rates = rates
@@ -57,7 +49,8 @@ class TrainStep:
         self.device = state.flat.values.device
         head = state.flat.model.head
         self.classes = head.out_features
-        self.forward = step_function(config.train.step_mode, state.flat.model)
+        mode, _ = choose_step_mode(config.train.step_mode, config, self.device)
+        self.forward = forward_function(mode, state.flat.model)
         self.keys = step_keys(config.seed, len(rates), self.device)
         self.steps = torch.arange(len(rates), device=self.device)
         self.draw = ChoiceDrawer(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dist_resnet.native.norm_act import accepts, norm_act
 from dist_resnet.randomness import Stream, stream_key
 from dist_resnet.schema import ModelConfig
 
@@ -28,11 +29,26 @@ _DEFAULT_WIDTHS = (16, 32, 64)
 _M6_WIDTHS = (32, 64, 128)
 
 
-def _batch_norm(channels: int) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(channels)
-    # Only momentum=None reads this counter; counting costs one kernel a layer a step.
-    norm.num_batches_tracked = None
-    return norm
+class NormAct(nn.BatchNorm2d):
+    """BatchNorm, then the addition of a shortcut if there is one, then ReLU where wanted."""
+
+    fused = False
+    """In training, as one kernel where it is made for the tensor."""
+
+    def __init__(self, channels: int, relu: bool = True) -> None:
+        super().__init__(channels)
+        # Only momentum=None reads this counter; counting costs one kernel a layer a step.
+        self.num_batches_tracked = None
+        self.relu = relu
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """(N, C, H, W), and a shortcut like it, to the same shape."""
+        if self.fused and self.training and accepts(x, shortcut):
+            return norm_act(self, x, shortcut, self.relu)
+        y = super().forward(x)
+        if shortcut is not None:
+            y = y + shortcut
+        return F.relu(y, inplace=True) if self.relu else y
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
@@ -58,7 +74,7 @@ def _shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -> nn
     if kind == "pad":
         return Pad(out_channels - in_channels, stride)
     projection = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
-    return nn.Sequential(projection, _batch_norm(out_channels))
+    return nn.Sequential(projection, NormAct(out_channels, relu=False))
 
 
 class BasicBlock(nn.Module):
@@ -67,16 +83,15 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: str) -> None:
         super().__init__()
         self.conv1 = _conv3x3(in_channels, out_channels, stride)
-        self.bn1 = _batch_norm(out_channels)
+        self.bn1 = NormAct(out_channels)
         self.conv2 = _conv3x3(out_channels, out_channels, 1)
-        self.bn2 = _batch_norm(out_channels)
+        self.bn2 = NormAct(out_channels)
         self.shortcut = _shortcut(shortcut, in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C', H / stride, W / stride)."""
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y))
-        return F.relu(y + self.shortcut(x), inplace=True)
+        y = self.bn1(self.conv1(x))
+        return self.bn2(self.conv2(y), self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -87,7 +102,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.stem = _conv3x3(3, widths[0], 1)
-        self.bn = _batch_norm(widths[0])
+        self.bn = NormAct(widths[0])
         stages, channels = [], widths[0]
         for index, width in enumerate(widths):
             strides = [2 if index else 1] + [1] * (blocks - 1)
@@ -109,8 +124,7 @@ class ResNet(nn.Module):
         Returns:
             (N, K).
         """
-        x = F.relu(self.bn(self.stem(images)), inplace=True)
-        features = self.stages(x).mean(dim=(2, 3))
+        features = self.stages(self.bn(self.stem(images))).mean(dim=(2, 3))
         if keep is not None:
             features = features * keep
         return self.head(features)

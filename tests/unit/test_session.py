@@ -16,22 +16,24 @@ def world(size: int) -> World:
     return World(rank=0, size=size, local_rank=0, local_size=size, device=CPU)
 
 
-def test_a_new_run_takes_the_machine_s_replicas_and_precision() -> None:
+def test_a_new_run_takes_the_machine_s_replicas_precision_and_step_mode() -> None:
     config = settle(load_config([]), world(3), None)
     assert config.parallel.replicas == 3
     assert config.precision.dtype == choose_precision("auto", CPU)[0]
     assert config.precision.dtype in ("bf16", "fp32")
+    assert config.train.step_mode == "fused"
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_a_continued_run_keeps_what_it_began_with(dtype: str) -> None:
-    began = load_config(["parallel.replicas=4", f"precision.dtype={dtype}"])
+@pytest.mark.parametrize(("dtype", "mode"), [("bf16", "fused"), ("fp32", "eager")])
+def test_a_continued_run_keeps_what_it_began_with(dtype: str, mode: str) -> None:
+    settings = ["parallel.replicas=4", f"precision.dtype={dtype}", f"train.step_mode={mode}"]
+    began = load_config(settings)
     config = settle(load_config([]), world(2), {"config": to_dict(began)})
     assert config == began
 
 
 def test_what_is_configured_is_never_changed() -> None:
-    wanted = load_config(["parallel.replicas=6", "precision.dtype=fp32"])
+    wanted = load_config(["parallel.replicas=6", "precision.dtype=fp32", "train.step_mode=eager"])
     began = {"config": to_dict(load_config(["parallel.replicas=4", "precision.dtype=bf16"]))}
     assert settle(wanted, world(2), began) == wanted
 

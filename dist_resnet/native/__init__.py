@@ -1,0 +1,1 @@
+"""C++ of our own, compiled on the machine that runs it."""
