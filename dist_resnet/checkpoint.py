@@ -109,6 +109,10 @@ class CheckpointStore:
         """The file of the highest step, not read."""
         return next(iter(self._named("step")), None)
 
+    def best_path(self) -> Path | None:
+        """The file of the best evaluation, not read."""
+        return next(iter(self._named("best")), None)
+
     def set_aside_after(self, step: int) -> None:
         """Rename checkpoints of later steps to *.superseded: the run is taken back to `step`."""
         for path in [*self._named("step"), *self._named("best")]:

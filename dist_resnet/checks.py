@@ -68,10 +68,6 @@ def _check_training(config: Config) -> None:
     _require(train.epochs >= 1, "train.epochs", train.epochs, "at least 1")
     limit = train.max_steps
     _require(limit is None or limit >= 1, "train.max_steps", limit, "at least 1, or null")
-    mode = train.step_mode
-    _require(
-        mode != "graph", "train.step_mode", mode, "auto, eager, compile or fused (graph: not yet)"
-    )
     decay = train.ema_decay
     _require(0 <= decay < 1, "train.ema_decay", decay, "at least 0 and below 1")
     warmup, marks = schedule.warmup_epochs, schedule.milestones
@@ -89,9 +85,14 @@ def _check_cadence(config: Config) -> None:
     timeout = parallel.timeout_seconds
     _require(timeout >= 1, "parallel.timeout_seconds", timeout, "at least 1")
     _require(parallel.threads >= 0, "parallel.threads", parallel.threads, "at least 0")
-    for key in ("every_epochs", "every_steps"):
-        every = getattr(checkpoint, key)
-        _require(every >= 0, f"checkpoint.{key}", every, "at least 0")
+    may_be_off = {
+        "checkpoint": ("every_epochs", "every_steps"),
+        "wandb": ("media_every_epochs",),
+    }
+    for section, keys in may_be_off.items():
+        for key in keys:
+            every = getattr(getattr(config, section), key)
+            _require(every >= 0, f"{section}.{key}", every, "at least 0")
     _require(checkpoint.keep >= 1, "checkpoint.keep", checkpoint.keep, "at least 1")
     epochs, steps = config.eval.every_epochs, config.log.every_steps
     _require(epochs >= 1, "eval.every_epochs", epochs, "at least 1")

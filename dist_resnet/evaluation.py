@@ -22,6 +22,20 @@ BATCH_SIZE = 500
 
 
 @dataclass(frozen=True)
+class Mistakes:
+    """Images that are taken for another class, those of the highest loss first."""
+
+    positions: np.ndarray
+    """int64 (M,): places in the evaluated set."""
+    losses: list[float]
+    """Cross-entropy of each in nats."""
+    labels: list[int]
+    """True classes."""
+    guesses: list[int]
+    """Predictions."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Figures over one whole set."""
 
@@ -33,6 +47,8 @@ class Evaluation:
     """Correct images when logits are averaged over each image and its mirror image."""
     confusion: Tensor
     """int64 (K, K): rows are true classes, columns predictions."""
+    mistakes: Mistakes | None = None
+    """The worst ones, where they were asked for."""
 
     @property
     def top1(self) -> float:
@@ -68,8 +84,12 @@ class Evaluator:
         self.world = world
 
     @torch.no_grad()
-    def __call__(self, model: ResNet) -> Evaluation:
-        """Evaluate in evaluation mode; the mode before is restored. All ranks must call it."""
+    def __call__(self, model: ResNet, mistakes: int = 0) -> Evaluation:
+        """Evaluate in evaluation mode; the mode before is restored. All ranks must call it.
+
+        Args:
+            mistakes: how many of the worst ones to find, the same on all ranks.
+        """
         was_training = model.training
         model.eval()
         classes = model.head.out_features
@@ -78,10 +98,13 @@ class Evaluator:
         # One entry a batch, summed in batch order: no sum depends on the number of ranks.
         losses = torch.zeros(num_batches, dtype=torch.float64, device=device)
         counts = torch.zeros(classes * classes + 1, dtype=torch.int64, device=device)
+        each = _Each(len(self.indices), device) if mistakes else None
         for number, labels, logits, mirrored in self._logits(model):
             losses[number] = F.cross_entropy(logits, labels, reduction="sum")
             cells = labels * classes + logits.argmax(dim=1)
             counts[:-1] += torch.bincount(cells, minlength=classes * classes)
+            if each is not None:
+                each.add(number * self.loader.batch_size, labels, logits)
             if mirrored is not None:
                 counts[-1] += ((logits + mirrored).argmax(dim=1) == labels).sum()
         model.train(was_training)
@@ -96,7 +119,14 @@ class Evaluator:
             images=images,
             correct_tta=int(counts[-1]) if self.flip_tta else None,
             confusion=confusion,
+            mistakes=each.worst(mistakes) if each is not None else None,
         )
+
+    def images(self, positions: np.ndarray) -> Tensor:
+        """uint8 (N, H, W, 3) on the host: the images at these places of the set, of one rank."""
+        batches = self.loader.batches(self.indices[positions])
+        parts = [images.cpu().clone() for images, _ in batches]  # a batch lives until the next
+        return torch.cat(parts) if parts else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
 
     def _logits(self, model: ResNet) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
         """(batch number, labels, logits, logits of the mirror images) of this rank's batches."""
@@ -114,3 +144,30 @@ class Evaluator:
                 logits = model(inputs).float()
                 mirrored = model(inputs.flip(3)).float() if self.flip_tta else None
             yield rank + turn * size, labels, logits, mirrored
+
+
+class _Each:
+    """Loss, class and prediction of every single image: 24 bytes each, zero on other ranks."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.values = torch.zeros(3, count, dtype=torch.float64, device=device)
+
+    def add(self, first: int, labels: Tensor, logits: Tensor) -> None:
+        """Note the batch that begins at place `first` of the set."""
+        part = self.values[:, first : first + len(labels)]
+        part[0] = F.cross_entropy(logits, labels, reduction="none")
+        part[1], part[2] = labels, logits.argmax(dim=1)
+
+    def worst(self, count: int) -> Mistakes:
+        """The `count` mistakes of highest loss, or as many as there are. A collective."""
+        all_reduce_sum(self.values)
+        losses, labels, guesses = self.values.cpu()
+        wrong = torch.where(labels != guesses, losses, -1.0)
+        order = torch.argsort(wrong, descending=True, stable=True)[:count]
+        order = order[wrong[order] >= 0]
+        return Mistakes(
+            order.numpy(),
+            losses[order].tolist(),
+            labels[order].long().tolist(),
+            guesses[order].long().tolist(),
+        )

@@ -6,7 +6,7 @@ first step, which breaks bitwise resume on three ranks and more), and the optimi
 parameters into two fused updates.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,31 +14,31 @@ from torch import Tensor, nn
 from dist_resnet.models.resnet import ResNet
 
 
-@dataclass(frozen=True)
+@dataclass
 class FlatModel:
-    """Buffers that a model's tensors are views of."""
+    """Buffers that a model's tensors are views of; all float32."""
 
     model: ResNet
     values: Tensor
-    """float32 (P,): parameters, the decayed ones first."""
+    """(P,): parameters, the decayed ones first."""
     exchange: Tensor
-    """float32 (P + S + 3,): gradients, BatchNorm statistics, loss, top-1, stop requests."""
+    """(P + S + 3,): gradients, BatchNorm statistics, loss, top-1, stop requests."""
+    gradients: Tensor
+    """(P,) of `exchange`."""
+    statistics: Tensor
+    """(S,) of `exchange`."""
+    row: Tensor
+    """(5,): loss, top-1 and stop requests of `exchange`; behind it the gradient's norm, and 1."""
     num_decayed: int
-    num_statistics: int
 
-    @property
-    def gradients(self) -> Tensor:
-        return self.exchange[: self.values.numel()]
+    loss: Tensor = field(init=False)
+    top1: Tensor = field(init=False)
+    stop: Tensor = field(init=False)
+    norm: Tensor = field(init=False)
+    """0-dimensional, of `row`. Kept, as a view costs a microsecond wherever it is made."""
 
-    @property
-    def statistics(self) -> Tensor:
-        start = self.values.numel()
-        return self.exchange[start : start + self.num_statistics]
-
-    @property
-    def extras(self) -> Tensor:
-        """(3,): loss, top-1, stop requests."""
-        return self.exchange[-3:]
+    def __post_init__(self) -> None:
+        self.loss, self.top1, self.stop, self.norm, _ = self.row.unbind()
 
 
 def flatten_model(model: ResNet) -> FlatModel:
@@ -57,7 +57,10 @@ def flatten_model(model: ResNet) -> FlatModel:
     num_statistics = sum(b.numel() for b in statistics)
     device = parameters[0].device
     values = torch.empty(num_values, device=device)
-    exchange = torch.zeros(num_values + num_statistics + 3, device=device)
+    size = num_values + num_statistics
+    whole = torch.zeros(size + 5, device=device)
+    whole[-1] = 1
+    exchange = whole[:-2]
 
     for parameter, view, gradient in zip(
         parameters, _views(values, parameters), _views(exchange, parameters), strict=True
@@ -66,7 +69,15 @@ def flatten_model(model: ResNet) -> FlatModel:
         parameter.grad = gradient
     for buffer, view in zip(statistics, _views(exchange[num_values:], statistics), strict=True):
         buffer.data = view.copy_(buffer)
-    return FlatModel(model, values, exchange, sum(p.numel() for p in decayed), num_statistics)
+    return FlatModel(
+        model=model,
+        values=values,
+        exchange=exchange,
+        gradients=exchange[:num_values],
+        statistics=exchange[num_values:size],
+        row=whole[size:],
+        num_decayed=sum(p.numel() for p in decayed),
+    )
 
 
 def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_resnet import signals, watchdog
+from dist_resnet.captured import CapturedStep
 from dist_resnet.checkpoint import CheckpointStore
 from dist_resnet.data.stream import Batch
 from dist_resnet.distributed import on_main
 from dist_resnet.errors import Diverged, Preempted, UserError
-from dist_resnet.evaluation import Evaluator
+from dist_resnet.evaluation import Evaluation, Evaluator
+from dist_resnet.gallery import Gallery
 from dist_resnet.metrics import Totals
 from dist_resnet.plan import Plan
 from dist_resnet.run_folder import RunFolder
@@ -71,7 +73,7 @@ class Trainer:
     config: Config
     plan: Plan
     state: TrainState
-    train_step: TrainStep
+    train_step: TrainStep | CapturedStep
     batches: Generator[Batch, None, None]
     evaluate: Evaluator
     classes: tuple[str, ...]
@@ -79,6 +81,8 @@ class Trainer:
     watch: Stopwatch
     keeper: Keeper | None
     """Writes checkpoints and the status; None on all ranks but the first."""
+    gallery: Gallery | None = None
+    """Shows pictures; None where W&B is off."""
     last_evaluation: dict[str, float | int] | None = None
     """The row of this process's last evaluation."""
 
@@ -94,6 +98,8 @@ class Trainer:
         while self.state.step < self.plan.total_steps:
             with self.watch.waiting_for_data():
                 batch = next(self.batches)
+            if self.gallery is not None:
+                self.gallery.batch(self.state.step, batch)
             self.train_step(batch)
             # From the first step's end on: that step may compile for minutes.
             watchdog.rearm(self.config.parallel.timeout_seconds)
@@ -128,7 +134,7 @@ class Trainer:
 
         Reading it waits for a GPU, so there it is read only where the host waits anyway.
         """
-        flag = self.state.flat.extras[2]
+        flag = self.state.flat.stop
         waits = done % self.config.log.every_steps == 0 or self.plan.ends_epoch(done, 1)
         if flag.is_cuda and not waits and not self._saves_at(done):
             return False
@@ -156,7 +162,7 @@ class Trainer:
             return False
         self._check_finite(done)
         with self.watch.pause(), self.state.evaluated_weights():
-            result = self.evaluate(self.state.flat.model)
+            result = self._evaluate(done, at_end)
         row = self._row(done) | {
             "val/loss": result.loss,
             "val/top1": result.top1,
@@ -172,6 +178,15 @@ class Trainer:
             return False
         self.state.best = {"val/top1": result.top1, "step": done}
         return True
+
+    def _evaluate(self, done: int, at_end: bool) -> Evaluation:
+        model, gallery = self.state.flat.model, self.gallery
+        if gallery is None:
+            return self.evaluate(model)
+        epoch = round(done / self.plan.steps_per_epoch)
+        result = self.evaluate(model, gallery.mistakes_at(epoch, at_end))
+        gallery.evaluation(done, at_end, result, self.evaluate)
+        return result
 
     def _row(self, done: int) -> dict[str, float | int]:
         return {

@@ -5,6 +5,7 @@ Shapes: N images, K classes.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dist_resnet.augment import Choices
 
@@ -23,15 +24,20 @@ def mixed_targets(labels: Tensor, choices: Choices, classes: int, smoothing: flo
     return torch.lerp(own[choices.partner], own, choices.lam)
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def mixed_cross_entropy(
+    logits: Tensor, labels: Tensor, choices: Choices, smoothing: float
+) -> Tensor:
     """Mean over the batch of -sum_k target_k log softmax(logits)_k, in float32."""
-    return -(targets * torch.log_softmax(logits.float(), dim=1)).sum(dim=1).mean()
+    if choices.partner is None:  # the same, from the labels themselves
+        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    targets = mixed_targets(labels, choices, logits.shape[1], smoothing)
+    return F.cross_entropy(logits.float(), targets)
 
 
-def weighted_correct(logits: Tensor, labels: Tensor, choices: Choices) -> Tensor:
-    """Sum over the batch of lam [prediction = a] + (1 - lam) [prediction = b], 0-dimensional."""
-    hits = (logits.argmax(dim=1) == labels).float()
-    if choices.partner is None or choices.lam is None:
-        return hits.sum()
-    others = (logits.argmax(dim=1) == labels[choices.partner]).float()
-    return torch.lerp(others, hits, choices.lam).sum()
+def weighted_top1(logits: Tensor, labels: Tensor, choices: Choices) -> Tensor:
+    """Mean over the batch of lam [prediction = a] + (1 - lam) [prediction = b], 0-dimensional."""
+    predictions = logits.argmax(dim=1)
+    hits = (predictions == labels).float()
+    if choices.partner is not None and choices.lam is not None:
+        hits = torch.lerp((predictions == labels[choices.partner]).float(), hits, choices.lam)
+    return hits.mean()

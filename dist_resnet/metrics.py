@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NONE = -1
-
 
 @dataclass(frozen=True)
 class Means:
@@ -23,37 +21,43 @@ class Totals:
     """Sums of loss, top-1 and gradient norm over two windows: since the last log, and this epoch's.
 
     They hold global values, equal on all ranks, and are part of the state: a run continued in the
-    middle of a window logs the same figures.
+    middle of a window logs the same figures. Steps are counted from the run's first.
     """
 
     LOG, EPOCH = 0, 1
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2, 4, dtype=torch.float64, device=device)
-        self.first_bad_step = torch.tensor(_NONE, device=device)
-        self._one = torch.ones((), device=device)
+        self.sums = torch.zeros(2, 5, dtype=torch.float64, device=device)
+        self._finite = torch.ones((), device=device)
+        self._finite_steps = torch.zeros((), dtype=torch.int64, device=device)
 
-    def add(self, loss: Tensor, top1: Tensor, grad_norm: Tensor, step: Tensor, bad: Tensor) -> None:
-        """Count one step. All arguments 0-dimensional on the device; nothing waits for them."""
-        self.sums += torch.stack([loss, top1, grad_norm, self._one])
-        first = (self.first_bad_step == _NONE) & bad
-        self.first_bad_step.copy_(torch.where(first, step, self.first_bad_step))
+    def add(self, row: Tensor) -> None:
+        """Count one step; nothing waits for the device.
+
+        Args:
+            row: float32 (5,): loss, top-1, anything, norm of the gradient, 1.
+        """
+        self.sums += row
+        # Neither can be minus infinity, and NaN is not below infinity.
+        self._finite *= row[0] + row[3] < torch.inf
+        self._finite_steps += self._finite.long()
 
     def take(self, window: int) -> Means:
         """Read one window and start it anew. Waits for the device."""
-        loss, top1, grad_norm, steps = self.sums[window].tolist()
+        loss, top1, _, grad_norm, steps = self.sums[window].tolist()
         self.sums[window].zero_()
         count = max(steps, 1)
         return Means(loss / count, top1 / count, grad_norm / count, int(steps))
 
     def bad_step(self) -> int | None:
         """The first step whose loss or gradient was not finite. Waits for the device."""
-        step = int(self.first_bad_step)
-        return None if step == _NONE else step
+        return None if self._finite > 0 else int(self._finite_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums.cpu().clone(), "first_bad_step": int(self.first_bad_step)}
+        finite = bool(self._finite > 0), int(self._finite_steps)
+        return {"sums": self.sums.cpu().clone(), "finite": finite[0], "finite_steps": finite[1]}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.sums.copy_(saved["sums"])
-        self.first_bad_step.fill_(saved["first_bad_step"])
+        self._finite.fill_(saved["finite"])
+        self._finite_steps.fill_(saved["finite_steps"])

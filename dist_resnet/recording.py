@@ -6,8 +6,9 @@ from typing import Any
 
 from dist_resnet.checkpoint import CheckpointStore
 from dist_resnet.config import to_dict, to_yaml
+from dist_resnet.data.dataset import DESCRIPTION, Dataset
 from dist_resnet.environment import git_commit, versions
-from dist_resnet.errors import UserError
+from dist_resnet.errors import EXIT_DIVERGED, UserError
 from dist_resnet.loop import Keeper
 from dist_resnet.plan import Plan
 from dist_resnet.run_folder import RunFolder
@@ -15,8 +16,9 @@ from dist_resnet.schema import Config
 from dist_resnet.session import Session
 from dist_resnet.tracking.console import Console
 from dist_resnet.tracking.jsonl import MetricsFile, rewind
-from dist_resnet.tracking.tracker import NullTracker, Tracker, Trackers
-from dist_resnet.tracking.wandb_run import start_wandb
+from dist_resnet.tracking.notices import Alerts, Artifacts
+from dist_resnet.tracking.tracker import Artifact, NullTracker, Tracker, Trackers
+from dist_resnet.tracking.wandb_run import WandbTracker, start_wandb
 
 
 @dataclass
@@ -32,7 +34,9 @@ class Recording:
         """Leave the status that launchers read first: what follows may take seconds."""
         if self.keeper is not None:
             self.keeper.folder.set_status(status, step, reason, code)
-        self.tracker.close(code, summary)
+        # Of other ends not: an error's text may hold what must not leave this machine.
+        told = {"reason": reason} if code == EXIT_DIVERGED else {}
+        self.tracker.close(code, summary | told)
 
 
 def open_recording(
@@ -76,8 +80,11 @@ def open_recording(
         resume_position=(saved or {}).get("wandb_position"),
         say=console.message,
     )
+    store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
     parts: list[Tracker] = [console, metrics]
-    tracker = Trackers(parts if wandb is None else [*parts, wandb], console.message)
+    if wandb is not None:
+        parts += _told_by_wandb(config, wandb, store, data, folder.path.name)
+    tracker = Trackers(parts, console.message)
     header = {
         "config": resolved,
         "fingerprint": data.fingerprint,
@@ -88,11 +95,31 @@ def open_recording(
         "wandb_id": run_id if wandb is None else wandb.run_id,
         "versions": versions(),
     }
-    store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
     store.remove_leftovers()
     keeper = Keeper(folder, store, header, tracker, wandb)
     keeper.heartbeat(step)
     return Recording(tracker, keeper)
+
+
+def _told_by_wandb(
+    config: Config, wandb: WandbTracker, store: CheckpointStore, data: Dataset, name: str
+) -> list[Tracker]:
+    parts: list[Tracker] = [Alerts(wandb, name)]
+    if config.wandb.artifacts:
+        parts.append(Artifacts(wandb, lambda: _to_keep(store, data, wandb.run_id)))
+    return [*parts, wandb]  # last: its end sends what the others have queued at theirs
+
+
+def _to_keep(store: CheckpointStore, data: Dataset, run_id: str) -> list[Artifact]:
+    """The best checkpoint and the dataset's description; never the data itself."""
+    about: dict[str, object] = {"fingerprint": data.fingerprint, "name": data.name}
+    found = [Artifact(f"dataset-{data.name}", "dataset", data.folder / DESCRIPTION, about)]
+    best = store.best_path()
+    if best is not None:
+        step = int(best.name.split("-")[1])
+        about = {"step": step, "dataset": data.fingerprint, "classes": list(data.classes)}
+        found.append(Artifact(f"best-{run_id}", "model", best, about))
+    return found
 
 
 def _new_id(name: str) -> str:

@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from dist_resnet import signals, watchdog
+from dist_resnet.captured import as_configured
 from dist_resnet.config import to_dict
 from dist_resnet.data.stream import Loader, open_loader, training_batches
 from dist_resnet.distributed import World, from_main, on_main, start, stop, together
 from dist_resnet.environment import git_commit, hardware, versions
 from dist_resnet.errors import EXIT_DONE, DistResnetError, Preempted, UserError
 from dist_resnet.evaluation import Evaluator
+from dist_resnet.gallery import Gallery
 from dist_resnet.loop import Trainer
 from dist_resnet.plan import Plan, explain, make_plan, rates
 from dist_resnet.recording import Recording, open_recording
@@ -113,17 +115,22 @@ def _trainer(
         session.normalisation(),
         session.image_size,
     )
+    wandb = recording.keeper.wandb if recording.keeper is not None else None
+    every = config.wandb.media_every_epochs
+    # Rank 0 alone knows whether W&B has started, and finding mistakes takes all ranks.
+    pictures = from_main(wandb is not None) and every > 0
     return Trainer(
         config=config,
         plan=plan,
         state=state,
-        train_step=step,
+        train_step=as_configured(step, recording.tracker.message),
         batches=batches,
         evaluate=evaluator,
         classes=data.classes,
         tracker=recording.tracker,
         watch=Stopwatch(saved["seconds"] if saved else 0.0, world.device),
         keeper=recording.keeper,
+        gallery=Gallery(config, data, every, wandb) if pictures else None,
     )
 
 
@@ -150,13 +157,15 @@ def _fit_and_close(
 
     def finish() -> None:
         try:
-            last = trainer.last_evaluation or last_evaluation(read_rows(folder.metrics))
-            summary = summarise(last, state.best, _facts(trainer, session))
+            rows = read_rows(folder.metrics)
+            last = trainer.last_evaluation or last_evaluation(rows)
+            summary = summarise(rows, last, state.best, _facts(trainer, session))
             folder.write_json("summary.json", summary)
         except OSError as error:
             raise UserError(f"{folder.path}: no summary.json: {error.strerror}") from None
         recording.close(EXIT_DONE, "done", state.step, "", summary)
-        _say(_conclusion(summary, session, folder))
+        for line in _conclusion(summary, session, folder):
+            _say(line)
 
     # The other ranks wait: torchrun would take a rank that left early for the end of the job.
     on_main(finish)
@@ -200,15 +209,20 @@ def _introduction(
         f" {session.threads} CPU threads a process; step: {step}",
         *explain(config, plan),
     ]
+    if session.world.device.type == "cpu" and session.world.size == 1 and session.threads > 1:
+        lines.append(
+            f"faster on a CPU, a process a core: torchrun --nproc_per_node={session.threads}"
+        )
     return lines
 
 
-def _conclusion(summary: dict[str, Any], session: Session, folder: RunFolder) -> str:
-    return (
+def _conclusion(summary: dict[str, Any], session: Session, folder: RunFolder) -> list[str]:
+    return [
+        *(f"{finding['name']}: {finding['text']}" for finding in summary["diagnosis"]),
         f"done: val/top1 {summary['val/top1']:.4f} on the {session.eval_set}"
         f" ({summary['val/images']:,} images) after {summary['step']:,} steps,"
-        f" {summary['wall_seconds']:.0f} s; {folder.path / 'summary.json'}"
-    )
+        f" {summary['wall_seconds']:.0f} s; {folder.path / 'summary.json'}",
+    ]
 
 
 def _say(line: str) -> None:

@@ -96,7 +96,7 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Decay per step of the moving average of the weights that is evaluated; 0: none."""
     step_mode: Literal["auto", "eager", "compile", "fused", "graph"] = "auto"
-    """eager, compile (torch.compile) or fused (our kernel, CPUs only); auto: fused, else eager."""
+    """eager, compile, fused (our kernel; CPUs), graph (one CUDA graph); auto: fused, else eager."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,10 @@ class WandbConfig:
     """Group of runs, such as the seeds of one experiment."""
     tags: list[str] = field(default_factory=list)
     """Tags of the run."""
+    media_every_epochs: int = 10
+    """Epochs between pictures (confusion matrix, worst mistakes), and at the end; 0: none."""
+    artifacts: bool = False
+    """Keep the best checkpoint and the dataset's description as artifacts of a finished run."""
 
 
 @dataclass(frozen=True)

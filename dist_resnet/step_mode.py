@@ -19,11 +19,13 @@ def choose_step_mode(wanted: str, config: Config, device: torch.device) -> tuple
     nothing there, and takes 20 s. Everywhere else auto is eager.
 
     Args:
-        wanted: auto, eager, compile or fused.
+        wanted: auto, eager, compile, fused or graph.
 
     Raises:
-        UserError: fused was asked for and cannot be had.
+        UserError: fused or graph was asked for and cannot be had.
     """
+    if wanted == "graph" and device.type != "cuda":
+        raise UserError("train.step_mode=graph: only on GPUs; use auto on a CPU")
     if wanted not in ("auto", "fused"):
         return wanted, wanted
     try:
@@ -40,7 +42,7 @@ def forward_function(mode: str, model: ResNet) -> Callable[[Tensor, Tensor | Non
     for module in model.modules():
         if isinstance(module, NormAct):
             module.fused = mode == "fused"
-    if mode == "compile":
+    if mode in ("compile", "graph"):
         compiled: Any = torch.compile(model, fullgraph=True, dynamic=False)
         return compiled
     return model

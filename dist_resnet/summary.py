@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dist_resnet.diagnosis import Row, diagnose
 from dist_resnet.errors import UserError
-
-Row = Mapping[str, float | int | None]
 
 
 def last_evaluation(rows: Sequence[Row]) -> Row:
@@ -20,10 +19,13 @@ def last_evaluation(rows: Sequence[Row]) -> Row:
     raise UserError("metrics.jsonl holds no evaluation; see python -m dist_resnet.evaluate")
 
 
-def summarise(last: Row, best: Mapping[str, float], facts: Mapping[str, Any]) -> dict[str, Any]:
+def summarise(
+    rows: Sequence[Row], last: Row, best: Mapping[str, float], facts: Mapping[str, Any]
+) -> dict[str, Any]:
     """The summary of a finished run.
 
     Args:
+        rows: of metrics.jsonl, for the diagnosis.
         last: row of the last evaluation: its figures are the run's, never the best one's.
         best: val/top1 and step of the best evaluation, told beside them.
         facts: what is known otherwise: speed, plan, dataset, versions, hardware.
@@ -38,4 +40,5 @@ def summarise(last: Row, best: Mapping[str, float], facts: Mapping[str, Any]) ->
         "best/val/top1": best.get("val/top1"),
         "best/step": best.get("step"),
         **facts,
+        "diagnosis": diagnose(rows),
     }

@@ -31,11 +31,33 @@ LAYERS: list[set[str]] = [
         "native",
     },
     {"augment", "loss", "flat", "optim", "models", "state", "data", "reduction"},
-    {"step_mode", "step", "evaluation", "checkpoint", "run_folder", "tracking", "summary"},
-    {"loop", "resume", "session", "recording", "weights", "trained"},
-    {"run", "preview", "cli"},
+    {
+        "step_mode",
+        "step",
+        "captured",
+        "evaluation",
+        "checkpoint",
+        "run_folder",
+        "tracking",
+        "summary",
+        "diagnosis",
+        "pictures",
+    },
+    {"gallery", "loop", "resume", "session", "recording", "weights", "trained"},
+    {"run", "preview", "cli", "sweep_plan"},
     # The empty name is the package itself, which offers what others import from it.
-    {"train", "evaluate", "predict", "export", "doctor", "bench", "report", ""},
+    {
+        "train",
+        "evaluate",
+        "predict",
+        "export",
+        "doctor",
+        "bench",
+        "report",
+        "",
+        "dashboard",
+        "sweep",
+    },
 ]
 DOORS = {
     "torch.distributed": {"distributed"},
@@ -43,14 +65,16 @@ DOORS = {
     # The last is measured against, not used.
     "ffcv": {"data.beton", "data.ffcv_loader", "data.ffcv_import", "bench.ffcv_pipeline"},
     "wandb": {"tracking.wandb_session"},
+    "wandb_workspaces": {"dashboard"},
 }
 # Modules that talk to whoever watches: commands, and what they show on the way.
 OWN_THE_TERMINAL = {
-    "bench", "cli", "doctor", "evaluate", "export", "predict", "report", "run", "train",
+    "bench", "cli", "dashboard", "doctor", "evaluate", "export", "predict", "report", "run",
+    "sweep", "train",
     "data.folder", "data.images", "data.prepare", "data.sources", "run_folder", "tracking.console",
 }  # fmt: skip
 # What runs in every step: the host must not wait there.
-WAITLESS = ("step", "augment", "loss", "flat", "reduction")
+WAITLESS = ("step", "captured", "augment", "loss", "flat", "reduction")
 
 
 def _name(path: Path) -> str:

@@ -53,10 +53,17 @@ def part_of(batch: Batch, rank: int, ranks: int) -> Batch:
     return Batch(batch.images[part], batch.labels[part], batch.samples[part])
 
 
-def train_step(config: Config, replicas: int, dtype: torch.dtype = torch.float32) -> TrainStep:
+def train_step(
+    config: Config,
+    replicas: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    steps: int = 30,
+) -> TrainStep:
     """Ours, at step 0; its state is `.state`."""
-    state = build_state(config, CLASSES, dtype, CPU)
-    return TrainStep(config, state, rates(), replicas, dtype, STATISTICS, (SIDE, SIDE))
+    state = build_state(config, CLASSES, dtype, device)
+    statistics = Normalisation(STATISTICS.mean.to(device), STATISTICS.scale.to(device))
+    return TrainStep(config, state, rates(steps), replicas, dtype, statistics, (SIDE, SIDE))
 
 
 @dataclass

@@ -27,6 +27,12 @@ class Recorded:
     step_metrics: dict[str, str] = field(default_factory=dict)
     """Metric or glob -> its x axis ("" for an axis itself)."""
     exit_code: int | None = None
+    alerts: list[str] = field(default_factory=list)
+    """Titles."""
+    artifacts: dict[str, list[str]] = field(default_factory=dict)
+    """Type -> paths of its files."""
+    system: list[str] = field(default_factory=list)
+    """Names of system metrics."""
 
 
 def read_run(folder: Path) -> Recorded:
@@ -51,6 +57,13 @@ def read_run(folder: Path) -> Recorded:
         elif kind == "metric":
             metric = record.metric
             out.step_metrics[metric.name or metric.glob_name] = metric.step_metric
+        elif kind == "alert":
+            out.alerts.append(record.alert.title)
+        elif kind == "artifact":
+            artifact = record.artifact
+            out.artifacts[artifact.type] = [entry.path for entry in artifact.manifest.contents]
+        elif kind == "stats":
+            out.system += [item.key for item in record.stats.item]
         elif kind == "exit":
             out.exit_code = record.exit.exit_code
     return out

@@ -104,6 +104,8 @@ class WandbStub:
         self.operations: Counter[str] = Counter()
         self.unknown: list[str] = []
         self.files: dict[str, bytes] = {}
+        self.artifacts: dict[str, Json] = {}
+        self.views: list[Json] = []
         self.fault: Fault | None = None
         self.stopped: set[str] = set()  # runs whose "Stop run" button was pressed
         self.lock = threading.RLock()
@@ -225,6 +227,45 @@ class WandbStub:
     def _on_NotifyScriptableRunAlert(self, variables: Json) -> Json:
         self.run_of(variables).alerts.append(variables)
         return {"notifyScriptableRunAlert": {"success": True}}
+
+    def _on_UpsertView2(self, variables: Json) -> Json:
+        self.views.append(variables)
+        view = {"id": "v", "name": "n", "displayName": "d", "spec": variables["spec"]}
+        return {"upsertView": {"view": view, "inserted": True}}
+
+    def _on_ArtifactType(self, _: Json) -> Json:
+        return {"project": None}
+
+    def _on_CreateArtifact(self, variables: Json) -> Json:
+        name = f"artifact{len(self.artifacts)}"
+        self.artifacts[name] = {**variables["input"], "state": "PENDING"}
+        made = {"id": name, "state": "PENDING", "artifactSequence": {"latestArtifact": None}}
+        return {"createArtifact": {"artifact": made}}
+
+    def _manifest(self, operation: str, name: str) -> Json:
+        file = {"id": "f", "uploadUrl": f"{self.url}/storage/manifest/{name}", "uploadHeaders": []}
+        return {operation: {"artifactManifest": {"id": name, "file": file}}}
+
+    def _on_CreateArtifactManifest(self, variables: Json) -> Json:
+        return self._manifest("createArtifactManifest", variables["artifactID"])
+
+    def _on_UpdateArtifactManifest(self, variables: Json) -> Json:
+        return self._manifest("updateArtifactManifest", variables["artifactManifestID"])
+
+    def _on_CreateArtifactFiles(self, variables: Json) -> Json:
+        edges = []
+        for spec in variables.get("input", variables)["artifactFiles"]:
+            path = f"artifact/{spec['artifactID']}/{spec['name']}"
+            node = {"storagePath": path, "uploadUrl": f"{self.url}/storage/{path}"}
+            node |= {"uploadHeaders": [], "uploadMultipartUrls": None}
+            edges.append({"node": node | {"artifact": {"id": spec["artifactID"]}}})
+        return {"createArtifactFiles": {"files": {"edges": edges}}}
+
+    def _on_CommitArtifact(self, variables: Json) -> Json:
+        artifact = self.artifacts[variables["artifactID"]]
+        artifact["state"] = "COMMITTED"
+        done = {"id": variables["artifactID"], "digest": artifact.get("digest", "")}
+        return {"commitArtifact": {"artifact": done}}
 
 
 def _handler(stub: WandbStub) -> type[http.server.BaseHTTPRequestHandler]:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from dist_resnet.augment import Choices, augment
 from dist_resnet.bench.gate import Finished, Gate
+from dist_resnet.captured import as_configured
 from dist_resnet.data.stream import Batch, open_loader, training_batches
 from dist_resnet.distributed import World, from_main, on_main
 from dist_resnet.evaluation import Evaluator
 from dist_resnet.loop import Trainer
-from dist_resnet.loss import mixed_targets, soft_cross_entropy, weighted_correct
 from dist_resnet.plan import Plan, make_plan, rates
 from dist_resnet.recording import Recording, open_recording
 from dist_resnet.run_folder import RunFolder
@@ -39,12 +39,7 @@ class MemoryFedStep(TrainStep):
         self.draw = lambda key, samples: choices  # type: ignore[assignment]
 
     def _forward(self, images: Tensor, labels: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
-        targets = mixed_targets(labels, choices, self.classes, self.config.optim.label_smoothing)
-        with torch.autocast(
-            self.device.type, self.precision, enabled=self.precision != torch.float32
-        ):
-            logits = self.forward(images, choices.keep)
-        return soft_cross_entropy(logits, targets), weighted_correct(logits, labels, choices)
+        return self._loss_and_top1(images, labels, choices)
 
 
 def train(config: Config, world: World, gate: Gate, steps: int, from_memory: bool = False) -> None:
@@ -86,7 +81,7 @@ def fit_on(
         config=step.config,
         plan=plan,
         state=step.state,
-        train_step=step,
+        train_step=as_configured(step, recording.tracker.message),
         batches=_timed(draw, steps, gate),
         evaluate=cast(Evaluator, None),  # `quiet` asks for no evaluation
         classes=(),

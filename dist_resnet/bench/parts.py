@@ -15,12 +15,12 @@ from dist_resnet.step import TrainStep
 # Names that `step` calls, and the part they belong to.
 _PARTS = {
     "augment": "augmentation",
-    "mixed_targets": "loss",
-    "soft_cross_entropy": "loss",
-    "weighted_correct": "loss",
+    "mixed_cross_entropy": "loss",
+    "weighted_top1": "loss",
 }
 _GROUPS = {
     "convolution": ("conv",),
+    "BatchNorm, ReLU and addition, fused": ("_NormAct",),
     "BatchNorm": ("batch_norm",),
     "ReLU and additions": ("relu", "threshold", "aten::add"),
     "casts and copies": ("copy_", "_to_copy", "aten::to", "clone", "contiguous"),

@@ -109,15 +109,24 @@ def write_json(path: Path, report: Report) -> None:
     write(path, json.dumps(report.as_dict(), indent=2) + "\n")
 
 
-def render(rows: Sequence[dict[str, Any]]) -> str:
-    """A table with a column for each key, quartiles beside what they belong to."""
-    keys = [
+def cells_of(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Names of the columns, then each row's texts, quartiles beside their value."""
+    keys = _columns(rows)
+    head = [key.replace("_", " ") for key in keys]
+    return [head, *([_cell(row, key) for key in keys] for row in rows)]
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return [
         key
         for key in dict.fromkeys(key for row in rows for key in row)
         if key != "table" and not key.endswith("_quartiles")
     ]
-    cells = [[key.replace("_", " ") for key in keys]]
-    cells += [[_cell(row, key) for key in keys] for row in rows]
+
+
+def render(rows: Sequence[dict[str, Any]]) -> str:
+    """A table for the terminal."""
+    keys, cells = _columns(rows), cells_of(rows)
     widths = [max(len(line[column]) for line in cells) for column in range(len(keys))]
     numeric = [all(isinstance(row.get(key, 0), int | float | None) for row in rows) for key in keys]
     lines = [

@@ -12,6 +12,7 @@ from dist_resnet.bench.measure import (
     speed_row,
 )
 from dist_resnet.bench.report import Report, Settings
+from dist_resnet.errors import UserError
 
 STEPS = 20  # a turn
 BANDS = (("bf16", True), ("bf16", False), ("fp32", True), ("fp32", False))
@@ -30,9 +31,10 @@ def run(settings: Settings) -> Report:
         name = f"{mode}, {dtype}, {layout}"
         try:
             made = _Made(settings, mode, dtype, channels_last)
-            if mode == "eager":
-                limits[name] = made.limits(0.05 if settings.quick else 1.0)
-            made.run(2)
+            band = f"{dtype}, {layout}"
+            if band not in limits:
+                limits[band] = made.limits(0.05 if settings.quick else 1.0)
+            made.run(5)  # compiles, and captures a graph
         except Exception as error:  # a mode may be missing here; its row says why
             failed.append(Timing(name, 1, failure=one_line(error)))
         else:
@@ -41,7 +43,7 @@ def run(settings: Settings) -> Report:
     reference = next(iter(timings.values()), None)
     for timing in [*timings.values(), *failed]:
         row = speed_row(timing, reference)
-        row |= _shares(timing, limits.get(timing.name.replace("compile", "eager")), batch)
+        row |= _shares(timing, limits.get(timing.name.split(", ", 1)[1]), batch)
         report.add("modes", row)
     report.add("limits", *({"name": name, **facts} for name, facts in limits.items()))
     report.settings = {
@@ -75,11 +77,14 @@ def _modes(settings: Settings) -> list[tuple[str, str, bool]]:
     import torch
 
     modes = [("eager", *band) for band in BANDS]
+    if settings.config.parallel.device == "cpu" or not torch.cuda.is_available():
+        modes += [("fused", *band) for band in BANDS if band[1]]
     compiled = BANDS if settings.full else BANDS[:1]
     if not settings.quick:
         modes += [("compile", *band) for band in compiled]
     if settings.config.parallel.device != "cpu" and torch.cuda.is_available():
-        modes += [("eager", "fp16", True), ("graph", "bf16", True), ("graph", "fp16", True)]
+        modes += [("eager", "fp16", True), ("compile", "fp16", True)]
+        modes += [("graph", "bf16", True), ("graph", "fp16", True)]
     return modes
 
 
@@ -88,6 +93,7 @@ class _Made:
 
     def __init__(self, settings: Settings, mode: str, dtype: str, channels_last: bool) -> None:
         from dist_resnet.bench.our_loop import make_step, quiet
+        from dist_resnet.captured import as_configured
         from dist_resnet.config import load_config
         from dist_resnet.distributed import start
         from dist_resnet.plan import make_plan
@@ -101,6 +107,7 @@ class _Made:
         self.session = open_session(config, world)
         plan = make_plan(config, len(self.session.train_indices), 1)
         self.step = make_step(config, self.session, plan, TrainStep)
+        self.advance = as_configured(self.step, _refuse)
         self.batches = _keep(self.session, plan)
         self.position = 0
 
@@ -113,7 +120,7 @@ class _Made:
         import torch
 
         for _ in range(steps):
-            self.step(self.draw())
+            self.advance(self.draw())
         if self.step.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -153,6 +160,10 @@ class _Made:
         }
 
 
+def _refuse(reason: str) -> None:
+    raise UserError(reason)
+
+
 def _keep(session: Any, plan: Any, count: int = 8) -> list[Any]:
     """A few batches, copied out of the loader's buffers."""
     from dist_resnet.bench.our_loop import open_batches
@@ -180,13 +191,14 @@ def _shares(timing: Timing, limit: dict[str, Any] | None, batch: int) -> dict[st
 
 
 def _add_parts(report: Report, settings: Settings) -> None:
-    """Of the configured precision and layout, with the real loader, eager."""
+    """Of the configured precision, layout and mode (a graph has no parts), with the real loader."""
     from dist_resnet.bench.our_loop import open_batches
     from dist_resnet.bench.parts import operators_of_step, parts_of_step
     from dist_resnet.plan import make_plan
 
     config = settings.config
-    made = _Made(settings, "eager", config.precision.dtype, config.precision.channels_last)
+    mode = config.train.step_mode if config.train.step_mode != "graph" else "eager"
+    made = _Made(settings, mode, config.precision.dtype, config.precision.channels_last)
     plan = make_plan(made.session.config, len(made.session.train_indices), 1)
     stream = open_batches(made.session, plan)
     steps = 3 if settings.quick else 50

@@ -3,10 +3,39 @@
 import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 Row = Mapping[str, float | int]
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image for W&B."""
+
+    pixels: NDArray[np.uint8]
+    """uint8 (height, width, 3)."""
+    caption: str
+
+
+Media = Mapping[str, int | Picture | list[list[int]]]
+"""A row of pictures: "step", `Picture`s, and confusion matrices (K, K), rows the true classes."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file that W&B is to keep."""
+
+    name: str
+    kind: str
+    """W&B's type: model, dataset."""
+    path: Path
+    metadata: Mapping[str, object]
 
 
 class Tracker(Protocol):

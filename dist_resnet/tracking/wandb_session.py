@@ -13,8 +13,10 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from dist_resnet.errors import one_line
+from dist_resnet.tracking import wandb_media
 from dist_resnet.tracking.reach import why_unreachable
-from dist_resnet.tracking.tracker import Row, Say
+from dist_resnet.tracking.tracker import Artifact, Media, Row, Say
+from dist_resnet.tracking.wandb_options import wandb_options
 
 GLOBS = ("train/*", "val/*", "gap/*", "perf/*")
 
@@ -83,6 +85,8 @@ class WandbSession:
         if not os.access(self._folder, os.W_OK):
             raise PermissionError(f"cannot write to {self._folder}")
         self._continues = any(self._folder.glob(f"*run-*-{self.run_id}*"))
+        # Where it stages tables and artifacts: beside the run, not in the user's home folder.
+        os.environ.setdefault("WANDB_DATA_DIR", str(self._folder))
         os.environ.pop("WANDB_SERVICE", None)  # an inherited service could not be killed when hung
         import wandb
 
@@ -94,7 +98,7 @@ class WandbSession:
             if why is None and not proxied:
                 why = why_unreachable(library.settings.base_url)
             self.mode = "offline" if why else "online"
-        options = self._options(wandb, on_stop)
+        options = wandb_options(wandb, self.init_seconds, self.finish_seconds, on_stop)
         if self.mode == "online":
             try:
                 self._start(wandb, options, "online", deadline=began + 6.0)
@@ -108,6 +112,22 @@ class WandbSession:
     def log(self, row: Row) -> None:
         """Log the row; the step is a value in it, never wandb's own step, which drops rows."""
         self._run.log(dict(row))
+
+    def show(self, media: Media, classes: Sequence[str]) -> None:
+        """Log one row of pictures."""
+        import wandb
+
+        self._run.log(wandb_media.row(wandb, media, classes))
+
+    def alert(self, title: str, text: str, error: bool) -> None:
+        """W&B sends it by the ways that its reader has chosen; offline, when it is synced."""
+        self._run.alert(title, text, level="ERROR" if error else "INFO")
+
+    def keep(self, artifact: Artifact) -> None:
+        """Log the file as an artifact."""
+        import wandb
+
+        self._run.log_artifact(wandb_media.artifact(wandb, artifact))
 
     def next_step(self) -> int | None:
         """W&B's `_step` of the next row."""
@@ -147,29 +167,6 @@ class WandbSession:
         if self.mode == "offline":
             return f"wandb sync {folder}/offline-run-*-{self.run_id}*"
         return f"wandb sync --include-online {folder}/*run-*-{self.run_id}*"
-
-    def _options(self, wandb: Any, on_stop: Callable[[], None]) -> dict[str, Any]:
-        """Settings by name, those that this version of wandb does not have left out."""
-        wanted: dict[str, Any] = {
-            "silent": True,  # our own line says it; wandb's ten would break the progress line
-            "console": "off",  # 4 s of a live progress line are 112 KB of control codes in its log
-            "init_timeout": self.init_seconds,
-            "login_timeout": 1,  # should a prompt come up after all
-            "finish_timeout": self.finish_seconds,  # default: retries for 7 days
-            "finish_timeout_raises": True,
-            # Default 15 s, and nothing is flushed when the trainer is killed: 15 s of rows lost.
-            "x_transaction_log_flush_interval": 1.0,
-            "save_code": False,
-            "disable_code": True,
-            "disable_git": True,  # the configuration has the commit; the diff may hold anything
-            "x_disable_meta": True,  # holds the SLURM_* environment variables and the command line
-            "x_stats_track_process_tree": True,
-            # torchrun's process is the root of all ranks on this machine.
-            "x_stats_pid": os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid(),
-            "stop_fn": on_stop,  # default: SIGINT to rank 0 alone; the others hang in all-reduce
-        }
-        known = getattr(wandb.Settings, "model_fields", wanted)
-        return {key: value for key, value in wanted.items() if key in known}
 
     def _start(self, wandb: Any, options: dict[str, Any], mode: str, deadline: float) -> None:
         """wandb.init; where taking back rows is refused, continue after them, if there is time."""

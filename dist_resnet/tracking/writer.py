@@ -10,11 +10,12 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from dist_resnet.errors import one_line
-from dist_resnet.tracking.tracker import Row, Say, say_on_stderr
+from dist_resnet.tracking.tracker import Artifact, Media, Row, Say, say_on_stderr
 
 QUEUE_ROWS = 4096  # at a row a second, more than an hour of silence from wandb-core; about 4 MB
 FAILURES_IN_A_ROW = 3
@@ -32,6 +33,15 @@ class Session(Protocol):
     def log(self, row: Row) -> None:
         """Record a row."""
 
+    def show(self, media: Media, classes: Sequence[str]) -> None:
+        """Record pictures; as `log`, a row of W&B's own."""
+
+    def alert(self, title: str, text: str, error: bool) -> None:
+        """Tell whoever subscribed to the run's alerts."""
+
+    def keep(self, artifact: Artifact) -> None:
+        """Record a file; it must stay where it is until the run has been sent."""
+
     def next_step(self) -> int | None:
         """W&B's own `_step` of the row that comes next; None if only the server could tell."""
 
@@ -43,6 +53,20 @@ class Session(Protocol):
 
     def resend(self) -> str:
         """The command that sends what is on disk."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Something for the writer thread to do."""
+
+    what: str
+    """row, picture, alert or artifact."""
+    do: Callable[[], None]
+
+    @property
+    def positions(self) -> int:
+        """By how much W&B's `_step` grows."""
+        return 1 if self.what in ("row", "picture") else 0
 
 
 class WandbTracker:
@@ -57,7 +81,7 @@ class WandbTracker:
         self._session = session
         self._say = say
         self._close_seconds = close_seconds
-        self._queue: queue.Queue[Row | None] = queue.Queue(QUEUE_ROWS)
+        self._queue: queue.Queue[_Job | None] = queue.Queue(QUEUE_ROWS)
         self._broken: str | None = None
         self._closing = self._stop = False
         self._first_step: int | None = None
@@ -92,21 +116,25 @@ class WandbTracker:
 
     def log(self, row: Row) -> None:
         """Queue a row; with a full queue, a dead service or a bad value, count it in `dropped`."""
-        if self._broken or self._closing:
-            self.dropped += 1
-            return
         try:
             # What cannot become a number must fail here, where the row can still be left out.
-            self._queue.put_nowait(
-                {key: v if isinstance(v, int) else float(v) for key, v in row.items()}
-            )
-            self._accepted += 1
-        except queue.Full:
-            if not self.dropped:
-                self._say("wandb: has stopped answering; rows now go to metrics.jsonl only")
-            self.dropped += 1
+            plain = {key: v if isinstance(v, int) else float(v) for key, v in row.items()}
         except (TypeError, ValueError):
             self.dropped += 1
+            return
+        self.dropped += not self._put(_Job("row", lambda: self._session.log(plain)))
+
+    def show(self, make: Callable[[], Media], classes: Sequence[str] = ()) -> None:
+        """Queue pictures, which `make` draws in the writer thread; `classes`: of its matrices."""
+        self._put(_Job("picture", lambda: self._session.show(make(), classes)))
+
+    def alert(self, title: str, text: str, error: bool = False) -> None:
+        """Queue an alert."""
+        self._put(_Job("alert", lambda: self._session.alert(title, text, error)))
+
+    def keep(self, artifact: Artifact) -> None:
+        """Queue a file, which must stay where it is until the run has been sent."""
+        self._put(_Job("artifact", lambda: self._session.keep(artifact)))
 
     def message(self, text: str) -> None:
         """Do nothing: the console shows it."""
@@ -147,6 +175,19 @@ class WandbTracker:
         elif self.dropped:
             self._say(f"wandb: {self.dropped} rows are in metrics.jsonl only")
 
+    def _put(self, job: _Job) -> bool:
+        """Queue a job, if W&B works and has room for it."""
+        if self._broken or self._closing:
+            return False
+        try:
+            self._queue.put_nowait(job)
+        except queue.Full:
+            if not self.dropped:
+                self._say("wandb: has stopped answering; rows now go to metrics.jsonl only")
+            return False
+        self._accepted += job.positions
+        return True
+
     def _on_stop(self) -> None:
         self._stop = True
 
@@ -167,23 +208,27 @@ class WandbTracker:
         self._done.set()
 
     def _write(self) -> None:
-        """Hand rows over until the sentinel comes or the service is given up."""
+        """Do what is queued until the sentinel comes or the service is given up."""
         failures = 0
-        while (row := self._queue.get()) is not None:
+        while (job := self._queue.get()) is not None:
             try:
-                self._session.log(row)
+                job.do()
                 failures = 0
             except BaseException as error:
                 failures += 1
-                self.dropped += 1
-                self._accepted -= 1
+                self.dropped += job.what == "row"
+                self._accepted -= job.positions
                 if self._broken:
                     return  # abandoned by close, which has said so
-                # A lost connection never comes back: wandb does not restart its service.
-                if isinstance(error, (OSError, EOFError)) or failures == FAILURES_IN_A_ROW:
+                # A lost connection never comes back: wandb does not restart its service. An
+                # artifact's file may be missing, too.
+                lost = (OSError, EOFError) if job.what == "row" else (ConnectionError, EOFError)
+                if isinstance(error, lost) or failures == FAILURES_IN_A_ROW:
                     self._broken = f"it stopped working ({one_line(error)})"
                     self._say(f"wandb: {self._broken}; training and metrics.jsonl go on")
                     return
+                if job.what != "row":
+                    self._say(f"wandb: no {job.what} ({one_line(error)})")
 
     def _finish(self) -> None:
         try:

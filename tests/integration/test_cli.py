@@ -73,7 +73,7 @@ def test_missing_dataset_without_network(tmp_path: Path) -> None:
     began = time.monotonic()
     arguments = [f"data.root={tmp_path / 'data'}", f"run.dir={tmp_path}"]
     output = call("dist_resnet.train", *arguments, environment=CLOSED_NETWORK)
-    assert time.monotonic() - began < 45
+    assert time.monotonic() - began < 100
     refused(output, "cifar10")
     assert {path.name for path in (tmp_path / "data").iterdir()} == {".cifar10.lock"}
     refused(call("dist_resnet.train", *arguments, "data.dataset=mine"), "'mine'", "prepare folder")

@@ -40,7 +40,8 @@ CONTRACT = {
     "parallel.replicas": "auto", "parallel.reduction": "fast", "parallel.timeout_seconds": 120,
     "eval.every_epochs": 1, "eval.flip_tta": False,
     "checkpoint.every_epochs": 1, "checkpoint.every_steps": 0, "checkpoint.keep": 3,
-    "log.every_steps": 50, "wandb.mode": "auto",
+    "log.every_steps": 50, "wandb.mode": "auto", "wandb.media_every_epochs": 10,
+    "wandb.artifacts": False,
 }  # fmt: skip
 
 
@@ -180,7 +181,7 @@ def test_a_wrong_type_names_key_value_and_type(pair: str, kind: str) -> None:
         "parallel.replicas=0", "parallel.replicas=some", "parallel.timeout_seconds=0",
         "parallel.threads=-1", "eval.every_epochs=0", "checkpoint.every_steps=-1",
         "checkpoint.keep=0", "log.every_steps=0", "seed=-1", "run.name=a/b", "run.name=.hidden",
-        "run.resume=",
+        "run.resume=", "wandb.media_every_epochs=-1",
     ],
 )  # fmt: skip
 def test_an_impossible_value_is_refused(pair: str) -> None:
@@ -305,6 +306,7 @@ FREE = [
     "run.dir=x", "run.name=x", "run.resume=never", "run.overwrite=true", "data.root=x",
     "data.loader=resident", "eval.every_epochs=2", "eval.flip_tta=true",
     "checkpoint.every_steps=5", "checkpoint.keep=1", "log.every_steps=1", "wandb.mode=disabled",
+    "wandb.media_every_epochs=0", "wandb.artifacts=true",
     "parallel.timeout_seconds=5", "train.max_steps=5",
 ]  # fmt: skip
 BINDING = [

@@ -65,13 +65,15 @@ def _warmed_up() -> ResNet:
     return model
 
 
-def _evaluate(world: World, batch: int, count: int = COUNT, tta: bool = True) -> Evaluation:
+def _evaluate(
+    world: World, batch: int, count: int = COUNT, tta: bool = True, mistakes: int = 0
+) -> Evaluation:
     images, labels = _data()
     evaluator = Evaluator(
         ArrayLoader(images, labels, batch), np.arange(count),
         Normalisation.of(MEAN, STD, SIDE, CPU), torch.float32, tta, world,
     )  # fmt: skip
-    return evaluator(_model())
+    return evaluator(_model(), mistakes)
 
 
 def _one_by_one(model: ResNet, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -89,7 +91,12 @@ def _one_by_one(model: ResNet, images: np.ndarray, labels: np.ndarray) -> dict[s
         losses.append(np.log(np.exp(values - values.max()).sum()) + values.max() - values[label])
         guesses.append(int(values.argmax()))
         with_mirror.append(int((values + logits(image[:, ::-1])).argmax()))
-    return {"loss": float(np.mean(losses)), "guesses": guesses, "tta": with_mirror}
+    return {
+        "loss": float(np.mean(losses)),
+        "losses": losses,
+        "guesses": guesses,
+        "tta": with_mirror,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +163,46 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
     assert model.training is training
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert first.loss == second.loss
+
+
+@pytest.mark.parametrize("wanted", [3, 500])
+def test_the_worst_mistakes_are_those_of_a_plain_loop(wanted: int, truth: dict[str, Any]) -> None:
+    labels, found = _data()[1], _evaluate(ALONE, 8, mistakes=wanted)
+    wrong = [i for i in range(COUNT) if truth["guesses"][i] != labels[i]]
+    expected = sorted(wrong, key=lambda i: -truth["losses"][i])[:wanted]
+    worst = found.mistakes
+    assert worst is not None
+    assert worst.positions.tolist() == expected
+    assert worst.labels == [labels[i] for i in expected]
+    assert worst.guesses == [truth["guesses"][i] for i in expected]
+    assert worst.losses == pytest.approx([truth["losses"][i] for i in expected], rel=1e-4)
+    alone = _evaluate(ALONE, 8)
+    assert (found.loss, found.correct, alone.mistakes) == (alone.loss, alone.correct, None)
+
+
+def test_images_of_places_in_the_evaluated_set() -> None:
+    images, labels = _data()
+    evaluator = Evaluator(
+        ArrayLoader(images, labels, 2), np.array([7, 3, 60, 11]),
+        Normalisation.of(MEAN, STD, SIDE, CPU), torch.float32, False, ALONE,
+    )  # fmt: skip
+    assert np.array_equal(evaluator.images(np.array([2, 0, 3])).numpy(), images[[60, 7, 11]])
+    assert len(evaluator.images(np.array([], dtype=np.int64))) == 0
+
+
+def _mistakes_on_ranks(world: World) -> list[tuple[Any, ...]]:
+    found = []
+    for batch in (4, 61):
+        e = _evaluate(world, batch, mistakes=10)
+        assert e.mistakes is not None
+        worst = e.mistakes
+        found.append((e.loss, worst.positions.tolist(), worst.losses, worst.guesses))
+    return found
+
+
+def test_the_same_mistakes_on_any_number_of_ranks() -> None:
+    alone = _mistakes_on_ranks(ALONE)
+    assert run_ranks(2, _mistakes_on_ranks) == [alone, alone]
 
 
 def _on_ranks(world: World) -> list[tuple[Any, ...]]:

@@ -64,7 +64,10 @@ def test_parameters_gradients_and_statistics_tile_the_buffers(layout: str) -> No
     assert sorted(gradients) == list(range(size))
     moved = sorted(i for b in statistics for i in _inside(b, flat.exchange))
     assert moved == list(range(size, size + held))
-    assert _inside(flat.extras, flat.exchange) == range(size + held, size + held + 3)
+    assert _inside(flat.row, flat.exchange) == range(size + held, size + held + 5)
+    for index, view in enumerate((flat.loss, flat.top1, flat.stop, flat.norm)):
+        assert _inside(view, flat.exchange) == range(size + held + index, size + held + index + 1)
+    assert flat.row[4] == 1
 
 
 def test_views_are_live_in_both_directions() -> None:
@@ -126,4 +129,4 @@ def test_decay_of_the_resnet_is_for_convolutions_and_the_dense_layer() -> None:
     assert len(decayed) == 19 + 2 + 1
     # 272,474 parameters: 10 biases, and two for each channel of 21 BatchNorms
     assert flat.num_decayed == 272_474 - 10 - 2 * (7 * 16 + 7 * 32 + 7 * 64)
-    assert flat.num_statistics == 2 * (7 * 16 + 7 * 32 + 7 * 64)
+    assert flat.statistics.numel() == 2 * (7 * 16 + 7 * 32 + 7 * 64)

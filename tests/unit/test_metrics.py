@@ -10,8 +10,8 @@ ROWS = [(2.0, 0.25, 1.5), (1.0, 0.5, 0.5), (0.25, 0.75, 4.0), (8.0, 1.0, 0.125)]
 
 
 def _add(totals: Totals, number: int, bad: bool = False) -> None:
-    loss, top1, norm = (torch.tensor(value) for value in ROWS[number % 4])
-    totals.add(loss, top1, norm, torch.tensor(number), torch.tensor(bad))
+    loss, top1, norm = ROWS[number % 4]
+    totals.add(torch.tensor([loss, top1, 9.0, float("inf") if bad else norm, 1.0]))
 
 
 def _mean(numbers: range, column: int) -> float:
@@ -41,21 +41,32 @@ def test_an_empty_window_divides_by_nothing() -> None:
     assert (means.loss, means.top1, means.grad_norm, means.steps) == (0, 0, 0, 0)
 
 
-def test_the_first_bad_step_stays() -> None:
+@pytest.mark.parametrize("column", [0, 3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("first", [0, 3])
+def test_the_first_bad_step_stays(first: int, value: float, column: int) -> None:
     totals = Totals(CPU)
     assert totals.bad_step() is None
     for number in range(6):
-        _add(totals, number, bad=number in (0, 3, 5))
-    assert totals.bad_step() == 0  # step 0 is a step like any other
+        row = torch.tensor([2.0, 0.5, 0.0, 1.0, 1.0])
+        if number in (first, 5):
+            row[column] = value
+        totals.add(row)
+        assert totals.bad_step() == (first if number >= first else None)
     totals.take(Totals.LOG)
-    assert totals.bad_step() == 0
+    assert totals.bad_step() == first
+
+
+def test_stop_requests_are_no_divergence() -> None:
+    totals = Totals(CPU)
+    totals.add(torch.tensor([2.0, 0.5, 1.0, 1.0, 1.0]))
+    assert totals.bad_step() is None
 
 
 def test_sums_are_float64() -> None:
     totals = Totals(CPU)
-    big, one = torch.tensor(2.0**24), torch.tensor(1.0)
-    for value in (big, one, one):
-        totals.add(value, one, one, torch.tensor(0), torch.tensor(False))
+    for loss in (2.0**24, 1.0, 1.0):
+        totals.add(torch.tensor([loss, 1.0, 0.0, 1.0, 1.0]))
     assert totals.take(Totals.LOG).loss == (2.0**24 + 2) / 3
 
 

@@ -153,6 +153,7 @@ def test_what_it_is_not_made_for() -> None:
     assert not accepts(torch.zeros(2, 24, 8, 8))
     assert not accepts(x.half())
     assert not accepts(torch.zeros(1, 16, 1, 1))
+    assert not accepts(torch.zeros(1, 64, 1, 1))
     assert not accepts(x, x.bfloat16())
     assert not accepts(x, x[:1])
 

@@ -3,13 +3,14 @@
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 
 from dist_resnet.tracking import writer
 from dist_resnet.tracking.reach import wanted_mode, why_unreachable
-from dist_resnet.tracking.tracker import Row
+from dist_resnet.tracking.tracker import Artifact, Media, Row
 from dist_resnet.tracking.writer import WandbTracker
 from tests.wandb_stub import WandbStub
 
@@ -19,6 +20,7 @@ class _Session:
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
+        self.others: list[tuple[str, object]] = []
         self.finished: tuple[int, Mapping[str, object]] | None = None
         self.abandoned = threading.Event()
         self.first: int | None = 7
@@ -29,6 +31,15 @@ class _Session:
 
     def log(self, row: Row) -> None:
         self.rows.append(row)
+
+    def show(self, media: Media, classes: Sequence[str]) -> None:
+        self.others.append(("picture", dict(media)))
+
+    def alert(self, title: str, text: str, error: bool) -> None:
+        self.others.append(("alert", title))
+
+    def keep(self, artifact: Artifact) -> None:
+        raise FileNotFoundError("no such file")
 
     def next_step(self) -> int | None:
         return self.first
@@ -70,6 +81,25 @@ def test_every_row_then_the_summary() -> None:
     assert session.finished == (3, {"a": 1})
     assert not said
     assert not session.abandoned.is_set()
+
+
+def test_pictures_alerts_and_artifacts_cost_training_nothing() -> None:
+    session, said = _Session(), list[str]()
+    tracker = _started(session, said, 5.0)
+    tracker.log({"step": 1})
+    tracker.show(lambda: {"step": 1})
+    tracker.show(lambda: {"step": 1 // 0})  # drawn in the writer's thread: fails there
+    tracker.alert("finished", "")
+    tracker.keep(Artifact("x", "model", Path("gone"), {}))
+    tracker.log({"step": 2})
+    tracker.close(0, {})
+    assert [row["step"] for row in session.rows] == [1, 2]
+    assert session.others == [("picture", {"step": 1}), ("alert", "finished")]
+    assert tracker.position() == 10  # two rows and one picture after the seventh
+    assert (tracker.dropped, tracker.mode) == (0, "offline")
+    assert said[0].startswith("wandb: no picture (ZeroDivisionError")
+    assert said[1] == "wandb: no artifact (FileNotFoundError: no such file)"
+    assert len(said) == 2
 
 
 def test_a_start_that_hangs_is_given_up() -> None:

@@ -1,0 +1,185 @@
+"""Put this project's workspace on W&B: python -m dist_resnet.dashboard --entity NAME [options]
+
+  --entity NAME     W&B user or team
+  --project NAME    W&B project (default: dist_resnet)
+  --name NAME       name of the workspace (default: dist_resnet)
+  --dry-run         print the workspace as JSON and send nothing; needs neither network nor account
+
+Every run of the project shows in it. Needs the extra `dashboard` (wandb-workspaces).
+"""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from dist_resnet.cli import run_command
+from dist_resnet.errors import EXIT_DONE, UserError, one_line
+from dist_resnet.schema import WandbConfig
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel. A test holds all of them against what a training logs."""
+
+    title: str
+    metrics: tuple[str, ...]
+    """Keys; one that ends in * stands for all that begin so."""
+    kind: Literal["lines", "pictures", "confusion"] = "lines"
+    log_y: bool = False
+    only_with: str = ""
+    """What a run must have for this panel to hold data; empty: nothing."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Panels under one heading."""
+
+    name: str
+    panels: tuple[Panel, ...]
+
+
+SECTIONS = (
+    Section(
+        "Learning",
+        (
+            Panel("Loss", ("train/loss", "val/loss"), log_y=True),
+            Panel("Top-1", ("train/top1", "val/top1")),
+            Panel("Top-1 with mirror images", ("val/top1_tta",), only_with="eval.flip_tta=true"),
+            Panel("Generalisation gap: train minus val", ("gap/top1",)),
+        ),
+    ),
+    Section(
+        "Optimisation",
+        (
+            Panel("Learning rate", ("train/lr",)),
+            Panel("Gradient norm", ("train/grad_norm",), log_y=True),
+        ),
+    ),
+    Section(
+        "Speed",
+        (
+            Panel("Images per second", ("perf/images_per_second",)),
+            Panel("Milliseconds a step", ("perf/step_ms",), log_y=True),
+            Panel("Share of time waiting for data", ("perf/data_wait_fraction",)),
+            Panel("GPU memory in MiB", ("perf/gpu_memory_mb",), only_with="a GPU"),
+        ),
+    ),
+    Section(
+        "Classes",
+        (
+            Panel("Top-1 by class", ("val/per_class/*",)),
+            Panel("Confusion at the end", ("val/confusion_matrix_table",), "confusion"),
+            Panel("Confusion", ("val/confusion_image",), "pictures"),
+        ),
+    ),
+    Section(
+        "Samples",
+        (
+            Panel("First batch, augmented", ("data/train_batch",), "pictures"),
+            Panel("Worst mistakes", ("val/worst",), "pictures"),
+            Panel("Images evaluated", ("val/images",)),
+        ),
+    ),
+)
+# The position of a row; an axis, not a curve.
+AXES = ("step", "epoch", "seconds")
+
+
+def covers(metric: str, key: str) -> bool:
+    """Whether a panel's `metric`, which may end in *, shows what is logged as `key`."""
+    return key.startswith(metric[:-1]) if metric.endswith("*") else key == metric
+
+
+def as_json() -> str:
+    """The workspace as data."""
+    return json.dumps({"x_axis": "step", "sections": [asdict(s) for s in SECTIONS]}, indent=2)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, then print or save; the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return EXIT_DONE
+    options = _parse(arguments)
+    if "dry-run" in options:
+        print(as_json())
+        return EXIT_DONE
+    if "entity" not in options:
+        raise UserError("--entity NAME: name the W&B user or team whose project it is")
+    print(save(options["entity"], options.get("project", WandbConfig.project), options.get("name")))
+    return EXIT_DONE
+
+
+def save(entity: str, project: str, name: str | None) -> str:
+    """Save the workspace on the server that wandb is configured for; its address.
+
+    Raises:
+        UserError: wandb-workspaces is missing, or the server or the account refuses.
+    """
+    try:
+        import wandb_workspaces.workspaces as workspaces
+        from wandb_workspaces.reports import v2 as reports
+    except ImportError:
+        raise UserError(
+            "wandb-workspaces is not installed: pip install 'dist-resnet[dashboard]', "
+            "or --dry-run to see the panels"
+        ) from None
+    workspace = workspaces.Workspace(
+        entity=entity,
+        project=project,
+        name=name or "dist_resnet",
+        sections=[
+            workspaces.Section(
+                name=section.name,
+                panels=[_panel(reports, panel) for panel in section.panels],
+                is_open=True,
+            )
+            for section in SECTIONS
+        ],
+        settings=workspaces.WorkspaceSettings(x_axis="step"),
+    )
+    try:
+        workspace.save()
+    except Exception as error:  # of requests, of GraphQL, of wandb itself: each has its own
+        raise UserError(f"{entity}/{project}: not saved: {one_line(error)}") from None
+    return str(workspace.url)
+
+
+def _panel(reports: Any, panel: Panel) -> Any:
+    if panel.kind == "pictures":
+        return reports.MediaBrowser(title=panel.title, media_keys=list(panel.metrics))
+    if panel.kind == "confusion":
+        fields = ("Actual", "Predicted", "nPredictions")
+        return reports.CustomChart(
+            query={"summaryTable": {"tableKey": panel.metrics[0]}},
+            chart_name="wandb/confusion_matrix/v1",
+            chart_fields={field: field for field in fields},
+            chart_strings={"title": panel.title},
+        )
+    shown: dict[str, Any] = {"y": list(panel.metrics)}
+    if any(metric.endswith("*") for metric in panel.metrics):
+        patterns = [re.escape(metric.removesuffix("*")) for metric in panel.metrics]
+        shown = {"metric_regex": f"^({'|'.join(patterns)}).*"}
+    return reports.LinePlot(title=panel.title, x="step", log_y=panel.log_y, **shown)
+
+
+def _parse(arguments: Sequence[str]) -> dict[str, str]:
+    options, rest = {}, list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word == "--dry-run":
+            options["dry-run"] = ""
+        elif word in ("--entity", "--project", "--name"):
+            if not rest or not rest[0]:
+                raise UserError(f"{word}: needs a name")
+            options[word[2:]] = rest.pop(0)
+        else:
+            raise UserError(f"{word}: unknown; see python -m dist_resnet.dashboard --help")
+    return options
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,109 @@
+"""What W&B shows beside the curves: the augmented batch, the confusion matrix, the worst mistakes.
+
+Every rank has a gallery, as finding the mistakes takes all of them; the first one's holds the pen.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_resnet import pictures
+from dist_resnet.augment import ChoiceDrawer, Normalisation, augment
+from dist_resnet.data.dataset import Dataset
+from dist_resnet.data.stream import Batch
+from dist_resnet.evaluation import Evaluation, Evaluator
+from dist_resnet.randomness import step_keys
+from dist_resnet.schema import Config
+from dist_resnet.tracking.tracker import Media, Picture
+from dist_resnet.tracking.writer import WandbTracker
+
+SHOWN = 64  # images of the batch
+MISTAKES = 32
+
+_HOST = torch.device("cpu")
+
+
+@dataclass
+class Gallery:
+    """Pictures of one run, made by W&B's own thread; without W&B nothing is computed."""
+
+    config: Config
+    dataset: Dataset
+    every_epochs: int
+    """Epochs between two sets of pictures, the same on all ranks; 0: none."""
+    wandb: WandbTracker | None
+    """None on all ranks but the first."""
+    _batch_shown: bool = False
+
+    def batch(self, step: int, batch: Batch) -> None:
+        """Show this process's first batch as training sees it: that of the first local replica."""
+        if self._batch_shown:
+            return
+        self._batch_shown = True
+        if self.wandb is None or not self.every_epochs:
+            return
+        size = self.config.data.batch_size_per_replica
+        # Copies: the next batch overwrites this one.
+        images, samples = (t[:size].to(_HOST, copy=True) for t in (batch.images, batch.samples))
+        self.wandb.show(
+            lambda: {
+                "step": step,
+                "data/train_batch": Picture(
+                    pictures.grid(augmented(self.config, self.dataset, step, images, samples)),
+                    f"step {step}: the first replica's batch, augmented",
+                ),
+            }
+        )
+
+    def mistakes_at(self, epoch: int, at_end: bool) -> int:
+        """How many of the worst mistakes the evaluation after `epoch` epochs is to find."""
+        if not self.every_epochs:
+            return 0
+        before = epoch - self.config.eval.every_epochs
+        due = at_end or epoch // self.every_epochs > before // self.every_epochs
+        return MISTAKES if due else 0
+
+    def evaluation(self, step: int, at_end: bool, result: Evaluation, evaluator: Evaluator) -> None:
+        """Show an evaluation that was asked for its mistakes; at the end with W&B's own chart."""
+        if self.wandb is None or result.mistakes is None:
+            return
+        worst, classes = result.mistakes, self.dataset.classes
+        images = evaluator.images(worst.positions).numpy()
+        counts = result.confusion.numpy()
+
+        def make() -> Media:
+            caption = f"step {step}: {result.correct} of {result.images} right"
+            media: dict[str, int | Picture | list[list[int]]] = {"step": step}
+            media["val/confusion_image"] = Picture(pictures.confusion(counts, classes), caption)
+            if len(images):
+                found = zip(worst.labels, worst.guesses, worst.losses, strict=True)
+                captions = [f"{classes[t][:9]}\n>{classes[g][:9]} {x:.1f}" for t, g, x in found]
+                text = f"step {step}: true class > prediction, loss"
+                media["val/worst"] = Picture(pictures.grid(images, captions), text)
+            if at_end:
+                media["val/confusion_matrix"] = counts.tolist()
+            return media
+
+        self.wandb.show(make, classes)
+
+
+def augmented(
+    config: Config, dataset: Dataset, step: int, images: Tensor, samples: Tensor
+) -> np.ndarray:
+    """A replica's batch as its step sees it, in visible colours: uint8 (<= SHOWN, H, W, 3).
+
+    Args:
+        images: uint8 (N, H, W, 3), the whole batch: mixup takes partners from all of it.
+        samples: int64 (N,), indices in the training set.
+    """
+    size = dataset.height, dataset.width
+    statistics = Normalisation.of(dataset.mean, dataset.std, dataset.width, _HOST)
+    draw = ChoiceDrawer(config.augment, size, 0.0, 0, _HOST)
+    choices = draw(step_keys(config.seed, step + 1, _HOST)[step], samples)
+    inputs = augment(images, choices, config.augment, statistics)[:SHOWN]
+    # normalise() backwards: rows of 3 W values.
+    rows = inputs.permute(0, 2, 3, 1).flatten(2) / statistics.scale + statistics.mean
+    pixels = rows.round().clamp(0, 255).byte()
+    return pixels.view(len(inputs), *size, 3).numpy()

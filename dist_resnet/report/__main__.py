@@ -1,0 +1,81 @@
+"""Report on runs: python -m dist_resnet.report RUN [RUN ...] [--output FILE.html] [--text]
+
+    --output FILE   the page, one self-contained file (default report.html); --out is the same
+    --text          figures, a curve and the diagnosis on the terminal; writes no file
+
+RUN is a run folder, also of a run that goes on: called again, the report shows its newest state.
+Several runs stand side by side, with the configuration keys in which they differ. Where a
+checkpoint and the dataset lie here, the page also shows the confusion matrix, the worst mistakes
+and augmented training images; the dataset is looked for at data.root of the run's configuration.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from dist_resnet.cli import run_command
+from dist_resnet.errors import EXIT_DONE, UserError
+from dist_resnet.report.record import read_records
+from dist_resnet.report.text import render_text
+from dist_resnet.storage import write_atomically
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors as everywhere in this package: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"report: {message}; see --help")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Read the runs, write the page or print the text; the exit code."""
+    asked = _parse(arguments)
+    records = read_records(asked.runs)
+    if asked.text:
+        print(render_text(records))
+        return EXIT_DONE
+    from dist_resnet.report.page import render_page
+
+    output = asked.output or Path("report.html")
+    _check_writable(output)  # before the model is evaluated, which takes a while
+    print("report: evaluating the checkpoints that are here ...", file=sys.stderr)
+    page = render_page(records).encode()
+    try:
+        write_atomically(output, page, durable=False)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
+    print(f"{output}: {len(records)} run{'s' * (len(records) > 1)}, {len(page):,} bytes")
+    return EXIT_DONE
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m dist_resnet.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s RUN [RUN ...] [--output FILE.html] [--text]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=argparse.SUPPRESS)
+    parser.add_argument("--output", "--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--text", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args(arguments)
+    if asked.text and asked.output is not None:
+        raise UserError("report: --text prints and writes no file; leave --output away")
+    return asked
+
+
+def _check_writable(output: Path) -> None:
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder; name a file")
+    try:
+        write_atomically(output.with_name(f".{output.name}.probe"), b"", durable=False)
+        output.with_name(f".{output.name}.probe").unlink()
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,140 @@
+"""The figures of a run that both the page and the text show, whole, with how to round them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import quantiles
+
+from dist_resnet.report.record import RunRecord
+
+Value = float | int | str | None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure as its file has it."""
+
+    name: str
+    value: Value
+    """None: not known, or not yet."""
+    form: str = ""
+    """Format of the rounded value."""
+
+    @property
+    def text(self) -> str:
+        """Rounded; as it stands where a file holds another kind of value than is written."""
+        try:
+            return "–" if self.value is None else format(self.value, self.form)
+        except ValueError:
+            return str(self.value)
+
+
+def headline(run: RunRecord) -> list[Figure]:
+    """A finished run's figures from summary.json; else the newest of metrics.jsonl."""
+    summary = run.summary
+    best = _best(run)
+
+    def either(key: str, newest: Callable[[], Value]) -> Value:
+        found = summary.get(key) if summary else newest()
+        return found if isinstance(found, float | int | str) else None
+
+    step, total = either("step", lambda: run.last("step")), run.plan.get("total_steps")
+    return [
+        Figure("state", str(run.status.get("state", "unknown"))),
+        Figure("step", step, ",d"),
+        Figure("of steps", total, ",d"),
+        Figure("epoch", either("epoch", lambda: run.last("epoch")), ".4g"),
+        Figure("val/top1", either("val/top1", lambda: run.last("val/top1")), ".4f"),
+        Figure("best/val/top1", either("best/val/top1", lambda: best[0]), ".4f"),
+        Figure("best/step", either("best/step", lambda: best[1]), ",d"),
+        Figure("val/loss", either("val/loss", lambda: run.last("val/loss")), ".4f"),
+        Figure("train/top1", either("train/top1", lambda: _train_top1(run)), ".4f"),
+        Figure("gap/top1", either("gap/top1", lambda: run.last("gap/top1")), "+.4f"),
+        Figure(
+            "images/s",
+            either("images_per_second", lambda: run.last("perf/images_per_second")),
+            ",.0f",
+        ),
+        Figure("wall seconds", either("wall_seconds", lambda: run.last("seconds")), ",.0f"),
+        Figure("parameters", summary.get("parameters"), ",d"),
+    ]
+
+
+def per_class(run: RunRecord) -> list[Figure]:
+    """The share of each class that is recognised, at the last evaluation."""
+    prefix = "val/per_class/"
+    source = run.summary or (run.evaluations[-1] if run.evaluations else {})
+    found = ((key, value) for key, value in source.items() if key.startswith(prefix))
+    return [Figure(key.removeprefix(prefix), value, ".3f") for key, value in found]
+
+
+def train_curve(run: RunRecord) -> list[tuple[float, float]]:
+    """(epoch, train/top1 over the epoch before an evaluation): val/top1 plus the gap."""
+    return [
+        (float(row["epoch"] or 0), val + gap)
+        for row in run.evaluations
+        if (val := row.get("val/top1")) is not None and (gap := row.get("gap/top1")) is not None
+    ]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A metric over all its windows."""
+
+    key: str
+    low: float
+    median: float
+    high: float
+    windows: int
+
+
+def speed(run: RunRecord) -> list[Spread]:
+    """Quartiles of everything logged below perf/, and of the seconds that an evaluation takes."""
+    curves = {key: [value for _, value in run.curve(key)] for key in run.keys("perf/")}
+    curves["evaluation, seconds"] = _evaluation_seconds(run)
+    return [_spread(key, values) for key, values in curves.items() if values]
+
+
+def step_parts(run: RunRecord) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """(epoch, milliseconds) of a whole step, and of its wait for data."""
+    step, waiting = [], []
+    for row in run.rows:
+        total, share = row.get("perf/step_ms"), row.get("perf/data_wait_fraction")
+        if total is not None and share is not None:
+            epoch = float(row.get("epoch") or 0)
+            step.append((epoch, float(total)))
+            waiting.append((epoch, total * share))
+    return step, waiting
+
+
+def _evaluation_seconds(run: RunRecord) -> list[float]:
+    """From the last row of training to the evaluation of the same step."""
+    found, before = [], None
+    for row in run.rows:
+        seconds = row.get("seconds")
+        if row.get("val/top1") is not None:
+            if before is not None and before[0] == row.get("step") and seconds is not None:
+                found.append(seconds - before[1])
+        elif seconds is not None:
+            before = (row.get("step"), seconds)
+    return found
+
+
+def _spread(key: str, values: Sequence[float]) -> Spread:
+    if len(values) == 1:
+        return Spread(key, values[0], values[0], values[0], 1)
+    low, middle, high = quantiles(values, n=4, method="inclusive")
+    return Spread(key, low, middle, high, len(values))
+
+
+def _best(run: RunRecord) -> tuple[Value, Value]:
+    """val/top1 and step of the first evaluation that is as good as any."""
+    rows = run.evaluations
+    if not rows:
+        return None, None
+    best = max(rows, key=lambda row: row["val/top1"] or 0.0)
+    return best["val/top1"], best.get("step")
+
+
+def _train_top1(run: RunRecord) -> Value:
+    curve = train_curve(run)
+    return curve[-1][1] if curve else None

@@ -1,0 +1,208 @@
+"""Sweeps: the command that wandb's agent makes of configs/sweep.yaml, and the grid without it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from dist_resnet.data.dataset import Dataset
+from dist_resnet.errors import UserError
+from dist_resnet.sweep import main
+from dist_resnet.sweep_plan import read_grid
+from tests.jobs import ROOT, kill_tree, wait_for_step
+
+SWEEP = ROOT / "configs" / "sweep.yaml"
+QUICK = ["model.widths=[4,4,4]", "wandb.mode=disabled", "parallel.device=cpu", "train.epochs=1"]
+
+
+def _content() -> dict[str, Any]:
+    return dict(yaml.safe_load(SWEEP.read_text()))
+
+
+def _small(folder: Path, **changes: Any) -> Path:
+    """Two learning rates in plain processes; `changes` replace parts of it."""
+    content = {
+        "method": "grid",
+        "metric": {"name": "val/top1", "goal": "maximize"},
+        "command": ["${interpreter}", "-m", "dist_resnet.train", "${args_no_hyphens}"],
+        "parameters": {"optim": {"parameters": {"lr": {"values": [0.02, 0.0001]}}}},
+    }
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(content | changes))
+    return path
+
+
+def _start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dist_resnet.sweep", *arguments],
+            stdout=out, stderr=out, stdin=subprocess.DEVNULL, cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+
+def _expanded_by_wandb(command: list[str], values: dict[str, Any]) -> list[str]:
+    """As wandb/wandb_agent.py puts a trial's values into the command, by its own helpers."""
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    words = utils.create_sweep_command(list(command))
+    variables = utils.create_sweep_command_args(
+        {"args": {key: {"value": value} for key, value in values.items()}}
+    )
+    variables |= {"interpreter": [sys.executable], "program": ["unused"]}
+    full: list[str] = []
+    for word in words:
+        name = word[2:-1] if word.startswith("${") else ""
+        full += variables[name] if name else [word]
+    return full
+
+
+def test_the_agents_command_trains_the_digits(digits: Dataset, tmp_path: Path) -> None:
+    # Nested parameters arrive as one dict a section.
+    values = {"optim": {"lr": 0.02, "weight_decay": 0.0005}, "seed": 1}
+    command = _expanded_by_wandb(_content()["command"], values)
+    where = [f"data.root={digits.folder.parent}", f"run.dir={tmp_path}", "parallel.threads=1"]
+    done = subprocess.run(
+        [*command, *where, *QUICK], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = (path.parent for path in tmp_path.glob("*/summary.json"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["optim"]["lr"] == 0.02
+    assert config["optim"]["weight_decay"] == 0.0005
+    assert (config["seed"], config["data"]["dataset"]) == (1, "digits")
+    metric = _content()["metric"]["name"]
+    assert 0 <= json.loads((run / "summary.json").read_text())[metric] <= 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # leaves it open
+def test_wandb_accepts_the_file() -> None:
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    assert utils.load_sweep_config(str(SWEEP)) == _content()
+
+
+def test_the_shipped_grid_is_what_the_agent_would_run() -> None:
+    grid = read_grid(SWEEP, [])
+    assert len({trial.folder for trial in grid.trials}) == len(grid.trials) == 8
+    first = grid.trials[0]
+    assert first.values == {"optim.lr": 0.02, "optim.weight_decay": 0.0005, "seed": 0}
+    nested = {"optim": {"lr": 0.02, "weight_decay": 0.0005}, "seed": 0}
+    agents = _expanded_by_wandb(_content()["command"], nested)
+    from dist_resnet.config import load_config, trajectory_hash
+
+    hashes = [
+        trajectory_hash(load_config(words[words.index("dist_resnet.train") + 1 :]))
+        for words in (first.command, agents)
+    ]
+    assert hashes[0] == hashes[1]
+    assert first.folder.name.endswith(hashes[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_killed_grid_goes_on(tiny: Dataset, tmp_path: Path) -> None:
+    where = [f"data.root={tiny.folder.parent}", f"data.dataset={tiny.folder.name}"]
+    arguments = [
+        str(_small(tmp_path)), "--", *where, *QUICK, f"run.dir={tmp_path / 'runs'}",
+        "train.epochs=8", "eval.every_epochs=8", "data.batch_size_per_replica=4",
+        "log.every_steps=5", "parallel.threads=1", "checkpoint.every_steps=100",
+        "checkpoint.every_epochs=0",
+    ]  # fmt: skip
+    first, second = (trial.folder for trial in read_grid(Path(arguments[0]), arguments[2:]).trials)
+    log = tmp_path / "log"
+    job = _start(arguments, log)
+    try:
+        wait_for_step(second, 20, job, 120)
+        (trainer,) = psutil.Process(job.pid).children()
+        assert (first / "summary.json").exists(), log.read_text()[-2000:]
+        assert not (second / "summary.json").exists()
+        job.send_signal(signal.SIGKILL)
+        # The kernel tells the trainer, which saves: it must not hold the folder for ever.
+        psutil.wait_procs([trainer], timeout=30)
+        assert not trainer.is_running()
+    finally:
+        kill_tree(job)
+    before = (first / "metrics.jsonl").stat().st_mtime_ns
+    again = _start(arguments, log)
+    try:
+        assert again.wait(100) == 0, log.read_text()[-3000:]
+    finally:
+        kill_tree(again)
+    text = log.read_text()
+    assert (first / "metrics.jsonl").stat().st_mtime_ns == before
+    assert f"1 of 2, {first}: done already" in text
+    assert "continued at step" in text
+    head, *rows = text.splitlines()[-3:]
+    assert head.split() == ["optim.lr", "val/top1", "state", "run"]
+    shown = [float(row.split()[1]) for row in rows]
+    figures = {f: json.loads((f / "summary.json").read_text())["val/top1"] for f in (first, second)}
+    assert shown == sorted((round(f, 4) for f in figures.values()), reverse=True)
+    assert {row.split()[-1] for row in rows} == {str(first), str(second)}
+
+
+@pytest.mark.slow
+def test_a_request_to_stop_saves_and_ends_the_grid(tiny: Dataset, tmp_path: Path) -> None:
+    where = [f"data.root={tiny.folder.parent}", f"data.dataset={tiny.folder.name}"]
+    arguments = [
+        str(_small(tmp_path)), "--", *where, *QUICK, f"run.dir={tmp_path / 'runs'}",
+        "train.epochs=5000", "parallel.threads=1", "log.every_steps=5",
+    ]  # fmt: skip
+    first = read_grid(Path(arguments[0]), arguments[2:]).trials[0].folder
+    job = _start(arguments, tmp_path / "log")
+    try:
+        wait_for_step(first, 5, job, 60)
+        began = time.monotonic()
+        job.terminate()
+        assert job.wait(30) == 75
+        assert time.monotonic() - began < 20
+    finally:
+        kill_tree(job)
+    assert json.loads((first / "status.json").read_text())["state"] == "preempted"
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "bayes"}, "method=bayes"),
+        ({"metric": {"name": "val/top1"}}, "goal"),
+        ({"command": ["python", "x.py"]}, "command"),
+        ({"parameters": {}}, "must name parameters"),
+        ({"parameters": {"seed": {"min": 1, "max": 3}}}, "seed: needs values"),
+        ({"parameters": {"optim": {"parameters": {"lrr": {"values": [1]}}}}}, "optim.lr"),
+        ({"parameters": {"seed": {"values": [0, -1]}}}, "seed=-1"),
+    ],
+)
+def test_what_is_no_grid_is_refused_before_anything_starts(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        main([str(_small(tmp_path, **changes)), "--", f"run.dir={tmp_path / 'runs'}"])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_wrong_command_line_is_refused(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [")
+    for arguments in (["--dry"], [str(tmp_path / "none")], [str(broken)], [str(SWEEP), "seed=1"]):
+        with pytest.raises(UserError) as caught:
+            main(arguments)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_last_of_several_arguments_counts(tmp_path: Path) -> None:
+    plain, other, renamed = (
+        read_grid(_small(tmp_path), extra).trials[0].folder
+        for extra in ([], ["train.epochs=3"], ["wandb.mode=offline", "run.dir=elsewhere"])
+    )
+    assert plain.name != other.name  # other weights: another run
+    assert (renamed.name, renamed.parent) == (plain.name, Path("elsewhere"))

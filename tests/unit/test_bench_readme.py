@@ -1,0 +1,74 @@
+"""Tables of the README are those of the committed JSON."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dist_resnet.bench.readme import main, with_tables
+from dist_resnet.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+FACTS = {
+    "command": "python -m dist_resnet.bench loader",
+    "commit": "0123456789ab",
+    "hardware": {"cpu": "Some CPU", "cores": 8, "threads_per_rank": 8},
+    "versions": {"python": "3.11", "torch": "2.14", "ffcv": "1.0.2", "wandb": "0.31"},
+}
+ROWS = [
+    {"table": "speed", "name": "ours", "images_per_second": 1234.5, "rounds": 3}
+    | {"images_per_second_quartiles": [1200.0, 1300.0]},
+    {"table": "speed", "name": "other", "failure": "not installed"},
+    {"table": "else", "name": "x"},
+]
+TEXT = "before\n<!-- bench b/x.json: speed -->\nstale\n<!-- end -->\nafter\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x.json").write_text(json.dumps({"facts": FACTS, "rows": ROWS}))
+    return tmp_path
+
+
+def test_a_block_is_its_table_and_where_it_comes_from(folder: Path) -> None:
+    made = with_tables(TEXT, folder)
+    assert made == (
+        "before\n<!-- bench b/x.json: speed -->\n"
+        "`python -m dist_resnet.bench loader` at 0123456; 8 cores of Some CPU; python 3.11,"
+        " torch 2.14, ffcv 1.0.2, wandb 0.31; median [quartiles]:\n\n"
+        "| name | images per second | rounds | failure |\n| --- | --- | --- | --- |\n"
+        "| ours | 1,234 [1,200, 1,300] | 3 |  |\n| other |  |  | not installed |\n"
+        "<!-- end -->\nafter\n"
+    )
+    assert with_tables(made, folder) == made
+    (folder / "README.md").write_text(TEXT)
+    assert main([str(folder / "README.md")]) == 0
+    assert (folder / "README.md").read_text() == made
+
+
+def test_what_is_missing_is_named(folder: Path) -> None:
+    with pytest.raises(UserError, match="has no table 'slow'"):
+        with_tables(TEXT.replace("speed", "slow"), folder)
+    with pytest.raises(UserError, match=r"y\.json: not a benchmark's JSON"):
+        with_tables(TEXT.replace("x.json", "y.json"), folder)
+    with pytest.raises(UserError, match="usage"):
+        main([])
+    with pytest.raises(UserError, match=r"none\.md: No such file"):
+        main([str(folder / "none.md")])
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(re.findall("<!-- bench ", text)) >= 4
+    assert with_tables(text, ROOT) == text
+
+
+def test_figures_were_measured_on_committed_code_by_an_idle_machine() -> None:
+    files = sorted((ROOT / "benchmarks").glob("*.json"))
+    assert files
+    for path in files:
+        facts = json.loads(path.read_text())["facts"]
+        assert re.fullmatch("[0-9a-f]{40}", facts["commit"]), path.name
+        assert facts["other_load_cores"]["during"] < 0.3, path.name

@@ -1,0 +1,96 @@
+"""A step whose number lives on the device, against the step that is told it by the host.
+
+CUDA's capture itself is tests/gpu's; here a recorded action is run again instead.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dist_resnet import captured
+from dist_resnet.captured import WARM_UP_STEPS, CapturedStep
+from dist_resnet.errors import UserError
+from dist_resnet.state import TrainState
+from tests.training import batch_of, small_config, train_step
+
+STEPS = WARM_UP_STEPS + 5
+
+
+def _equal(one: TrainState, other: TrainState) -> bool:
+    pairs = [(one.flat.values, other.flat.values), (one.flat.exchange, other.flat.exchange)]
+    pairs.append((one.totals.sums, other.totals.sums))
+    if one.ema is not None and other.ema is not None:
+        pairs.append((one.ema, other.ema))
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture(autouse=True)
+def no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "warm_up", lambda action: action())
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """Actions that were recorded; each is repeated by running it."""
+    recorded: list[Callable[[], None]] = []
+
+    def record(action: Callable[[], None]) -> Callable[[], None]:
+        recorded.append(action)
+        return action
+
+    monkeypatch.setattr(captured, "capture", record)
+    return recorded
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("keys", [(), ("train.ema_decay=0.9", "augment.cutout=4")])
+def test_it_follows_the_same_trajectory(
+    captures: list[Callable[[], None]], keys: tuple[str, ...], replicas: int
+) -> None:
+    config = small_config(*keys)
+    plain = train_step(config, replicas)
+    graphed = CapturedStep(train_step(config, replicas), pytest.fail)
+    for number in range(STEPS):
+        plain(batch_of(number, replicas))
+        graphed(batch_of(number, replicas))
+        assert len(captures) == (number >= WARM_UP_STEPS)
+        assert graphed.state.step == number + 1
+        assert _equal(plain.state, graphed.state), number
+
+
+def test_it_starts_at_the_step_of_the_state(captures: list[Callable[[], None]]) -> None:
+    first = train_step(small_config(), 1)
+    for number in range(4):
+        first(batch_of(number, 1))
+    second = train_step(small_config(), 1)
+    second.state.load_state_dict(first.state.state_dict())
+    continued = CapturedStep(second, pytest.fail)
+    for number in range(4, 4 + STEPS):
+        first(batch_of(number, 1))
+        continued(batch_of(number, 1))
+    assert _equal(first.state, second.state)
+
+
+def test_a_failed_capture_is_told_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(action: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(captured, "capture", refuse)
+    told: list[str] = []
+    plain, graphed = (
+        train_step(small_config(), 1),
+        CapturedStep(train_step(small_config(), 1), told.append),
+    )
+    for number in range(STEPS):
+        plain(batch_of(number, 1))
+        graphed(batch_of(number, 1))
+    assert _equal(plain.state, graphed.state)
+    assert told == [
+        "train.step_mode=graph: no graph, steps run one by one: operation not permitted"
+    ]
+
+
+def test_graph_is_refused_on_a_cpu() -> None:
+    with pytest.raises(UserError, match=r"train\.step_mode=graph: only on GPUs"):
+        train_step(small_config("train.step_mode=graph"), 1)

@@ -1,0 +1,75 @@
+"""Pictures, against pixels computed by hand."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dist_resnet import pictures
+from dist_resnet.data.dataset import Dataset
+from dist_resnet.gallery import MISTAKES, Gallery, augmented
+from tests.training import BATCH, SIDE, batch_of, small_config, train_step
+
+
+def test_a_grid_holds_every_image_in_its_place() -> None:
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.full((8, 16, 3), 40, np.uint8)
+    drawn = pictures.grid(images, columns=3)
+    assert drawn.shape == (2 * (32 + 4), 3 * (64 + 4), 3)  # 16 pixels, four times as large
+    for place in range(5):
+        row, column = divmod(place, 3)
+        tile = drawn[row * 36 + 2 : row * 36 + 34, column * 68 + 2 : column * 68 + 66]
+        assert (tile == 40 * place).all()
+    assert (drawn[36:, 136:] == 255).all()  # no sixth image
+
+
+def test_captions_stand_below_their_images() -> None:
+    images = np.zeros((2, 64, 64, 3), np.uint8)
+    drawn = pictures.grid(images, ["a\n>b 1.0", "a\n>b 1.0"])
+    assert drawn.shape[0] > 64 + 20
+    assert (drawn[68:, :68] != 255).any()
+    assert np.array_equal(drawn[:, :68], drawn[:, 68:])
+
+
+@pytest.mark.parametrize("number", [2, 10, 20, 21, 100, 1000])
+def test_a_confusion_matrix_of_any_size(number: int) -> None:
+    counts = np.diag(np.full(number, 7))
+    counts[0] = 0
+    counts[0, 1] = 3
+    counts[1] = 0  # a class without images
+    drawn = pictures.confusion(counts, [f"class {i}" for i in range(number)])
+    assert max(drawn.shape) < 2100
+    if number > 2:
+        pure = drawn.reshape(-1, 3)
+        assert (pure == (255, 0, 0)).all(axis=1).any()
+        assert (pure == (0, 170, 0)).all(axis=1).any()
+
+
+@pytest.mark.parametrize("pairs", [["augment.cutout=6"], ["augment.mixup_alpha=0"]])
+def test_the_batch_shown_is_the_one_trained_on(pairs: list[str]) -> None:
+    config = small_config(*pairs, "model.dropout=0.3", "train.step_mode=eager")
+    step, batch = train_step(config, 1), batch_of(0, 1)
+    seen: list[torch.Tensor] = []
+    step.state.flat.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    step(batch)
+    channels = (120.0, 127.0, 133.0), (70.0, 74.0, 71.0)  # tests.training.STATISTICS
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in channels)
+    expected = (seen[0] * std + mean).permute(0, 2, 3, 1)
+    dataset = Dataset(
+        folder=Path(), name="x", source="x", classes=("a",) * 5, height=SIDE, width=SIDE,
+        num_train=100, num_test=10, mean=channels[0], std=channels[1], fingerprint="", files={},
+            created_by={},
+    )  # fmt: skip
+    shown = augmented(config, dataset, 0, batch.images, batch.samples)
+    assert shown.shape == (BATCH, SIDE, SIDE, 3)
+    assert np.abs(shown - expected.detach().clamp(0, 255).numpy()).max() <= 0.51
+
+
+def test_when_pictures_are_due() -> None:
+    config = small_config("eval.every_epochs=2")
+    gallery = Gallery(config, None, 5, None)  # type: ignore[arg-type]
+    due = [epoch for epoch in range(2, 22, 2) if gallery.mistakes_at(epoch, False) == MISTAKES]
+    assert due == [6, 10, 16, 20]
+    assert gallery.mistakes_at(3, at_end=True) == MISTAKES
+    assert replace(gallery, every_epochs=0).mistakes_at(20, at_end=True) == 0
