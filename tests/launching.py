@@ -1,6 +1,8 @@
 """Run the launchers: with a stand-in for Python that plays a scenario, or with real trainings."""
 
+import itertools
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -9,9 +11,20 @@ from pathlib import Path
 
 import psutil
 
+from dist_resnet.data.dataset import Dataset
 from tests.jobs import ROOT
 
 LAUNCH = ROOT / "launch"
+
+STEPS = 120
+EPOCH = 89
+"""Steps in an epoch of `training`: 1,437 digits, 2 x 8 in each."""
+PATIENCE = 240.0
+"""Seconds to wait for what takes ten on an idle machine."""
+
+_MARK = "DIST_RESNET_TEST_JOB"
+_numbers = itertools.count()
+_marks: dict[int, str] = {}
 
 # $PYTHON of run.sh: answers where the run folder is; as torchrun it plays the next line of the
 # scenario, or the last one again.
@@ -74,29 +87,55 @@ def start(
         for name, value in os.environ.items()
         if not name.startswith(("SLURM_", "PET_", "SKYPILOT_")) and name != "PYTHONPATH"
     }
+    mark = f"{os.getpid()}.{next(_numbers)}"
+    own = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", _MARK: mark}
     with log.open("ab") as out:
-        return subprocess.Popen(
+        job = subprocess.Popen(
             command,
             stdout=out,
             stderr=out,
             stdin=subprocess.DEVNULL,
-            env=kept | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | dict(environment),
+            env=kept | own | dict(environment),
             cwd=ROOT,
         )
+    _marks[job.pid] = mark
+    return job
 
 
 def end(job: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of it."""
-    try:
-        tree = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        tree = []
-    for process in tree:
+    """Kill what is left of it, also what has lost its parent."""
+    mark = _marks.pop(job.pid)
+    for process in psutil.process_iter():
         try:
-            process.kill()
-        except psutil.NoSuchProcess:
+            if process.environ().get(_MARK) == mark:
+                process.kill()
+        except psutil.Error:
             continue
     job.wait()
+
+
+def training(folder: Path, dataset: Dataset, *extra: str) -> list[str]:
+    """Settings of a short training that ends the same on one process and on two: `folder`/job."""
+    return [
+        "configs/digits.yaml",
+        f"run.dir={folder}",
+        "run.name=job",
+        f"data.root={dataset.folder.parent}",
+        "data.batch_size_per_replica=8",
+        f"train.max_steps={STEPS}",
+        "parallel.replicas=2",
+        "parallel.reduction=exact",
+        "checkpoint.every_steps=5",
+        "log.every_steps=5",
+        "wandb.mode=disabled",
+        *extra,
+    ]
+
+
+def free_port() -> int:
+    """One that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def agent_of(job: subprocess.Popen[bytes]) -> psutil.Process:

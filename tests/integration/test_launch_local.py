@@ -1,0 +1,73 @@
+"""launch/single_node.sh with real trainings: what users start on one machine."""
+
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dist_resnet.data.dataset import Dataset
+from dist_resnet.run_folder import RunFolder
+from tests.jobs import current_step, differences, wait_for_step
+from tests.launching import LAUNCH, PATIENCE, STEPS, agent_of, end, start, training
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def test_a_killed_torchrun_is_started_again_and_the_run_goes_on(
+    tmp_path: Path, digits: Dataset, undisturbed: Path
+) -> None:
+    run = tmp_path / "job"
+    command = [str(LAUNCH / "single_node.sh"), *training(tmp_path, digits)]
+    job = start(command, tmp_path / "log", {"NPROC": "2"})
+    try:
+        wait_for_step(run, 10, job, PATIENCE)
+        agent_of(job).kill()
+        assert job.wait(PATIENCE) == 0, (tmp_path / "log").read_text()
+    finally:
+        end(job)
+    log = (tmp_path / "log").read_text()
+    assert "restart 1 of 3" in log
+    assert f"run: {run}, continued at step" in log
+    assert differences(undisturbed, run) == []
+
+
+@pytest.mark.slow
+def test_sigterm_gives_75_and_the_same_command_goes_on(
+    tmp_path: Path, digits: Dataset, undisturbed: Path
+) -> None:
+    run = tmp_path / "job"
+    command = [str(LAUNCH / "single_node.sh"), *training(tmp_path, digits)]
+    job = start(command, tmp_path / "log", {"NPROC": "2"})
+    try:
+        wait_for_step(run, 5, job, PATIENCE)
+        below = psutil.Process(job.pid).children(recursive=True)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(PATIENCE) == 75, (tmp_path / "log").read_text()
+    finally:
+        end(job)
+    assert psutil.wait_procs(below, 30)[1] == []
+    assert RunFolder(run).status()["state"] == "preempted"
+    assert 5 <= current_step(run) < STEPS
+    job = start(command, tmp_path / "log", {"NPROC": "2"})
+    try:
+        assert job.wait(PATIENCE) == 0, (tmp_path / "log").read_text()
+    finally:
+        end(job)
+    assert differences(undisturbed, run) == []
+
+
+@pytest.mark.slow
+def test_what_the_user_must_mend_is_not_started_again(tmp_path: Path, digits: Dataset) -> None:
+    """A wrong key ends before anything starts; what only the ranks can find ends them all once."""
+    for extra, text in (("optim.lrr=1", "optim.lr"), ("parallel.replicas=3", "not a multiple")):
+        log = tmp_path / extra
+        command = [str(LAUNCH / "single_node.sh"), *training(tmp_path, digits), extra]
+        job = start(command, log, {"NPROC": "2"})
+        try:
+            assert job.wait(PATIENCE) == 2, log.read_text()
+        finally:
+            end(job)
+        lines = [line for line in log.read_text().splitlines() if line.startswith("dist_resnet: ")]
+        assert len(lines) == 1
+        assert text in lines[0]
