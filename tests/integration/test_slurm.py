@@ -205,8 +205,12 @@ def test_after_its_node_died_it_goes_on_on_another(
 def test_at_its_time_limit_it_goes_on_until_it_is_cancelled(cluster: Cluster, begun: Begun) -> None:
     job, run = begun.limited
     what = "stopped by its time limit twice, and going on"
-    wait_until(lambda: cluster.log(job).count("state preempted") >= 2, 2 * PATIENCE, what)
-    wait_until(lambda: cluster.log(job).count("continued at step") >= 2, PATIENCE, what)
+
+    def is_going_on() -> bool:  # and not waiting to be started again, when it would end unseen
+        log = cluster.log(job)
+        return 2 <= log.count("state preempted") <= log.count("continued at step")
+
+    wait_until(is_going_on, 2 * PATIENCE, what)
     cluster.ask("scancel", job)
     cluster.wait_for(job, "CANCELLED")
     wait_until(lambda: "the job is COMPLETING" in cluster.log(job), PATIENCE, "its last line")
