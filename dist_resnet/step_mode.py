@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dist_resnet.errors import UserError
 from dist_resnet.models.resnet import NormAct, ResNet
-from dist_resnet.native.library import load
+from dist_resnet.native.build import load
 from dist_resnet.schema import Config
 
 

@@ -143,6 +143,14 @@ def test_imports_point_downwards() -> None:
     assert upwards == []
 
 
+def test_the_page_on_architecture_shows_these_layers() -> None:
+    """From the top; the package itself, whose name is empty, is in no row."""
+    text = (ROOT / "docs" / "architecture.md").read_text().split("## Layers")[1]
+    rows = re.findall(r"^\| [^|]+ \| (`.+`) \|$", text, re.MULTILINE)
+    shown = [set(re.findall("`(\\w+)`", row)) for row in rows]
+    assert shown == [layer - {""} for layer in reversed(LAYERS)]
+
+
 def test_imports_form_no_cycle() -> None:
     done: set[str] = set()
 

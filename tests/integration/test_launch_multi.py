@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,31 +91,36 @@ def finish(jobs: list[subprocess.Popen[bytes]], logs: list[Path], codes: list[in
     assert [job.returncode for job in jobs] == codes, output
 
 
+@contextmanager
+def both_train(
+    hosts: Hosts, nodes: str, folder: Path, data: Dataset, codes: list[int]
+) -> Iterator[tuple[list[subprocess.Popen[bytes]], list[Path]]]:
+    """A training on both hosts, and its logs; at the end both must have ended with `codes`."""
+    logs = [folder / "log0", folder / "log1"]
+    jobs = [hosts.run(r, nodes, logs[r], *training(folder, data, NOTICE)) for r in (0, 1)]
+    try:
+        yield jobs, logs
+    finally:
+        finish(jobs, logs, codes)
+
+
 def test_a_host_cut_off_and_back(
     hosts: Hosts, tmp_path: Path, digits: Dataset, undisturbed: Path
 ) -> None:
-    logs = [tmp_path / "log0", tmp_path / "log1"]
-    jobs = [hosts.run(r, "2", logs[r], *training(tmp_path, digits, NOTICE)) for r in (0, 1)]
-    try:
+    with both_train(hosts, "2", tmp_path, digits, [0, 0]) as (jobs, logs):
         wait_for_step(tmp_path / "job", 10, jobs[0], PATIENCE)
         hosts.cable("down")
         wait_until(lambda: "restart 1 of 3" in logs[0].read_text(), PATIENCE, "node 0 notices")
         hosts.cable("up")
-    finally:
-        finish(jobs, logs, [0, 0])
     assert differences(undisturbed, tmp_path / "job") == []
 
 
 def test_the_host_of_the_rendezvous_loses_its_torchrun(
     hosts: Hosts, tmp_path: Path, digits: Dataset, undisturbed: Path
 ) -> None:
-    logs = [tmp_path / "log0", tmp_path / "log1"]
-    jobs = [hosts.run(r, "2", logs[r], *training(tmp_path, digits, NOTICE)) for r in (0, 1)]
-    try:
+    with both_train(hosts, "2", tmp_path, digits, [0, 0]) as (jobs, logs):
         wait_for_step(tmp_path / "job", 10, jobs[0], PATIENCE)
         agent_of(jobs[0]).kill()
-    finally:
-        finish(jobs, logs, [0, 0])
     assert "restart 1 of 3" in logs[0].read_text()
     assert differences(undisturbed, tmp_path / "job") == []
 
@@ -122,9 +128,7 @@ def test_the_host_of_the_rendezvous_loses_its_torchrun(
 def test_an_elastic_job_goes_on_without_one_host(
     hosts: Hosts, tmp_path: Path, digits: Dataset, undisturbed: Path
 ) -> None:
-    logs = [tmp_path / "log0", tmp_path / "log1"]
-    jobs = [hosts.run(r, "1:2", logs[r], *training(tmp_path, digits, NOTICE)) for r in (0, 1)]
-    try:
+    with both_train(hosts, "1:2", tmp_path, digits, [0, 75]) as (jobs, logs):
         wait_until(
             lambda: "on each of 2 processes" in logs[0].read_text(), PATIENCE, "both are there"
         )
@@ -132,8 +136,6 @@ def test_an_elastic_job_goes_on_without_one_host(
         jobs[1].send_signal(signal.SIGTERM)
         assert jobs[1].wait(PATIENCE) == 75
         assert current_step(tmp_path / "job") < STEPS
-    finally:
-        finish(jobs, logs, [0, 75])
     assert "on each of 1 processes" in logs[0].read_text()
     assert differences(undisturbed, tmp_path / "job") == []
 

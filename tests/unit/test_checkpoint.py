@@ -66,6 +66,26 @@ def test_round_trip(tmp_path: Path) -> None:
     _assert_same(torch.load(path, weights_only=True), {"format": 1, **_content(7)})
 
 
+def test_a_lower_keep_makes_room_before_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (5, 10, 15):
+        _store(tmp_path).save(_content(step), step, best=step == 5)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dist_resnet.checkpoint.write_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        _store(tmp_path).save(_content(20), 20, best=False)
+    assert _names(_store(tmp_path)) == [
+        "best-00000005", "step-00000005", "step-00000010", "step-00000015"
+    ]  # fmt: skip
+    with pytest.raises(OSError, match="No space left"):
+        _store(tmp_path, keep=1).save(_content(20), 20, best=False)
+    assert _names(_store(tmp_path)) == ["best-00000005", "step-00000015"]
+
+
 def test_the_name_carries_step_and_checksum(tmp_path: Path) -> None:
     path = _store(tmp_path).save(_content(12345), 12345, best=False)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dist_resnet.config import load_config
 from dist_resnet.errors import UserError
 from dist_resnet.models.resnet import NormAct, build_model
-from dist_resnet.native import library
+from dist_resnet.native import build
 from dist_resnet.native.norm_act import CHANNELS, accepts, norm_act
 from dist_resnet.step_mode import choose_step_mode, forward_function
 
@@ -146,6 +146,26 @@ def test_what_is_not_finite_is_not_hidden(dtype: torch.dtype, bad: float) -> Non
     assert not dx[:, 3].isfinite().any()
 
 
+def test_bfloat16_results_are_the_float32_ones_rounded_to_nearest() -> None:
+    x, shortcut, dy = _batch(16, torch.bfloat16)
+    half = _fused(_norm(16), x.detach(), shortcut.detach(), True, dy)
+    full = _fused(_norm(16), x.detach().float(), shortcut.detach().float(), True, dy.float())
+    assert torch.equal(half[0], full[0].bfloat16())
+    # Not its input's gradient: that starts from a result that was rounded.
+    plain = [_fused(_norm(16), x.detach().to(d), None, False, dy.to(d)) for d in TOLERANCE]
+    assert torch.equal(plain[1][1], plain[0][1].bfloat16())
+
+
+def test_every_nan_stays_one_in_bfloat16() -> None:
+    x, _, _ = _batch(16, torch.bfloat16)
+    norm = _norm(16)
+    with torch.no_grad():  # adding to all of its bits would carry into the sign
+        norm.bias[5] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    y = norm_act(norm, x, None, True)
+    assert y[:, 5].isnan().all()
+    assert y[:, :5].isfinite().all()
+
+
 def test_what_it_is_not_made_for() -> None:
     x = torch.zeros(2, 16, 8, 8)
     assert accepts(x)
@@ -194,7 +214,7 @@ def test_auto_is_fused_on_a_cpu_and_eager_where_that_cannot_be(
         choose_step_mode("fused", nchw, CPU)
     with pytest.raises(UserError, match="only on CPUs"):
         choose_step_mode("fused", config, torch.device("cuda"))
-    library.load.cache_clear()
+    build.load.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
     try:
         mode, reason = choose_step_mode("auto", config, CPU)
@@ -203,28 +223,28 @@ def test_auto_is_fused_on_a_cpu_and_eager_where_that_cannot_be(
         with pytest.raises(UserError, match="no C"):
             choose_step_mode("fused", config, CPU)
     finally:
-        library.load.cache_clear()
+        build.load.cache_clear()
 
 
 @pytest.fixture
 def fresh_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library.load.cache_clear()
+    build.load.cache_clear()
     yield tmp_path / "dist_resnet"
-    library.load.cache_clear()
+    build.load.cache_clear()
 
 
 def test_compiled_once_and_kept(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library.load()
+    build.load()
     (kept,) = fresh_cache.iterdir()
     assert kept.suffix == ".so"
-    library.load.cache_clear()
+    build.load.cache_clear()
 
     def refuse(compiler: str) -> bytes:
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(library, "_compile", refuse)
-    library.load()
+    monkeypatch.setattr(build, "_compile", refuse)
+    build.load()
 
 
 def test_a_compiler_that_fails_is_named(
@@ -235,5 +255,5 @@ def test_a_compiler_that_fails_is_named(
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     with pytest.raises(UserError, match=r"broken-c\+\+ cannot compile.*no such option: -march"):
-        library.load()
+        build.load()
     assert not list(fresh_cache.glob("*"))
