@@ -38,7 +38,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle each have their own
-        line = first_line(error)[:120]
+        line = first_line(error).split(". ")[0]  # torch goes on about its own internals
         raise UserError(f"{path}: not a checkpoint, or damaged: {line}") from None
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of dist_resnet (format {FORMAT})")

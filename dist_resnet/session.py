@@ -107,7 +107,7 @@ def settle(config: Config, world: World, saved: dict[str, Any] | None) -> Config
     A run that is continued keeps what it began with, wherever it goes on.
 
     Raises:
-        UserError: the precision does not exist here.
+        UserError: the precision or the mode does not exist here.
     """
     if config.parallel.replicas == "auto":
         began = saved["config"]["parallel"]["replicas"] if saved else world.size
@@ -116,13 +116,13 @@ def settle(config: Config, world: World, saved: dict[str, Any] | None) -> Config
         began = saved["config"]["precision"]["dtype"] if saved else "auto"
         dtype = cast(Any, choose_precision(began, world.device)[0])
         config = replace(config, precision=replace(config.precision, dtype=dtype))
-    if config.train.step_mode == "auto":
-        began = saved["config"]["train"]["step_mode"] if saved else "auto"
-        # The mode alters rounding only, so a machine without the kernel continues all the same.
-        wanted = "auto" if began == "fused" else began
-        mode = cast(Any, choose_step_mode(wanted, config, world.device)[0])
-        config = replace(config, train=replace(config.train, step_mode=mode))
-    return config
+    mode = config.train.step_mode
+    if mode == "auto" and saved and saved["config"]["train"]["step_mode"] in ("eager", "compile"):
+        # Not the other modes: a machine that lacks them continues all the same, as the mode
+        # alters rounding only.
+        mode = saved["config"]["train"]["step_mode"]
+    mode = cast(Any, choose_step_mode(mode, config, world.device)[0])
+    return replace(config, train=replace(config.train, step_mode=mode))
 
 
 def with_replicas(config: Config, replicas: int) -> Config:

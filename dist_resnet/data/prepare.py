@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run(_parser().parse_args(arguments))
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"dist_resnet: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; nothing was changed", file=sys.stderr)

@@ -292,6 +292,8 @@ def test_rendezvous_port_in_use_is_told_within_seconds(tmp_path: Path, digits: D
         (["parallel.device=cuda"], ["parallel.device=cuda"]),
         (["parallel.replicas=3"], ["parallel.replicas=3", "not a multiple of the 2"]),
         (["optim.lrr=1"], ["optim.lrr=1", "optim.lr"]),
+        (["train.step_mode=graph", "parallel.device=cpu"], ["train.step_mode=graph", "GPUs"]),
+        (["train.step_mode=fused", "precision.channels_last=false"], ["needs precision.channels"]),
         (["data.batch_size_per_replica=2000"], ["data.batch_size_per_replica=2000", "1437"]),
     ],
 )

@@ -32,6 +32,13 @@ def test_a_continued_run_keeps_what_it_began_with(dtype: str, mode: str) -> None
     assert config == began
 
 
+def test_a_run_is_continued_where_its_step_mode_does_not_exist() -> None:
+    began = {"config": to_dict(load_config(["train.step_mode=graph"]))}
+    assert settle(load_config([]), world(1), began).train.step_mode == "fused"
+    with pytest.raises(UserError, match=r"train\.step_mode=graph: only on GPUs"):
+        settle(load_config(["train.step_mode=graph"]), world(1), None)
+
+
 def test_what_is_configured_is_never_changed() -> None:
     wanted = load_config(["parallel.replicas=6", "precision.dtype=fp32", "train.step_mode=eager"])
     began = {"config": to_dict(load_config(["parallel.replicas=4", "precision.dtype=bf16"]))}
