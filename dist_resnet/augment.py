@@ -14,6 +14,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn import functional as F
 
+from dist_resnet.native import batch
 from dist_resnet.randomness import below, sample_lanes
 from dist_resnet.schema import AugmentConfig
 
@@ -163,7 +164,8 @@ def cutout(images: Tensor, top: Tensor, left: Tensor, side: int) -> Tensor:
         return (offset >= 0) & (offset < side)
 
     hole = inside(top, height).unsqueeze(2) & inside(left, width).unsqueeze(1)
-    return images.masked_fill(hole.unsqueeze(1), 0.0)
+    # By rows of pixels: masked as (N, 3, H, W), the result would no longer be channels-last.
+    return images.permute(0, 2, 3, 1).masked_fill(hole.unsqueeze(3), 0.0).permute(0, 3, 1, 2)
 
 
 def mixup(images: Tensor, partner: Tensor, lam: Tensor) -> Tensor:
@@ -175,6 +177,24 @@ def augment(
     images: Tensor, choices: Choices, config: AugmentConfig, statistics: Normalisation
 ) -> Tensor:
     """uint8 (N, H, W, 3) to float32 (N, 3, H, W), channels-last."""
+    if not batch.usable(images):
+        return augment_by_torch(images, choices, config, statistics)
+    c = choices
+    return batch.augment(
+        images,
+        None if c.top is None or c.left is None else (c.top, c.left, config.crop_padding),
+        c.flip,
+        None if c.cut_top is None or c.cut_left is None else (c.cut_top, c.cut_left, config.cutout),
+        None if c.partner is None or c.lam is None else (c.partner, c.lam),
+        statistics.mean,
+        statistics.scale,
+    )
+
+
+def augment_by_torch(
+    images: Tensor, choices: Choices, config: AugmentConfig, statistics: Normalisation
+) -> Tensor:
+    """`augment` on any device."""
     if choices.top is not None and choices.left is not None:
         images = crop(images, choices.top, choices.left, config.crop_padding)
     if choices.flip is not None:

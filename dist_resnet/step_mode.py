@@ -53,4 +53,4 @@ def _require_fused(config: Config, device: torch.device) -> None:
         raise UserError("only on CPUs")
     if not config.precision.channels_last:
         raise UserError("needs precision.channels_last=true")
-    load()
+    load("norm_act")

@@ -1,4 +1,4 @@
-"""Compile norm_act.cpp for this processor, once, and load it.
+"""Compile a source of this folder for this processor, once, and load it.
 
 Two seconds, then kept in the user's cache: a library compiled for `-march=native` belongs to one
 kind of processor, so it cannot come with the package.
@@ -17,25 +17,26 @@ from pathlib import Path
 from dist_resnet.errors import UserError
 from dist_resnet.storage import write_atomically
 
-_SOURCE = Path(__file__).with_name("norm_act.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+_MORE_FLAGS = {"norm_act": (), "batch": ("-ffp-contract=off",)}
 
 
 @cache
-def load() -> ctypes.CDLL:
-    """The library.
+def load(name: str) -> ctypes.CDLL:
+    """The library made of `name`.cpp.
 
     Raises:
         UserError: there is no C++ compiler, or it cannot compile the source.
     """
     compiler = _compiler()
-    name = f"norm_act-{_key(compiler)}.so"
+    command = [compiler, *_FLAGS, *_MORE_FLAGS[name], str(Path(__file__).with_name(f"{name}.cpp"))]
+    file = f"{name}-{_key(command)}.so"
     for folder in (_cache(), Path(tempfile.gettempdir()) / f"dist_resnet-{os.getuid()}"):
-        path = folder / name
+        path = folder / file
         try:
             if not path.exists():
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                write_atomically(path, _compile(compiler))
+                write_atomically(path, _compile(command))
             if path.stat().st_uid not in (os.getuid(), 0):
                 continue  # somebody else's file in a shared folder is not to be run
             return ctypes.CDLL(str(path))
@@ -52,14 +53,13 @@ def _compiler() -> str:
     return found
 
 
-def _compile(compiler: str) -> bytes:
+def _compile(command: list[str]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "norm_act.so"
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        target = Path(folder) / "library.so"
+        done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise UserError(f"{compiler} cannot compile the fused kernel: {lines[0]}")
+            raise UserError(f"{command[0]} cannot compile the fused kernel: {lines[0]}")
         return target.read_bytes()
 
 
@@ -68,10 +68,11 @@ def _cache() -> Path:
     return Path(root) / "dist_resnet"
 
 
-def _key(compiler: str) -> str:
+def _key(command: list[str]) -> str:
     """Everything that decides what the compiler makes of the source on this machine."""
+    compiler, *flags, source = command
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    parts = [_SOURCE.read_text(), *_FLAGS, version, platform.machine(), _processor()]
+    parts = [Path(source).read_text(), *flags, version, platform.machine(), _processor()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -122,6 +122,6 @@ def _rows(pair: Tensor) -> tuple[int, int]:
 
 @cache
 def _entry(kind: str, dtype: torch.dtype, channels: int) -> Callable[..., None]:
-    function = getattr(load(), f"{kind}_{_TYPES[dtype]}_{channels}")
+    function = getattr(load("norm_act"), f"{kind}_{_TYPES[dtype]}_{channels}")
     function.argtypes, function.restype = _ARGUMENTS[kind], None
     return function

@@ -1,0 +1,133 @@
+"""The kernels for a batch against torch's operations, which other tests hold to NumPy."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dist_resnet.augment import (
+    ChoiceDrawer,
+    Choices,
+    Normalisation,
+    augment,
+    augment_by_torch,
+)
+from dist_resnet.native import batch, build
+from dist_resnet.randomness import sample_lanes, sample_lanes_by_torch, step_keys
+from dist_resnet.schema import AugmentConfig
+
+CPU = torch.device("cpu")
+MEAN, STD = (125.307, 122.950, 113.865), (62.993, 62.089, 66.705)
+OFF = AugmentConfig(crop_padding=0, flip=False, mixup_alpha=0.0)
+
+
+def _batch(
+    config: AugmentConfig, step: int, count: int = 32, size: tuple[int, int] = (32, 32)
+) -> tuple[torch.Tensor, Choices, Normalisation]:
+    rng = np.random.default_rng(step)
+    images = torch.from_numpy(rng.integers(0, 256, (count, *size, 3), dtype=np.uint8))
+    draw = ChoiceDrawer(config, size, 0.0, 0, CPU)
+    samples = torch.from_numpy(rng.permutation(50_000)[:count])
+    statistics = Normalisation.of(MEAN, STD, size[1], CPU)
+    return images, draw(step_keys(7, step + 1)[step], samples), statistics
+
+
+@pytest.mark.parametrize("count", [1, 2, 33])
+@pytest.mark.parametrize("key", [0, 1, -1, 2**63 - 1, -(2**63)])
+def test_lanes_are_those_of_torch(key: int, count: int) -> None:
+    samples = torch.tensor([0, 49_999, 2**40])[torch.arange(count) % 3]
+    for lanes in (1, 8, 71):
+        found = batch.sample_lanes(torch.tensor(key), samples, lanes)
+        assert torch.equal(found, sample_lanes_by_torch(torch.tensor(key), samples, lanes))
+
+
+def test_lanes_of_a_row_of_a_table() -> None:
+    table = torch.arange(12).view(4, 3)
+    found = batch.sample_lanes(step_keys(0, 1)[0], table[:, 1], 4)
+    assert torch.equal(found, sample_lanes_by_torch(step_keys(0, 1)[0], table[:, 1], 4))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OFF,
+        AugmentConfig(),
+        AugmentConfig(cutout=8),
+        replace(OFF, crop_padding=4),
+        replace(OFF, flip=True),
+        replace(OFF, cutout=5),
+        replace(OFF, mixup_alpha=1.0),
+        replace(OFF, crop_padding=40),  # most windows lie outside of the image
+    ],
+    ids=["none", "recipe", "all", "crop", "flip", "cutout", "mixup", "far"],
+)
+def test_augmentation_is_that_of_torch_bit_for_bit(config: AugmentConfig) -> None:
+    for step in range(20):
+        images, choices, statistics = _batch(config, step)
+        before = images.clone()
+        found = augment(images, choices, config, statistics)
+        expected = augment_by_torch(images, choices, config, statistics)
+        assert torch.equal(found, expected)
+        for result in (found, expected):
+            assert result.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (9, 33), (64, 48)])
+def test_images_of_any_size(size: tuple[int, int]) -> None:
+    """To one rounding: torch does not fuse products and sums beyond its last whole vector."""
+    config = AugmentConfig(crop_padding=2, cutout=3)
+    for step in range(20):
+        images, choices, statistics = _batch(config, step, 5, size)
+        found = augment(images, choices, config, statistics)
+        expected = augment_by_torch(images, choices, config, statistics)
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.2, 0.4999999, 0.5, 0.7, 1.0])
+def test_every_weight_of_mixup(lam: float) -> None:
+    config = replace(OFF, mixup_alpha=1.0)
+    images, choices, statistics = _batch(config, 0)
+    choices = replace(choices, lam=torch.tensor(lam))
+    found = augment(images, choices, config, statistics)
+    assert torch.equal(found, augment_by_torch(images, choices, config, statistics))
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("count", [1, 2, 32])
+def test_the_bits_do_not_depend_on_the_number_of_threads(count: int) -> None:
+    config = AugmentConfig(cutout=8)
+    images, choices, statistics = _batch(config, 3, count)
+    results = []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        results.append(augment(images, choices, config, statistics))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = AugmentConfig()
+    images, choices, statistics = _batch(config, 0)
+    expected = augment(images, choices, config, statistics)
+    key, samples = step_keys(0, 1)[0], torch.arange(5)
+    lanes = sample_lanes(key, samples, 3)
+    for cached in (build.load, batch._library):
+        cached.cache_clear()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    try:
+        assert not batch.usable(images)
+        assert torch.equal(augment(images, choices, config, statistics), expected)
+        assert torch.equal(sample_lanes(key, samples, 3), lanes)
+    finally:
+        for cached in (build.load, batch._library):
+            cached.cache_clear()
