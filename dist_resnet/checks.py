@@ -56,7 +56,13 @@ def _check_run_and_data(config: Config) -> None:
 
 def _check_training(config: Config) -> None:
     optim, schedule, train = config.optim, config.schedule, config.train
-    _require(0 < optim.lr < float("inf"), "optim.lr", optim.lr, "above 0")
+    for key in ("lr", "muon_lr"):
+        value = getattr(optim, key)
+        _require(0 < value < float("inf"), f"optim.{key}", value, "above 0")
+    half = config.precision.dtype == "fp16"
+    _require(
+        not (half and optim.name == "muon"), "optim.name", "muon", "sgd with fp16; or use bf16"
+    )
     for key in ("momentum", "weight_decay", "label_smoothing"):
         value = getattr(optim, key)
         _require(0 <= value < 1, f"optim.{key}", value, "at least 0 and below 1")

@@ -19,7 +19,8 @@ class FlatSGD:
     The momentum starts at zero, which equals torch's first step from the gradient.
     """
 
-    def __init__(self, flat: FlatModel, config: OptimConfig) -> None:
+    def __init__(self, flat: FlatModel, config: OptimConfig, first: int = 0) -> None:
+        """`first`: where the values that it updates begin."""
         self.momentum = torch.zeros_like(flat.values)
         self._settings: dict[str, Any] = {
             "momentum": config.momentum,
@@ -36,7 +37,7 @@ class FlatSGD:
                 decay,
             )
             for part, decay in (
-                (slice(0, flat.num_decayed), config.weight_decay),
+                (slice(first, flat.num_decayed), config.weight_decay),
                 (slice(flat.num_decayed, None), 0.0),
             )
         ]

@@ -61,6 +61,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    name: Literal["sgd", "muon"] = "sgd"
+    """muon: orthogonalised momentum for convolutions (Jordan et al. 2024), SGD for the rest."""
+    muon_lr: float = 0.1
+    """Muon's rate where SGD's is optim.lr, which it follows: the relative change of a weight."""
     lr: float = 0.05
     """Learning rate at optim.reference_batch_size; optim.lr_scaling turns it into the peak rate."""
     momentum: float = 0.9

@@ -12,6 +12,7 @@ from dist_resnet.errors import UserError
 from dist_resnet.flat import FlatModel, flatten_model
 from dist_resnet.metrics import Totals
 from dist_resnet.models.resnet import build_model
+from dist_resnet.muon import build_optimizer
 from dist_resnet.optim import FlatSGD, LossScale
 from dist_resnet.schema import Config
 
@@ -109,7 +110,7 @@ def build_state(
     flat = flatten_model(model.to(device).to(memory_format=layout))
     return TrainState(
         flat=flat,
-        optimizer=FlatSGD(flat, config.optim),
+        optimizer=build_optimizer(flat, config.optim),
         loss_scale=LossScale(device) if precision == torch.float16 else None,
         ema=_averaged_values(flat) if config.train.ema_decay else None,
         totals=Totals(device),

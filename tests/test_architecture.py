@@ -30,7 +30,7 @@ LAYERS: list[set[str]] = [
         "precision",
         "native",
     },
-    {"augment", "loss", "flat", "optim", "models", "state", "data", "reduction"},
+    {"augment", "loss", "flat", "optim", "muon", "models", "state", "data", "reduction"},
     {
         "step_mode",
         "step",
@@ -54,6 +54,7 @@ LAYERS: list[set[str]] = [
         "doctor",
         "bench",
         "report",
+        "recipes",
         "",
         "dashboard",
         "sweep",
@@ -69,8 +70,8 @@ DOORS = {
 }
 # Modules that talk to whoever watches: commands, and what they show on the way.
 OWN_THE_TERMINAL = {
-    "bench", "cli", "dashboard", "doctor", "evaluate", "export", "predict", "report", "run",
-    "sweep", "train",
+    "bench", "cli", "dashboard", "doctor", "evaluate", "export", "predict", "recipes", "report",
+    "run", "sweep", "train",
     "data.folder", "data.images", "data.prepare", "data.sources", "run_folder", "tracking.console",
 }  # fmt: skip
 # What runs in every step: the host must not wait there.

@@ -1,0 +1,129 @@
+"""A finished run condensed to what tables and curves need: some kilobytes of JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_resnet.config import flatten, load_config, to_dict
+from dist_resnet.errors import UserError
+from dist_resnet.report.record import RunRecord, read_record
+from dist_resnet.schema import changes_trajectory
+
+SCHEMA = 1
+# Beside the keys that alter the weights: what they are evaluated by, how they round, when they end.
+_ALSO = ("eval.flip_tta", "train.max_steps", "train.step_mode")
+_CURVES = ("train/top1", "val/top1", "val/loss")
+
+Kept = dict[str, Any]
+
+
+def condense(path: Path, group: str) -> Kept:
+    """The figures, settings and curves of a finished run; no path, no name of a machine or user.
+
+    Args:
+        group: the table that the run belongs to.
+
+    Raises:
+        UserError: no run folder, or the run has not finished.
+    """
+    run = read_record(path, path.name)
+    if not run.summary:
+        raise UserError(f"{path}: the run has not finished: it has no summary.json")
+    if not run.config:
+        raise UserError(f"{path}: {run.config_note}")
+    summary = run.summary
+    settings = changed_settings(run.config)
+    figures = ("train/top1", "val/top1", "val/top1_tta", "val/loss", "gap/top1", "best/val/top1")
+    facts = ("eval_set", "parameters", "world_size", "replicas", "wall_seconds")
+    return {
+        "kind": "run",
+        "schema": SCHEMA,
+        "group": group,
+        "name": run.label,
+        "command": command(settings, summary["world_size"]),
+        "settings": settings,
+        "epochs": run.config["train.epochs"],
+        "global_batch_size": run.plan["global_batch_size"],
+        "figures": {key: summary[key] for key in figures if summary.get(key) is not None},
+        **{key: summary[key] for key in facts},
+        "diagnosis": [finding["name"] for finding in summary["diagnosis"]],
+        "curve": _curve(run),
+        "commit": summary["git_commit"],
+        "versions": summary["versions"],
+        "hardware": summary["hardware"],
+    }
+
+
+def changed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a flattened configuration that alter figures and differ from their defaults."""
+    defaults = dict(flatten(to_dict(load_config([]))))
+    return {
+        key: value
+        for key, value in config.items()
+        if (changes_trajectory(key) or key in _ALSO) and value != defaults[key]
+    }
+
+
+def command(settings: Mapping[str, Any], world_size: int) -> str:
+    """What repeats a run with these settings."""
+    start = "python" if world_size == 1 else f"torchrun --standalone --nproc_per_node={world_size}"
+    pairs = (f"{key}={_written(value)}" for key, value in settings.items())
+    return " ".join([start, "-m dist_resnet.train", *pairs])
+
+
+def write_kept(kept: Kept, folder: Path) -> Path:
+    """Write it as folder/<group>-<name>.json.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = folder / f"{kept['group']}-{kept['name']}.json"
+    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in kept.items())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{{\n{lines}\n}}\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    return path
+
+
+def read_kept(folder: Path, group: str) -> list[Kept]:
+    """The runs of a group, by name.
+
+    Raises:
+        UserError: there is none, or a file is not a kept run.
+    """
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            kept = json.loads(path.read_text())
+            if kept["kind"] == "run" and kept["group"] == group:
+                found.append(kept)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a kept run: {error!r}") from None
+    if not found:
+        raise UserError(f"{folder}: no run of the group {group!r}")
+    return found
+
+
+def _curve(run: RunRecord) -> dict[str, list[float | None]]:
+    """Evaluations only; training accuracy is the mean over the epoch before."""
+    rows: Sequence[Mapping[str, Any]] = [
+        row | {"train/top1": _sum(row["val/top1"], row.get("gap/top1"))} for row in run.evaluations
+    ]
+    curve = {key: [_rounded(row.get(key)) for row in rows] for key in _CURVES}
+    return {"epoch": [_rounded(row["epoch"]) for row in rows], **curve}
+
+
+def _sum(val: Any, gap: Any) -> float | None:
+    return None if val is None or gap is None else val + gap
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _written(value: Any) -> str:
+    """As the command line takes it."""
+    return json.dumps(value, separators=(",", ":")) if not isinstance(value, str) else value

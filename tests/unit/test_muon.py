@@ -1,0 +1,101 @@
+"""Muon against torch's own Newton-Schulz iterations, singular values, and SGD for the rest."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim._muon import _zeropower_via_newtonschulz
+
+from dist_resnet.config import load_config
+from dist_resnet.errors import UserError
+from dist_resnet.flat import flatten_model
+from dist_resnet.models.resnet import build_model
+from dist_resnet.muon import build_optimizer, orthogonalise
+from dist_resnet.optim import FlatSGD
+from dist_resnet.schema import ModelConfig, OptimConfig
+
+MODEL = ModelConfig(widths=[4, 6, 8])
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+@pytest.mark.parametrize("shape", [(16, 27), (6, 6), (40, 9)])
+def test_orthogonalise_is_torchs(shape: tuple[int, int]) -> None:
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonalise(matrices)
+    for ours, matrix in zip(found, matrices, strict=True):
+        theirs = _zeropower_via_newtonschulz(matrix, COEFFICIENTS, 5, 1e-7)  # in bfloat16
+        assert (ours - theirs.float()).norm() / ours.norm() < 0.05
+
+
+def test_singular_values_are_about_one_and_vectors_are_kept() -> None:
+    matrix = torch.randn(8, 50, generator=torch.Generator().manual_seed(1)) * 1e-3
+    found = orthogonalise(matrix.unsqueeze(0))[0]
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    nearest = u @ v
+    assert (found * nearest).sum() / (found.norm() * nearest.norm()) > 0.98
+
+
+def test_nothing_to_go_by_is_no_step() -> None:
+    assert torch.equal(orthogonalise(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
+
+
+def _svd_update(gradient: Tensor) -> Tensor:
+    """As the iterations would give, but by singular values: (filters, ...)."""
+    u, s, v = torch.linalg.svd(gradient.flatten(1).double(), full_matrices=False)
+    s = s / s.square().sum().sqrt()
+    for _ in range(5):
+        s = COEFFICIENTS[0] * s + COEFFICIENTS[1] * s**3 + COEFFICIENTS[2] * s**5
+    return (u * s @ v).view(gradient.shape)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_five_steps_written_out(layout: torch.memory_format, nesterov: bool) -> None:
+    config = OptimConfig(
+        name="muon", lr=0.2, muon_lr=0.05, momentum=0.8, nesterov=nesterov, weight_decay=0.01
+    )
+    model = build_model(MODEL, 5, 1).to(memory_format=layout)
+    plain = copy.deepcopy(model).double()
+    ours = build_optimizer(flatten_model(model), config)
+    others = [p for name, p in plain.named_parameters() if p.ndim != 4 and name != "head.weight"]
+    theirs = torch.optim.SGD(
+        [
+            {"params": others, "weight_decay": 0.0},
+            {"params": [plain.head.weight], "weight_decay": config.weight_decay},
+        ],
+        lr=config.lr, momentum=config.momentum, nesterov=nesterov,
+    )  # fmt: skip
+    buffers: dict[nn.Parameter, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for step in range(5):
+        rate = config.lr / (1 + step)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            gradient = torch.randn(p.shape, generator=generator)
+            assert p.grad is not None
+            p.grad.copy_(gradient)
+            q.grad = gradient.double()
+        ours.step(rate if step % 2 else torch.tensor(rate))
+        for group in theirs.param_groups:
+            group["lr"] = rate
+        theirs.step()
+        with torch.no_grad():
+            for q in plain.parameters():
+                if q.ndim == 4:
+                    assert q.grad is not None
+                    buffers[q] = config.momentum * buffers.get(q, torch.zeros_like(q)) + q.grad
+                    go = q.grad + config.momentum * buffers[q] if nesterov else buffers[q]
+                    q *= q.shape[0] ** 0.5 / q.norm()
+                    q -= 0.25 * rate * _svd_update(go)
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.double(), q, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_sgd_is_what_is_built_otherwise() -> None:
+    flat = flatten_model(build_model(MODEL, 5, 1))
+    assert type(build_optimizer(flat, OptimConfig())) is FlatSGD
+    with pytest.raises(UserError, match=r"optim\.name=muon: must be sgd with fp16"):
+        load_config(["optim.name=muon", "precision.dtype=fp16"])
