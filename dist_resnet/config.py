@@ -63,8 +63,12 @@ def flatten(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def trajectory_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` for every differing key that decides what the weights are."""
-    before, after = dict(flatten(old)), dict(flatten(new))
+    """`key: old -> new` for every differing key that decides what the weights are.
+
+    A key that one of them lacks, being of an earlier version, has its default: what was done then.
+    """
+    default = dict(flatten(to_dict(Config())))
+    before, after = default | dict(flatten(old)), default | dict(flatten(new))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
@@ -74,7 +78,13 @@ def trajectory_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> li
 
 def trajectory_hash(config: Config) -> str:
     """Eight hexadecimal digits that two configurations share when they train the same weights."""
-    relevant = {key: value for key, value in flatten(to_dict(config)) if changes_trajectory(key)}
+    default = dict(flatten(to_dict(Config())))
+    # A key at its default does not count, or every new key would rename all runs.
+    relevant = {
+        key: value
+        for key, value in flatten(to_dict(config))
+        if changes_trajectory(key) and value != default[key]
+    }
     text = json.dumps(relevant, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

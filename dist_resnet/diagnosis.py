@@ -57,6 +57,13 @@ def diagnose(rows: Sequence[Row]) -> list[dict[str, str]]:
     return [{"name": name, "text": text} for name, text in found if text is not None]
 
 
+def decline_threshold(top1: float, images: int | None) -> float:
+    """How far accuracy must have fallen to `top1` on so many images for a clear decline."""
+    # On a few hundred images, one more or one less is no decline.
+    noise = 2 * math.sqrt(top1 * (1 - top1) / images) if images else 0.0
+    return max(DECLINE, noise)
+
+
 def evaluated_points(rows: Sequence[Row]) -> list[Point]:
     """The evaluations among the rows, each with the learning rate last logged before it."""
     points, rate = [], None
@@ -132,9 +139,7 @@ def _decline(points: Sequence[Point], peak: float) -> str | None:
     if not late:
         return None
     best, last = max(point.val for point in late), late[-1]
-    # On a few hundred images, one more or one less is no decline.
-    noise = 2 * math.sqrt(last.val * (1 - last.val) / last.images) if last.images else 0.0
-    threshold = max(DECLINE, noise)
+    threshold = decline_threshold(last.val, last.images)
     if best - last.val < threshold:
         return None
     return (

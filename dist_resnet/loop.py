@@ -8,6 +8,7 @@ from dist_resnet import signals, watchdog
 from dist_resnet.captured import CapturedStep
 from dist_resnet.checkpoint import CheckpointStore
 from dist_resnet.data.stream import Batch
+from dist_resnet.diagnosis import LOW_RATE, decline_threshold
 from dist_resnet.distributed import on_main
 from dist_resnet.errors import Diverged, Preempted, UserError
 from dist_resnet.evaluation import Evaluation, Evaluator
@@ -95,7 +96,7 @@ class Trainer:
             UserError: the last checkpoint cannot be written.
         """
         self.watch.start_window()
-        while self.state.step < self.plan.total_steps:
+        while not self.plan.finished(self.state.step) and not self._stopped_early():
             with self.watch.waiting_for_data():
                 batch = next(self.batches)
             if self.gallery is not None:
@@ -107,12 +108,14 @@ class Trainer:
 
     def _at_border(self, done: int) -> None:
         """What is due after `done` steps, in this order: a checkpoint holds all that was logged."""
-        at_end = done == self.plan.total_steps
+        at_end = self.plan.finished(done)
         improved = False
         if at_end or done % self.config.log.every_steps == 0:
             self._log(done)
         if at_end or self.plan.ends_epoch(done, 1):
             improved = self._end_epoch(done)
+            self.state.stopped_early = not at_end and self._declines(done)
+            at_end = at_end or self._stopped_early()
         stop = not at_end and self._stop_requested(done)
         if at_end or stop:
             self._check_finite(done)
@@ -123,6 +126,26 @@ class Trainer:
         if stop:
             reason = signals.received_name() or "a signal to another rank"
             raise Preempted(f"stopped by {reason} at step {done}, saved; start again to continue")
+
+    def _stopped_early(self) -> bool:
+        return self.state.stopped_early and self.config.train.early_stop
+
+    def _declines(self, done: int) -> bool:
+        """Whether accuracy has fallen clearly from its best at a low rate; a warm-up's is none."""
+        row, rates = self.last_evaluation, self.train_step.rates
+        if not self.config.train.early_stop or row is None or row["step"] != done:
+            return False
+        peak = max(rates)
+        if done <= rates.index(peak) or rates[done - 1] >= LOW_RATE * peak:
+            return False
+        best, value = self.state.best["val/top1"], row["val/top1"]
+        declines = best - value >= decline_threshold(value, int(row["val/images"]))
+        if declines:
+            self.tracker.message(
+                f"train.early_stop: val/top1 has fallen from {best:.4f} to {value:.4f} at a low"
+                f" learning rate; ends at step {done:,} of {self.plan.total_steps:,}"
+            )
+        return declines
 
     def _saves_at(self, done: int) -> bool:
         cadence = self.config.checkpoint
@@ -157,7 +180,7 @@ class Trainer:
     def _end_epoch(self, done: int) -> bool:
         """Evaluate if due; whether the result is the best so far."""
         epoch = self.state.totals.take(Totals.EPOCH)
-        at_end = done == self.plan.total_steps
+        at_end = self.plan.finished(done)
         if not at_end and not self.plan.ends_epoch(done, self.config.eval.every_epochs):
             return False
         self._check_finite(done)

@@ -30,6 +30,10 @@ class Plan:
         """Whether `step` steps complete an epoch that is a multiple of `every` (0: never)."""
         return bool(every) and step > 0 and step % (self.steps_per_epoch * every) == 0
 
+    def finished(self, step: int) -> bool:
+        """Whether `step` steps are all of the run."""
+        return step >= self.total_steps
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -69,7 +69,8 @@ def _run_in(wanted: Config, world: World, folder: RunFolder) -> None:
         check_same_run(saved, config, session.dataset.fingerprint)
     step = saved["state"]["step"] if saved is not None else 0
     on_main(lambda: take_back(config, folder, step))
-    if step >= plan.total_steps and from_main(folder.has_summary()):
+    early = saved is not None and config.train.early_stop and saved["state"].get("stopped_early")
+    if (plan.finished(step) or early) and from_main(folder.has_summary()):
         if world.is_main:
             _say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
             folder.set_status("done", step, exit_code=EXIT_DONE)
@@ -181,6 +182,7 @@ def _ending(error: BaseException) -> tuple[str, str]:
 def _facts(trainer: Trainer, session: Session) -> dict[str, Any]:
     plan, world = trainer.plan, session.world
     return {
+        "stopped_early": not plan.finished(trainer.state.step),
         "eval_set": session.eval_set,
         "images_per_second": trainer.watch.images_per_second(plan.global_batch_size),
         "wall_seconds": trainer.watch.seconds(),

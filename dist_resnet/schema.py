@@ -97,6 +97,8 @@ class TrainConfig:
     """Passes over the training set."""
     max_steps: int | None = None
     """Stop after this many steps; the schedule is still that of train.epochs; null: no limit."""
+    early_stop: bool = False
+    """End where val/top1 has fallen clearly at a low rate: the diagnosis's rule of a decline."""
     ema_decay: float = 0.0
     """Decay per step of the moving average of the weights that is evaluated; 0: none."""
     step_mode: Literal["auto", "eager", "compile", "fused", "graph"] = "auto"
@@ -197,6 +199,7 @@ FREE_KEYS = frozenset(
         "data.loader",
         "parallel.timeout_seconds",
         "parallel.threads",
+        "train.early_stop",
         "train.max_steps",
         "train.step_mode",
     }

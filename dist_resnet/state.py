@@ -30,6 +30,8 @@ class TrainState:
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)
     """val/top1 and step of the best evaluation so far."""
+    stopped_early: bool = False
+    """Whether train.early_stop ended the run at this step."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors on the CPU, parameters by name and in their own shapes."""
@@ -42,6 +44,7 @@ class TrainState:
             "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
             "totals": self.totals.state_dict(),
             "best": dict(self.best),
+            "stopped_early": self.stopped_early,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -61,6 +64,7 @@ class TrainState:
         self.totals.load_state_dict(saved["totals"])
         self.step = int(saved["step"])
         self.best = dict(saved["best"])
+        self.stopped_early = saved.get("stopped_early", False)
 
     @contextmanager
     def evaluated_weights(self) -> Iterator[None]:

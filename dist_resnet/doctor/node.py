@@ -144,10 +144,10 @@ def _wandb(config: Config) -> Finding:
         remedy = "run `make setup`, or set wandb.mode=disabled"
         return Finding("FAIL", "wandb", "not installed", remedy)
     from dist_resnet.tracking.reach import why_unreachable
-    from dist_resnet.tracking.wandb_session import _why_no_credentials
+    from dist_resnet.tracking.wandb_session import why_no_credentials
 
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    why = _why_no_credentials(server) or why_unreachable(server)
+    why = why_no_credentials(server) or why_unreachable(server)
     if why is None:
         return Finding("ok", "wandb", f"{versions().get('wandb', '?')}, online at {server}")
     remedy = "for online records: wandb login, or set WANDB_API_KEY; else wandb.mode=offline"

@@ -94,7 +94,7 @@ class WandbSession:
         why = None
         if self.mode in ("auto", "online"):
             proxied = library.settings.https_proxy or library.settings.http_proxy
-            why = _why_no_credentials(library.settings.base_url)
+            why = why_no_credentials(library.settings.base_url)
             if why is None and not proxied:
                 why = why_unreachable(library.settings.base_url)
             self.mode = "offline" if why else "online"
@@ -214,7 +214,7 @@ class WandbSession:
             )
 
 
-def _why_no_credentials(base_url: str) -> str | None:
+def why_no_credentials(base_url: str) -> str | None:
     """None if there is a key for this server. Prompts nobody; wandb.init would, for ever."""
     missing = "there is no API key (wandb login)"
     try:

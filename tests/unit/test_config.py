@@ -307,13 +307,14 @@ FREE = [
     "data.loader=resident", "eval.every_epochs=2", "eval.flip_tta=true",
     "checkpoint.every_steps=5", "checkpoint.keep=1", "log.every_steps=1", "wandb.mode=disabled",
     "wandb.media_every_epochs=0", "wandb.artifacts=true",
-    "parallel.timeout_seconds=5", "train.max_steps=5",
+    "parallel.timeout_seconds=5", "train.max_steps=5", "train.early_stop=true",
 ]  # fmt: skip
 BINDING = [
     "seed=1", "data.dataset=digits", "data.batch_size_per_replica=16", "data.val_split=10",
     "augment.crop_padding=2", "augment.flip=false", "augment.mixup_alpha=0", "augment.cutout=4",
     "model.name=resnet32", "model.widths=[8,16,32]", "model.shortcut=pad", "model.dropout=0",
-    "optim.lr=0.1", "optim.momentum=0.8", "optim.weight_decay=0", "optim.nesterov=true",
+    "optim.name=muon", "optim.muon_lr=0.2", "optim.lr=0.1", "optim.momentum=0.8",
+    "optim.weight_decay=0", "optim.nesterov=true",
     "optim.lr_scaling=linear", "optim.reference_batch_size=64", "optim.label_smoothing=0.1",
     "schedule.name=step", "schedule.warmup_epochs=1", "schedule.milestones=[1]", "train.epochs=10",
     "train.ema_decay=0.9", "precision.dtype=fp32", "precision.channels_last=false",
@@ -339,6 +340,21 @@ def test_what_must_not_change_when_a_run_goes_on(pair: str) -> None:
     (line,) = trajectory_differences(to_dict(base), to_dict(other))
     values: dict[str, Any] = dict(flatten(to_dict(other)))
     assert line == f"{key}: {dict(flatten(to_dict(base)))[key]} -> {values[key]}"
+
+
+def test_a_key_of_a_later_version_leaves_name_and_continuation_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = load_config(["seed=3"])
+    before = to_dict(now)
+    del before["optim"]["muon_lr"]
+    assert trajectory_differences(before, to_dict(now)) == []
+    changed = to_dict(load_config(["seed=3", "optim.muon_lr=0.3"]))
+    assert trajectory_differences(before, changed) == ["optim.muon_lr: 0.1 -> 0.3"]
+    name = trajectory_hash(now)
+    with monkeypatch.context() as patch:
+        patch.setattr("dist_resnet.config.changes_trajectory", lambda key: key != "optim.muon_lr")
+        assert trajectory_hash(now) == name
 
 
 def test_the_hash_does_not_depend_on_how_a_value_was_written(tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""When a run ends: at its last step, or early where accuracy declines at a low learning rate."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dist_resnet.data.stream import Batch
+from dist_resnet.evaluation import Evaluation
+from dist_resnet.loop import Trainer
+from dist_resnet.plan import make_plan
+from dist_resnet.state import build_state
+from dist_resnet.stopwatch import Stopwatch
+from tests.training import BATCH, CLASSES, CPU, batch_of, small_config, train_step
+
+EPOCHS, STEPS = 8, 2
+# Warm-up, a high rate, and from epoch 4 on a low one.
+RATES = [1e-5, 1e-4, *[1e-2] * 4, *[9e-4] * 10]
+
+
+class Watcher:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.messages: list[str] = []
+
+    def log(self, row: dict[str, float]) -> None:
+        self.rows.append(dict(row))
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def _evaluation(correct: int, images: int) -> Evaluation:
+    return Evaluation(1.0, correct, images, None, torch.eye(CLASSES, dtype=torch.int64))
+
+
+def _fitted(correct: list[int], *pairs: str, images: int = 10_000) -> tuple[Trainer, Watcher]:
+    """A trainer after `fit`, its evaluations scripted."""
+    config = small_config(f"train.epochs={EPOCHS}", "log.every_steps=1", *pairs)
+    plan = make_plan(config, BATCH * STEPS, 1)
+    step = train_step(config, 1)
+    step.rates = RATES
+    script, watcher = iter(correct), Watcher()
+
+    def batches() -> Iterator[Batch]:
+        for number in range(plan.total_steps):
+            yield batch_of(number, 1)
+
+    trainer = Trainer(
+        config=config, plan=plan, state=step.state, train_step=step, batches=batches(),  # type: ignore[arg-type]
+        evaluate=lambda model: _evaluation(next(script), images),  # type: ignore[arg-type]
+        classes=tuple("abcde"), tracker=watcher, watch=Stopwatch(0.0, CPU), keeper=None,  # type: ignore[arg-type]
+    )  # fmt: skip
+    trainer.fit()
+    return trainer, watcher
+
+
+DECLINE = [1000, 8000, 8100, 9000, 8951, 8949, 8800, 9100]
+"""Falls by half a percent and two standard errors (0.61 here) in the seventh epoch only."""
+
+
+def test_a_decline_at_a_low_rate_ends_the_run_where_that_was_asked_for() -> None:
+    trainer, watcher = _fitted(DECLINE, "train.early_stop=true")
+    assert trainer.state.step == 7 * STEPS
+    assert trainer.state.stopped_early
+    assert len([row for row in watcher.rows if "val/top1" in row]) == 7
+    (line,) = watcher.messages
+    assert "from 0.9000 to 0.8800" in line
+    assert "step 14 of 16" in line
+
+
+def test_it_is_off_by_default() -> None:
+    trainer, watcher = _fitted(DECLINE)
+    assert trainer.state.step == EPOCHS * STEPS
+    assert not trainer.state.stopped_early
+    assert not watcher.messages
+
+
+@pytest.mark.parametrize(
+    ("correct", "images"),
+    [
+        ([9000, 5000, 8000, 9000, 9000, 9000, 9000, 9000], 10_000),  # at a high rate, after warm-up
+        ([100, 200, 300, 300, 296, 295, 295, 295], 400),  # within noise: 1.3%, two errors are 4.4%
+        ([1000, 8000, 8100, 9000, 9000, 9000, 9000, 8000], 10_000),  # at the end anyway
+    ],
+    ids=["high rate", "few images", "last epoch"],
+)
+def test_what_is_no_early_end(correct: list[int], images: int) -> None:
+    trainer, watcher = _fitted(correct, "train.early_stop=true", images=images)
+    assert trainer.state.step == EPOCHS * STEPS
+    assert not trainer.state.stopped_early
+    assert not watcher.messages
+
+
+def test_an_early_end_survives_a_checkpoint() -> None:
+    trainer, _ = _fitted(DECLINE, "train.early_stop=true")
+    again = build_state(trainer.config, CLASSES, torch.float32, CPU)
+    again.load_state_dict(trainer.state.state_dict())
+    assert again.stopped_early
+    without = trainer.state.state_dict()
+    del without["stopped_early"]  # of an earlier version
+    again.load_state_dict(without)
+    assert not again.stopped_early
