@@ -4,6 +4,7 @@
   step      one training step in every mode, its share of the machine's limits, where time goes
   train     end to end, beside the loop everyone writes; one process and two ranks
   scaling   one rank and two, the all-reduce, and what follows for 8, 64 and 1,024 replicas
+  startup   seconds from the command to the first step
   peers     overhead a step of other frameworks (those that are installed), and their images/s
 
 key=value are those of the trainer (--help of dist_resnet.train lists them), such as data.root=data.
@@ -21,7 +22,7 @@ from dist_resnet.config import load_config
 from dist_resnet.errors import EXIT_DONE, UserError
 from dist_resnet.launcher import under_torchrun
 
-NAMES = {"loader": 7, "step": 7, "train": 6, "scaling": 8, "peers": 7}
+NAMES = {"loader": 7, "step": 7, "train": 6, "scaling": 8, "peers": 7, "startup": 5}
 """Benchmarks, and their default number of rounds."""
 # Quick runs have to fit into a test: a slim net, small batches, the embedded digits.
 _QUICK = ("data.dataset=digits", "model.widths=[4,6,8]", "data.batch_size_per_replica=8")

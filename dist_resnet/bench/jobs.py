@@ -63,7 +63,7 @@ class Worker:
         if job.ranks > 1:  # torchrun's own choice, without its warning
             environment.setdefault("OMP_NUM_THREADS", "1")
         self._process = subprocess.Popen(
-            [*_launcher(job.ranks), "-m", WORKER, json.dumps(spec)],
+            [*launcher(job.ranks), "-m", WORKER, json.dumps(spec)],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -175,7 +175,8 @@ def as_candidate(worker: Worker, images: int) -> Candidate:
     return Candidate(worker.job.name, images, worker.run)
 
 
-def _launcher(ranks: int) -> list[str]:
+def launcher(ranks: int) -> list[str]:
+    """What starts so many processes of a module."""
     if ranks == 1:
         return [sys.executable]
     beside = Path(sys.executable).with_name("torchrun")

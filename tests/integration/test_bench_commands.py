@@ -73,6 +73,16 @@ def test_step(digits: Dataset, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_startup(digits: Dataset, tmp_path: Path) -> None:
+    found, _ = bench("startup", digits, tmp_path)
+    assert failures(found) == []
+    alone, one, two = (row["seconds"] for row in rows(found, "seconds to the first step"))
+    assert 0 < alone < one
+    assert alone < two
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_train(digits: Dataset, tmp_path: Path) -> None:
     found, _ = bench("train", digits, tmp_path)
     assert failures(found) == []

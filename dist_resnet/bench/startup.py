@@ -1,0 +1,75 @@
+"""Seconds from the command to the first step's figures, beside importing torch alone."""
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+from dist_resnet.bench.jobs import launcher
+from dist_resnet.bench.measure import spread
+from dist_resnet.bench.report import Report, Settings
+
+TABLE = "seconds to the first step"
+_IMPORT = [sys.executable, "-c", "import torch; print('step 1/', flush=True)"]
+
+
+def run(settings: Settings) -> Report:
+    """Start each command anew in every round."""
+    report = Report("startup", plot=(TABLE, "seconds"))
+    report.settings = {"rounds": settings.rounds}
+    with tempfile.TemporaryDirectory() as folder:
+        commands = {
+            "import torch": _IMPORT,
+            "ours": _training(1, settings.pairs, folder),
+            "ours, 2 ranks": _training(2, settings.pairs, folder),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in commands}
+        for round_number in range(-1, settings.rounds):  # the first fills caches
+            for name, command in commands.items():
+                took = _until_first_step(command)
+                if round_number >= 0:
+                    seconds[name].append(took)
+    for name, values in seconds.items():
+        around = spread(values)
+        assert around is not None
+        row = {"name": name, "seconds": around.median, "rounds": settings.rounds}
+        report.add(TABLE, row | {"seconds_quartiles": [around.lower, around.upper]})
+    report.notes.append(
+        "until the first step's line is printed; the dataset is prepared and its checksums are"
+        " verified, the C++ kernels are compiled already, W&B is offline"
+    )
+    return report
+
+
+def _training(ranks: int, pairs: Sequence[str], folder: str) -> list[str]:
+    own = (
+        f"run.dir={folder}", "run.name=startup", "run.overwrite=true", "log.every_steps=1",
+        "wandb.mode=offline",
+    )  # fmt: skip
+    return [*launcher(ranks), "-m", "dist_resnet.train", *pairs, *own]
+
+
+def _until_first_step(command: Sequence[str]) -> float:
+    """Start it, wait for its first step, stop it.
+
+    Raises:
+        RuntimeError: it ended before.
+    """
+    start = time.perf_counter()
+    job = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace",
+    )  # fmt: skip
+    assert job.stdout is not None
+    said = ""
+    try:
+        for line in job.stdout:
+            if line.startswith("step 1/"):
+                return time.perf_counter() - start
+            said = line.strip() or said
+        raise RuntimeError(said)
+    finally:
+        job.terminate()  # it saves and ends
+        job.stdout.read()
+        job.wait()
