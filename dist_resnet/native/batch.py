@@ -29,6 +29,7 @@ def usable(tensor: Tensor) -> bool:
 
 def sample_lanes(key: Tensor, samples: Tensor, lanes: int) -> Tensor:
     """As `randomness.sample_lanes`."""
+    assert key.dtype == samples.dtype == torch.int64
     samples = samples.contiguous()
     out = torch.empty(len(samples), lanes, dtype=torch.int64)
     _required().sample_lanes(
@@ -58,6 +59,7 @@ def augment(
     Returns:
         In channels-last order.
     """
+    assert images.dtype == torch.uint8
     count, height, width, _ = images.shape
     images = images.contiguous()
     cropped, out = torch.empty_like(images), torch.empty(images.shape)

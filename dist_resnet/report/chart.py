@@ -95,6 +95,7 @@ class _Frame:
             low, high = min(low, 0.0), max(high, 0.0)
         if high == low:
             low, high = low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
+        low, high = _rounded(low, high)
         right = max(xs)
         return _Frame((0.0, right if right > 0 else 1.0), (low, high))
 
@@ -110,7 +111,8 @@ class _Frame:
         parts = []
         for value in ticks(*self.y):
             _, y = self.place(0.0, value)
-            parts.append(element("path", d=f"M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}", class_="grid"))
+            kind = "grid" if value else "axis"  # of a gap: on which side of zero is it?
+            parts.append(element("path", d=f"M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}", class_=kind))
             label = f"{value:.4g}" if value else "0"
             parts.append(_text(_LEFT - 6, y + 4, label, "end"))
         for value in ticks(*self.x):
@@ -121,6 +123,13 @@ class _Frame:
         middle = (_LEFT + _WIDTH - _RIGHT) / 2
         parts.append(_text(middle, _HEIGHT - 5, "epoch", "middle"))
         return parts
+
+
+def _rounded(low: float, high: float) -> tuple[float, float]:
+    """The range widened to marks, so that no curve ends above the highest one."""
+    inside = ticks(low, high)
+    step = inside[1] - inside[0] if len(inside) > 1 else high - low
+    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
 
 
 def _curve(series: Series, frame: _Frame) -> Html:

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_resnet.config import flatten, to_dict
-from dist_resnet.report.markup import Html, element, join, table
+from dist_resnet.report.markup import Html, data, element, join, table
 from dist_resnet.report.record import RunRecord
 from dist_resnet.schema import Config
 
 # What summary.json alone tells; its figures stand in other sections.
 _ENVIRONMENT = ("hardware", "git_commit", "precision", "dataset", "eval_set", "versions")
+_HASHES, _HASH_SHOWN = ("git_commit", "dataset.fingerprint"), 12
 
 
 def configuration(runs: Sequence[RunRecord]) -> Html:
@@ -44,9 +45,16 @@ def environment(runs: Sequence[RunRecord]) -> Html:
     note = f"Not known of {', '.join(waiting)}: summary.json is written at the end of a run."
     parts = [element("p", note, class_="note")] if waiting else []
     if any(told):
-        rows = side_by_side(told)
+        rows = [_shorter(row) for row in side_by_side(told)]
         parts.append(table("From summary.json", ("fact", *(run.label for run in runs)), rows))
     return join(*parts)
+
+
+def _shorter(row: tuple[str, ...]) -> tuple[str, ...]:
+    """A row of hashes: their beginning for the eye, whole in `value`; others as they are."""
+    if row[0] not in _HASHES:
+        return row
+    return row[0], *(data(whole, whole[:_HASH_SHOWN]) for whole in row[1:])
 
 
 def side_by_side(

@@ -100,7 +100,8 @@ def _confusions(classes: tuple[str, ...], matrix: NDArray[np.int64], where: str)
 
 def _cell(count: int, share: float, is_true: bool) -> Html:
     shade = f"background: rgba(var(--heat), {0.6 * share:.3f})" if count else None
-    return element("td", data(count, str(count)), style=shade, class_="true" if is_true else None)
+    kind = "true" if is_true else None if count else "zero"
+    return element("td", data(count, str(count)), style=shade, class_=kind)
 
 
 def _largest_confusions(classes: tuple[str, ...], matrix: NDArray[np.int64], where: str) -> Html:

@@ -6,7 +6,7 @@ CSS = """
   --c3: #7b4a9e; --c4: #9a7b00; --c5: #a3305c; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #151618; --ink: #e4e2dd; --soft: #a3a19b; --rule: #3d3f43; --faint: #27292c;
-    --heat: 99, 179, 208; --c0: #63b3d0; --c1: #e8935c; --c2: #93c373; --c3: #bd93dd;
+    --heat: 38, 118, 146; --c0: #63b3d0; --c1: #e8935c; --c2: #93c373; --c3: #bd93dd;
     --c4: #d4b840; --c5: #e67fa6; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
@@ -26,7 +26,8 @@ a { color: var(--c0); }
 .skip { position: absolute; left: -99rem; }
 .skip:focus { position: static; display: inline-block; margin: .5rem 1rem; }
 nav ul { list-style: none; margin: .8rem 0 0; padding: 0; display: flex; flex-wrap: wrap;
-  gap: .15rem 1.1rem; font-size: .9rem; }
+  gap: 0 1.1rem; font-size: .9rem; }
+nav a { display: inline-block; padding: .15rem 0; }
 .note { color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
 dt { font-weight: 600; margin-top: .7rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
@@ -35,16 +36,20 @@ table { border-collapse: collapse; font-size: .88rem;
   font-variant-numeric: tabular-nums lining-nums;
   min-width: min(100%, 34rem); border-top: 1.5px solid var(--ink);
   border-bottom: 1.5px solid var(--ink); }
-caption { text-align: left; color: var(--soft); padding: 0 0 .35rem; }
+caption { text-align: left; color: var(--soft); padding: 0 0 .35rem; position: sticky; left: 0;
+  max-width: min(44rem, 100vw - 2rem); }
 th, td { padding: .16rem .8rem .16rem 0; text-align: left; vertical-align: top; font-weight: 400; }
-td + td, thead th + th { padding-left: .4rem; }
+th + td, td + td, thead th + th { padding-left: .4rem; }
+tbody th, thead th:first-child { position: sticky; left: 0; background: var(--paper); }
 thead th { border-bottom: 1px solid var(--ink); font-style: italic; }
 td data, .number td { white-space: nowrap; }
 td { overflow-wrap: anywhere; min-width: 5rem; }
 .bar { display: inline-block; width: 9rem; height: .62rem; margin-left: .7rem;
   background: var(--faint); }
 .fill { fill: none; stroke-width: 7; }
-@media (max-width: 30rem) { .bar { width: 6rem; } }
+@media (max-width: 30rem) { .bar { width: 4.4rem; margin-left: .4rem; }
+  table { font-size: .8rem; } th, td { padding-right: .5rem; } td { min-width: 3.4rem; }
+  tbody th { overflow-wrap: anywhere; min-width: 5.5rem; } }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr));
   gap: 1.2rem 1.6rem; }
 figure { margin: 0; min-width: 0; }
@@ -55,7 +60,7 @@ figcaption b { color: var(--ink); font-weight: 600; }
 .chart > svg { display: block; width: 100%; height: auto; }
 .chart text { font: 12px Charter, "Bitstream Charter", Georgia, "DejaVu Serif", serif;
   fill: var(--soft); }
-.grid { stroke: var(--faint); } .tick { stroke: var(--soft); }
+.grid { stroke: var(--faint); } .axis { stroke: var(--rule); } .tick { stroke: var(--soft); }
 .line { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 .dashed { stroke-dasharray: 5 3; }
 .c0 { stroke: var(--c0); } .c1 { stroke: var(--c1); } .c2 { stroke: var(--c2); }
@@ -63,7 +68,9 @@ figcaption b { color: var(--ink); font-weight: 600; }
 .dot { fill: var(--paper); stroke-width: 2; }
 .confusion td { text-align: right; padding: .2rem .45rem; min-width: 2.6rem; }
 .confusion thead th { padding: .2rem .45rem; text-align: right; font-size: .8rem; }
-.confusion tbody th { padding-right: .6rem; }
+.confusion tbody th { padding-right: .6rem; min-width: 0; overflow-wrap: normal; }
+.confusion .zero { color: var(--soft); }
+@media (max-width: 30rem) { .confusion td { padding: .2rem .3rem; min-width: 0; } }
 .confusion .true { font-weight: 700; }
 .images { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.4rem, 1fr));
   gap: .9rem .7rem; list-style: none; padding: 0; margin: .8rem 0; }
