@@ -25,9 +25,9 @@ def main(arguments: Sequence[str]) -> int:
     path, output, pairs = _parse(arguments)
     figures = evaluate_checkpoint(path, pairs)
     if environment_rank() == 0:
-        print(_table(figures))
-        if output is not None:
+        if output is not None:  # first: `| head` may close the pipe that the table goes to
             _write(output, figures)
+        print(_table(figures))
     return EXIT_DONE
 
 

@@ -60,7 +60,8 @@ def open_recording(
         folder.write_json("plan.json", plan.as_dict())
         rewind(folder.metrics, step)
         (folder.path / "summary.json").unlink(missing_ok=True)  # of a shorter run
-        console = Console(plan.total_steps, step)
+        best = saved["state"]["best"].get("val/top1") if saved else None
+        console = Console(plan.total_steps, step, best=best)
         metrics = MetricsFile(folder.metrics, console.message)
     except OSError as error:
         raise UserError(f"{folder.path}: cannot be written: {error.strerror}") from None

@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_resnet.config import load_config, to_yaml
 
-VOID = ("meta", "img", "br")
+VOID = ("meta", "img", "br", "wbr")
 
 
 @dataclass

@@ -113,16 +113,20 @@ class _Frame:
             _, y = self.place(0.0, value)
             kind = "grid" if value else "axis"  # of a gap: on which side of zero is it?
             parts.append(element("path", d=f"M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}", class_=kind))
-            label = f"{value:.4g}" if value else "0"
-            parts.append(_text(_LEFT - 6, y + 4, label, "end"))
+            parts.append(_text(_LEFT - 6, y + 4, _mark(value), "end"))
         for value in ticks(*self.x):
             x, _ = self.place(value, self.y[0])
             bottom = _HEIGHT - _BOTTOM
             parts.append(element("path", d=f"M{x:.1f} {bottom}v4", class_="tick"))
-            parts.append(_text(x, bottom + 16, f"{value:.4g}" if value else "0", "middle"))
+            parts.append(_text(x, bottom + 16, _mark(value), "middle"))
         middle = (_LEFT + _WIDTH - _RIGHT) / 2
         parts.append(_text(middle, _HEIGHT - 5, "epoch", "middle"))
         return parts
+
+
+def _mark(value: float) -> str:
+    """A mark's number; 20,000 rather than 2e+04."""
+    return f"{value:,.0f}" if abs(value) >= 1000 or not value else f"{value:.4g}"
 
 
 def _rounded(low: float, high: float) -> tuple[float, float]:

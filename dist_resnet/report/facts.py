@@ -54,7 +54,12 @@ def _shorter(row: tuple[str, ...]) -> tuple[str, ...]:
     """A row of hashes: their beginning for the eye, whole in `value`; others as they are."""
     if row[0] not in _HASHES:
         return row
-    return row[0], *(data(whole, whole[:_HASH_SHOWN]) for whole in row[1:])
+    return row[0], *(data(whole, _beginning(whole)) for whole in row[1:])
+
+
+def _beginning(whole: str) -> str:
+    # The + of a commit from which the source differed must not be lost.
+    return whole[:_HASH_SHOWN] + ("+" if whole[_HASH_SHOWN:].endswith("+") else "")
 
 
 def side_by_side(

@@ -1,9 +1,10 @@
 """HTML that is escaped by construction: text becomes markup only through `element`."""
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
-_VOID = ("meta", "img", "br")
+_VOID = ("meta", "img", "br", "wbr")
 
 
 class Html(str):
@@ -32,6 +33,12 @@ def data(value: object, text: str) -> Html:
     return element("data", text, value=value)
 
 
+def _breakable(text: str) -> Html:
+    """A key such as data.batch_size_per_replica, which may break after its . / or _ on a phone."""
+    parts = re.split(r"(?<=[./_])", text)
+    return join(parts[0], *(join(element("wbr"), part) for part in parts[1:]))
+
+
 def table(
     caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], class_: str = ""
 ) -> Html:
@@ -44,7 +51,7 @@ def table(
     body = [
         element(
             "tr",
-            element("th", row[0], scope="row"),
+            element("th", _breakable(row[0]), scope="row"),
             *(element("td", cell) for cell in row[1:]),
         )
         for row in rows

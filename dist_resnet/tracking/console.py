@@ -22,8 +22,7 @@ class Console:
     every evaluation. A row is an evaluation if it has "val/loss" or "val/top1"; "val/images", where
     a row has it, tells over how many images.
 
-    A run that is continued is given the `best` val/top1 before `start_step`. Without it nobody here
-    knows what was reached before, so the best is then said to be the best since that step only.
+    A run that is continued is given its `best` val/top1 before `start_step`.
     """
 
     name = "console"
@@ -45,8 +44,6 @@ class Console:
         self._time_left = _TimeLeft(total_steps, start_step, clock())
         self._last_line = float("-inf")
         self._best = best
-        unknown_before = start_step > 0 and best is None
-        self._since = f" since step {start_step:,}" if unknown_before else ""
         self._val = ""
         self._bar: tqdm[None] | None = None
         if self._stream.isatty():
@@ -90,8 +87,7 @@ class Console:
             self._best = max(top1, self._best or 0.0)
             self._val = f"val {top1:.2%}"
             parts.append(f"val top1 {top1:.2%}")
-            so_far = f"best{self._since or ' so far'}"
-            parts.append(so_far if best else f"best{self._since} {self._best:.2%}")
+            parts.append("best so far" if best else f"best {self._best:.2%}")
         if "val/loss" in row:
             parts.append(f"val loss {row['val/loss']:.4f}")
         if "gap/top1" in row:

@@ -96,6 +96,15 @@ def test_best_is_remembered() -> None:
     assert "best 50.00%" in second
 
 
+def test_a_continued_run_calls_best_only_what_is() -> None:
+    out = io.StringIO()
+    console = Console(1000, 900, stream=out, best=0.6)
+    for top1 in (0.5, 0.45, 0.7):
+        console.log({"step": 950, "epoch": 9.5, "val/top1": top1})
+    verdicts = [line.split("  ")[2] for line in out.getvalue().splitlines()]
+    assert verdicts == ["best 60.00%", "best 60.00%", "best so far"]
+
+
 def test_not_finite_loss_and_missing_figures_do_not_raise() -> None:
     out = io.StringIO()
     console = Console(1000, stream=out, every_seconds=0)

@@ -161,6 +161,33 @@ def test_the_page_is_whole_and_can_be_used_without_a_mouse(tmp_path: Path) -> No
     assert links[0]["href"] == "#main"  # the skip link comes first
 
 
+def test_a_hash_is_shortened_for_the_eye_only(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    commit = "0123456789abcdef" * 2 + "01234567+"
+    write_json(tmp_path / "run" / "summary.json", summary | {"git_commit": commit})
+    facts = page_of(tmp_path / "r.html", tmp_path / "run").table("From summary.json")
+    assert [(c.text, c.value) for c in facts.row("git_commit")] == [("0123456789ab+", commit)]
+    (fingerprint,) = facts.row("dataset.fingerprint")
+    assert (fingerprint.text, fingerprint.value) == ("f" * 12, "f" * 64)
+
+
+def test_no_curve_ends_above_the_highest_mark_or_below_the_lowest() -> None:
+    for values in ((0.35, 0.989), (-0.21, -0.107), (2.0, 2.0), (3e-6, 0.0497)):
+        points = list(enumerate(values))
+        drawn = Page(chart("t", "u", [Series("s", [(float(x), y) for x, y in points], 0)]))
+        d = {str(a.get("class", "")): str(a["d"]) for tag, a in drawn.tags if tag == "path"}
+        line = next(d[kind] for kind in d if kind.startswith("line"))
+        places = [float(pair.split()[1]) for pair in re.split("[ML]", line)[1:]]
+        marks = [
+            float(re.split("[ H]", str(a["d"]))[1])
+            for tag, a in drawn.tags
+            if tag == "path" and a.get("class") in ("grid", "axis")
+        ]
+        assert min(marks) - 0.11 <= min(places)  # SVG counts downwards
+        assert max(places) <= max(marks) + 0.11
+
+
 def test_what_files_say_is_text(tmp_path: Path) -> None:
     evil = "<script>alert('1')</script>\"&"
     run = tmp_path / evil.replace("/", "_")
@@ -228,6 +255,12 @@ def test_a_curve_lies_where_its_figures_say() -> None:
     single = Page(chart("t", "u", [Series("s", [(0.0, 0.7)], 0)]))
     assert "circle" in [tag for tag, _ in single.tags]
     assert "not logged" in chart("t", "u", [Series("s", [], 0)])
+
+
+def test_marks_are_written_out() -> None:
+    drawn = Page(chart("t", "u", [Series("s", [(0.0, -0.5), (1.0, 20_000.0)], 0)]))
+    assert "20,000" in drawn.texts["text"]
+    assert not any("e+" in text for text in drawn.texts["text"])
 
 
 def test_an_image_survives_its_data_uri(rng: np.random.Generator) -> None:
