@@ -103,8 +103,11 @@ else
     fi
 fi
 if [[ -n ${DOCTOR:-} ]]; then
-    "${torchrun[@]}" -m dist_resnet.doctor "${settings[@]}" || exit 2
-    exit 0
+    verdict=$(mktemp)
+    DOCTOR_VERDICT=$verdict "${torchrun[@]}" -m dist_resnet.doctor "${settings[@]}" || true
+    code=$(<"$verdict")
+    rm -f "$verdict"
+    exit "${code:-2}"
 fi
 
 status=$run/status.json

@@ -78,6 +78,29 @@ class Stage:
         return (self.folder / "log").read_text()
 
 
+def played(folder: Path, command: list[str], environment: dict[str, str]) -> str:
+    """The command line of torchrun that a launcher's command leads to."""
+    stage = Stage(folder, ["status done 9 0; exit 0"], **environment)
+    script, *arguments = command
+    if script == "launch/run.sh":
+        code = stage.play("run.sh", *arguments)
+    else:
+        code = stage.play_command(command)
+    assert code == 0, stage.log()
+    (call,) = stage.calls()
+    return call
+
+
+def assert_meets(call: str, nodes: str, endpoint: str, rank: int) -> None:
+    """Torchrun is told to meet the others at `endpoint`, and who is the host of it."""
+    options = call.split()
+    assert f"--nnodes={nodes}" in options
+    assert f"--rdzv-endpoint={endpoint}" in options
+    assert "--rdzv-backend=c10d" in options
+    conf = next(o for o in options if o.startswith("--rdzv-conf="))
+    assert f"is_host={int(rank == 0)}," in conf
+
+
 def start(
     command: Sequence[str], log: Path, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:

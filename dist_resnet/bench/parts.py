@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 
 from dist_resnet import step as step_module
+from dist_resnet.augment import augment
 from dist_resnet.data.stream import Batch
 from dist_resnet.step import TrainStep
 
@@ -107,7 +108,7 @@ def operators_of_step(
         activities.append(ProfilerActivity.CUDA)
     step(draw())
     # A kernel of ours that is no operator of torch's has no name of its own there.
-    named = record_function("augment")(step_module.augment)
+    named = record_function("augment")(augment)
     with (
         mock.patch.object(step_module, "augment", named),
         profile(activities=activities) as profiler,

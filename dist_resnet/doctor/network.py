@@ -21,6 +21,7 @@ SMALL, MODEL, LARGE = 4, 1_080_000, 16 << 20
 """Bytes: one number; the gradients of ResNet-20; what shows the network's bandwidth."""
 SLOW_SECONDS = 0.02
 SKEW_SECONDS = 5.0
+_MISSING = "missing"
 _WIRES = "name the job's network with IFNAME=eth0 (launch/run.sh)"
 
 
@@ -43,11 +44,7 @@ def network_findings(config: Config, world: World) -> list[Finding]:
         examine("clocks", lambda: skew_finding([f.place for f in facts], clock_offsets(world))),
         versions_finding(facts),
         same_finding("source", [(f.place, f.commit) for f in facts], "use the same commit on all"),
-        same_finding(
-            "same dataset",
-            [(f.place, f.fingerprint) for f in facts],
-            "copy the prepared folder (data.root) of one node to all, or share it",
-        ),
+        dataset_finding(facts),
     ]
 
 
@@ -55,8 +52,8 @@ def _facts(config: Config, world: World) -> Facts:
     folder = Path(config.data.root) / config.data.dataset
     try:
         fingerprint = Dataset.load(folder, verify=False).fingerprint[:12]
-    except UserError:
-        fingerprint = "missing"
+    except (UserError, OSError):  # what is wrong with it is in its node's own line
+        fingerprint = _MISSING
     place = f"rank {world.rank} on {socket.gethostname()}"
     return Facts(place, versions(), git_commit() or "unknown", fingerprint)
 
@@ -133,6 +130,15 @@ def versions_finding(facts: Sequence[Facts]) -> Finding:
         if finding.level == "FAIL":
             return finding
     return Finding("ok", "same versions", f"{len(facts[0].versions)} packages")
+
+
+def dataset_finding(facts: Sequence[Facts]) -> Finding:
+    """The same dataset everywhere?"""
+    subject, remedy = "same dataset", "copy the prepared folder (data.root) of one node to all"
+    if all(f.fingerprint == _MISSING for f in facts):
+        return Finding("note", subject, "there is none yet: nothing to compare", f"later {remedy}")
+    values = [(f.place, f.fingerprint) for f in facts]
+    return same_finding(subject, values, f"{remedy}, or share it")
 
 
 def same_finding(subject: str, values: Sequence[tuple[str, str]], remedy: str) -> Finding:

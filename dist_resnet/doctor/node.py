@@ -126,6 +126,10 @@ def _dataset(config: Config) -> Finding:
     name, folder = config.data.dataset, Path(config.data.root) / config.data.dataset
     if not Dataset.exists(folder):
         command = f"{_PREPARE} {name} --output {config.data.root}"
+        place = next(p for p in folder.absolute().parents if p.exists())
+        if name in _BUILTIN and (why := _why_not_writable(place)):
+            text = f"{folder} is not there, and {place} cannot be written ({why})"
+            return Finding("FAIL", "dataset", text, "set data.root to a folder where it can be")
         if name in _BUILTIN:
             text = f"{folder} is not there yet; the first training prepares it"
             return Finding("note", "dataset", text, f"or do it now: {command}")
@@ -155,14 +159,25 @@ def _wandb(config: Config) -> Finding:
 
 
 def _disk(folder: Path) -> Finding:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(bytes(MIB))
+    if why := _why_not_writable(folder):
+        text = f"{folder.resolve()} cannot be written: {why}"
+        return Finding("FAIL", "disk", text, "make room or get the right to write; or set run.dir")
     free = shutil.disk_usage(folder).free
     text = f"{folder.resolve()}: writable, {free / (1 << 30):,.1f} GiB free"
     if free < 256 * MIB:
         return Finding("FAIL", "disk", text, "make room, or set run.dir to a larger disk")
     return Finding("ok", "disk", text)
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    """Tried, not asked: what the rights allow to root, a read-only mount may still forbid."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(MIB))
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return None
 
 
 def _shared_memory(config: Config, local_size: int) -> Finding:

@@ -58,6 +58,7 @@ def test_two_nodes_with_different_data(tmp_path: Path, digits: Dataset) -> None:
             end(job)
     output = "".join(log.read_text() for log in logs)
     assert codes == [2, 2], output
+    assert "Traceback" not in output, "torchrun's report would bury the doctor's lines"
     (line,) = [line for line in output.splitlines() if "same dataset" in line]
     assert "FAIL" in line
     assert "copy the prepared folder" in line

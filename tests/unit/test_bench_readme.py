@@ -59,12 +59,6 @@ def test_what_is_missing_is_named(folder: Path) -> None:
         main([str(folder / "none.md")])
 
 
-def test_the_readme_shows_what_was_measured() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert len(re.findall("<!-- bench ", text)) >= 4
-    assert with_tables(text, ROOT) == text
-
-
 def test_figures_were_measured_on_committed_code_by_an_idle_machine() -> None:
     files = sorted((ROOT / "benchmarks").glob("*.json"))
     assert files

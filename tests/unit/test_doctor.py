@@ -15,6 +15,7 @@ from dist_resnet.doctor.network import (
     Facts,
     all_reduce_findings,
     clock_offsets,
+    dataset_finding,
     network_findings,
     same_finding,
     skew_finding,
@@ -56,7 +57,8 @@ def test_a_sound_machine(tmp_path: Path, digits: Dataset) -> None:
         (["data.dataset=birds"], "dataset", "FAIL", "data.prepare --help"),
         (["data.dataset=cifar10"], "dataset", "note", "data.prepare cifar10 --output"),
         (["wandb.mode=online"], "wandb", "FAIL", "wandb login"),
-        (["run.dir=/proc/nowhere"], "disk", "FAIL", ""),
+        (["run.dir=/proc/nowhere"], "disk", "FAIL", "set run.dir"),
+        (["data.root=/proc/nowhere"], "dataset", "FAIL", "; set data.root"),
         (["parallel.threads=4096"], "threads", "FAIL", "parallel.threads"),
         (["precision.dtype=fp16"], "precision", "FAIL", "use bf16, fp32 or auto"),
     ],
@@ -144,6 +146,19 @@ def test_versions() -> None:
     assert "2.13.0 at rank 2 on b" in found.text
     missing = versions_finding([*facts, Facts("rank 2 on b", {}, "c", "f")])
     assert "missing at rank 2 on b" in missing.text
+
+
+def test_the_same_dataset_everywhere() -> None:
+    def judged(*fingerprints: str) -> Finding:
+        return dataset_finding(
+            [Facts(f"rank {n} on a", {}, "c", mark) for n, mark in enumerate(fingerprints)]
+        )
+
+    assert judged("x", "x").level == "ok"
+    one_without = judged("x", "missing")
+    assert one_without.level == "FAIL"
+    assert "missing at rank 1 on a; copy the prepared folder" in one_without.line()
+    assert judged("missing", "missing").level == "note", "nothing that is missing is the same"
 
 
 def test_clocks() -> None:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.jobs import ROOT
-from tests.launching import LAUNCH, Stage
+from tests.launching import LAUNCH, assert_meets, played
 
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 EXIT_USER, EXIT_DIVERGED, EXIT_PREEMPTED = 2, 3, 75
@@ -115,6 +115,7 @@ class TestKubernetes:
         assert set(mounts.values()) == volumes.keys()
         assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
         assert "persistentVolumeClaim" in volumes[mounts["/store"]]
+        assert self.pod["securityContext"]["fsGroup"] == image_user()
         assert variables(self.container["env"])["RUN_DIR"].startswith("/store/")
         quantities = [volumes[mounts["/dev/shm"]]["emptyDir"]["sizeLimit"]]
         for part in self.container["resources"].values():
@@ -166,6 +167,7 @@ class TestTrainJob:
         assert mounted == {volume["name"] for volume in pod["volumes"]}
         assert (node["name"], pod["containers"][0]["name"]) == ("node", "node")
         assert pod["terminationGracePeriodSeconds"] >= 75
+        assert pod["securityContext"]["fsGroup"] == image_user()
 
     @pytest.mark.parametrize("index", [0, 1])
     def test_contract(self, tmp_path: Path, index: int) -> None:
@@ -185,38 +187,6 @@ class TestTrainJob:
         assert "--nproc-per-node=8" in call.split()
         environment = (tmp_path / "environment").read_text()
         assert "\nPET_" not in environment
-
-
-class TestSkyPilot:
-    (task,) = documents("skypilot.yaml")
-
-    def test_schema(self) -> None:
-        schemas = pytest.importorskip("sky.utils.schemas", reason="pip install skypilot")
-        jsonschema = pytest.importorskip("jsonschema")
-        jsonschema.validate(self.task, schemas.get_task_schema())
-        jsonschema.validate(self.task["resources"], schemas.get_resources_schema())
-
-    def test_rules(self) -> None:
-        assert self.task["resources"]["job_recovery"]["recover_on_exit_codes"] == [EXIT_PREEMPTED]
-        assert self.task["secrets"] == {"WANDB_API_KEY": None}
-        assert self.task["workdir"] == "."
-        for part in ("setup", "run"):
-            subprocess.run(["bash", "-n"], input=self.task[part], text=True, check=True)
-
-    @pytest.mark.parametrize("index", [0, 1])
-    def test_contract(self, tmp_path: Path, index: int) -> None:
-        """The run section, with what SkyPilot would set."""
-        engine = {
-            "SKYPILOT_NUM_NODES": str(self.task["num_nodes"]),
-            "SKYPILOT_NODE_RANK": str(index),
-            "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
-            "SKYPILOT_NUM_GPUS_PER_NODE": "8",
-            "SKYPILOT_TASK_ID": "sky-7",
-        }
-        call = played(tmp_path, ["bash", "-c", self.task["run"]], self.task["envs"] | engine)
-        assert_meets(call, "2", "10.0.0.1:29400", index)
-        assert "--rdzv-id=sky-7" in call.split()
-        assert "--nproc-per-node=8" in call.split()
 
 
 def test_dockerfile() -> None:
@@ -245,26 +215,13 @@ def test_sbatch_options() -> None:
     assert text.rindex("#SBATCH") < first_command, "sbatch stops reading at the first command"
 
 
-def played(folder: Path, command: list[str], environment: dict[str, str]) -> str:
-    """The command line of torchrun that a launcher's command leads to."""
-    stage = Stage(folder, ["status done 9 0; exit 0"], **environment)
-    script, *arguments = command
-    if script == "launch/run.sh":
-        code = stage.play("run.sh", *arguments)
-    else:
-        code = stage.play_command(command)
-    assert code == 0, stage.log()
-    (call,) = stage.calls()
-    return call
-
-
-def assert_meets(call: str, nodes: str, endpoint: str, rank: int) -> None:
-    options = call.split()
-    assert f"--nnodes={nodes}" in options
-    assert f"--rdzv-endpoint={endpoint}" in options
-    assert "--rdzv-backend=c10d" in options
-    conf = next(o for o in options if o.startswith("--rdzv-conf="))
-    assert f"is_host={int(rank == 0)}," in conf
+def image_user() -> int:
+    """The one that the image's processes run as, and that must be able to write the run folder."""
+    text = (LAUNCH / "Dockerfile").read_text()
+    user = re.search(r"useradd .*--uid (\d+) (\w+)", text)
+    assert user
+    assert f"\nUSER {user[2]}\n" in text
+    return int(user[1])
 
 
 def dropped(wanted: Any, found: Any, place: str = "") -> Iterator[str]:

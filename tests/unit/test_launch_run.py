@@ -189,6 +189,24 @@ def test_node_0_leaves_its_word_and_the_others_follow(tmp_path: Path) -> None:
         end(job)
 
 
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("echo 0 >$DOCTOR_VERDICT", 0),
+        ("echo 2 >$DOCTOR_VERDICT", 2),
+        ("exit 1", 2),  # it could not even be started
+    ],
+)
+def test_the_doctors_verdict(tmp_path: Path, line: str, code: int) -> None:
+    stage = Stage(tmp_path, [line], DOCTOR="1", TMPDIR=str(tmp_path))
+    before = set(tmp_path.iterdir())
+    assert stage.play("single_node.sh", "seed=1") == code
+    (call,) = stage.calls()
+    assert call.endswith("-m dist_resnet.doctor seed=1")
+    new = {path.name for path in set(tmp_path.iterdir()) - before}
+    assert new == {"calls", "environment", "log"}, "and nothing is left behind"
+
+
 def test_a_silent_node_0_is_not_waited_for_for_ever(tmp_path: Path) -> None:
     stage = two(tmp_path, ["exit 1"], JOIN_TIMEOUT="1")
     assert stage.play() == 1
