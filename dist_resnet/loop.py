@@ -108,14 +108,15 @@ class Trainer:
 
     def _at_border(self, done: int) -> None:
         """What is due after `done` steps, in this order: a checkpoint holds all that was logged."""
-        at_end = self.plan.finished(done)
+        at_end, self.state.stopped_early = self.plan.finished(done), False
         improved = False
         if at_end or done % self.config.log.every_steps == 0:
             self._log(done)
         if at_end or self.plan.ends_epoch(done, 1):
             improved = self._end_epoch(done)
-            self.state.stopped_early = not at_end and self._declines(done)
-            at_end = at_end or self._stopped_early()
+            if not at_end and self._declines(done):
+                self._end_early(done)
+                at_end = True
         stop = not at_end and self._stop_requested(done)
         if at_end or stop:
             self._check_finite(done)
@@ -131,21 +132,34 @@ class Trainer:
         return self.state.stopped_early and self.config.train.early_stop
 
     def _declines(self, done: int) -> bool:
-        """Whether accuracy has fallen clearly from its best at a low rate; a warm-up's is none."""
-        row, rates = self.last_evaluation, self.train_step.rates
-        if not self.config.train.early_stop or row is None or row["step"] != done:
+        """Whether train.early_stop finds accuracy fallen clearly from its best at a low rate.
+
+        The diagnosis finds the same afterwards: `diagnosis.RULES`.
+        """
+        row, state, rates = self.last_evaluation, self.state, self.train_step.rates
+        if row is None or row["step"] != done:
             return False
         peak = max(rates)
         if done <= rates.index(peak) or rates[done - 1] >= LOW_RATE * peak:
+            state.best_at_low_rate = 0.0  # a warm-up's low rates do not count
             return False
-        best, value = self.state.best["val/top1"], row["val/top1"]
-        declines = best - value >= decline_threshold(value, int(row["val/images"]))
-        if declines:
-            self.tracker.message(
-                f"train.early_stop: val/top1 has fallen from {best:.4f} to {value:.4f} at a low"
-                f" learning rate; ends at step {done:,} of {self.plan.total_steps:,}"
-            )
-        return declines
+        value = row["val/top1"]
+        best = state.best_at_low_rate = max(state.best_at_low_rate, value)
+        threshold = decline_threshold(value, int(row["val/images"]))
+        return self.config.train.early_stop and best - value >= threshold
+
+    def _end_early(self, done: int) -> None:
+        """Log and show what is due at the end of a run."""
+        self.state.stopped_early = True
+        self.tracker.message(
+            f"train.early_stop: val/top1 has fallen clearly, from {self.state.best_at_low_rate:.4f}"
+            f" at a low learning rate; ends at step {done:,} of {self.plan.total_steps:,}"
+        )
+        if done % self.config.log.every_steps:
+            self._log(done)
+        if self.gallery is not None:
+            with self.watch.pause(), self.state.evaluated_weights():
+                self._evaluate(done, at_end=True)
 
     def _saves_at(self, done: int) -> bool:
         cadence = self.config.checkpoint

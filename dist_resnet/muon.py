@@ -3,6 +3,9 @@
 K. Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks", in the form of
 their CIFAR-10 speed run: a weight's norm is kept at the root of its filters in place of weight
 decay, as BatchNorm after every convolution makes its scale meaningless.
+
+Every rank computes the same update from the same gradients. Matrix products round by the kind of
+processor and the number of threads: ranks must not differ in these, or their weights part.
 """
 
 import math
@@ -40,6 +43,8 @@ class FlatMuon(FlatSGD):
     def __init__(self, flat: FlatModel, config: OptimConfig) -> None:
         convolutions = [m.weight for m in flat.model.modules() if isinstance(m, nn.Conv2d)]
         count = sum(weight.numel() for weight in convolutions)
+        ends = [weight.storage_offset() + weight.numel() for weight in convolutions]
+        assert max(ends) == count, "the convolutions must come before every dense layer"
         super().__init__(flat, config, first=count)
         self._momentum_factor, self._nesterov = config.momentum, config.nesterov
         self._relative_rate = config.muon_lr / config.lr

@@ -66,22 +66,18 @@ def open_recording(
     except OSError as error:
         raise UserError(f"{folder.path}: cannot be written: {error.strerror}") from None
     data, resolved = session.dataset, to_dict(config)
+    facts = {"dataset": data.fingerprint, "versions": versions(), "git_commit": git_commit()}
     wandb = start_wandb(
         config.wandb,
         folder.path,
-        resolved
-        | {
-            "plan": plan.as_dict(),
-            "dataset": data.fingerprint,
-            "versions": versions(),
-            "git_commit": git_commit(),
-        },
+        resolved | facts | {"plan": plan.as_dict()},
         run_id,
         folder.path.name,
         resume_position=(saved or {}).get("wandb_position"),
         say=console.message,
     )
     store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
+    store.remove_leftovers()
     parts: list[Tracker] = [console, metrics]
     if wandb is not None:
         parts += _told_by_wandb(config, wandb, store, data, folder.path.name)
@@ -96,7 +92,6 @@ def open_recording(
         "wandb_id": run_id if wandb is None else wandb.run_id,
         "versions": versions(),
     }
-    store.remove_leftovers()
     keeper = Keeper(folder, store, header, tracker, wandb)
     keeper.heartbeat(step)
     return Recording(tracker, keeper)

@@ -64,13 +64,13 @@ class OptimConfig:
     name: Literal["sgd", "muon"] = "sgd"
     """muon: orthogonalised momentum for convolutions (Jordan et al. 2024), SGD for the rest."""
     muon_lr: float = 0.1
-    """Muon's rate where SGD's is optim.lr, which it follows: the relative change of a weight."""
+    """Rate of optim.name=muon where SGD's is optim.lr, which it follows: relative to a weight."""
     lr: float = 0.05
     """Learning rate at optim.reference_batch_size; optim.lr_scaling turns it into the peak rate."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD and of Muon."""
     weight_decay: float = 5e-4
-    """Weight decay of convolution and dense weights; BatchNorm and biases have none."""
+    """Weight decay of convolutions (not under Muon) and dense weights; of nothing else."""
     nesterov: bool = False
     """Nesterov momentum."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"

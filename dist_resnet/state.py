@@ -30,6 +30,8 @@ class TrainState:
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)
     """val/top1 and step of the best evaluation so far."""
+    best_at_low_rate: float = 0.0
+    """Best val/top1 since the learning rate is low: what train.early_stop compares with."""
     stopped_early: bool = False
     """Whether train.early_stop ended the run at this step."""
 
@@ -44,6 +46,7 @@ class TrainState:
             "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
             "totals": self.totals.state_dict(),
             "best": dict(self.best),
+            "best_at_low_rate": self.best_at_low_rate,
             "stopped_early": self.stopped_early,
         }
 
@@ -64,6 +67,7 @@ class TrainState:
         self.totals.load_state_dict(saved["totals"])
         self.step = int(saved["step"])
         self.best = dict(saved["best"])
+        self.best_at_low_rate = saved.get("best_at_low_rate", 0.0)
         self.stopped_early = saved.get("stopped_early", False)
 
     @contextmanager

@@ -1,7 +1,7 @@
 """dist_resnet.train with one fault built in: FAULT RANK STEP, then its own arguments.
 
-nan: the loss of that step is not finite. hang: the rank sleeps for ever. The fault strikes in
-the first start only, so that a restarted job can go on.
+nan: the loss of that step is not finite. hang: the rank sleeps for ever. These strike in the first
+start only, so that a restarted job can go on. decline: any evaluation at a low rate is one.
 """
 
 import sys
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dist_resnet import loop
 from dist_resnet import step as step_module
 from dist_resnet.cli import run_command
 from dist_resnet.launcher import environment_rank, restart_count
@@ -30,5 +31,7 @@ def faulty(self: step_module.TrainStep, images: torch.Tensor, *rest: Any) -> Any
 
 
 if __name__ == "__main__":
+    if fault == "decline":
+        loop.decline_threshold = lambda top1, images: -1.0  # type: ignore[attr-defined]
     step_module.TrainStep._forward = faulty  # type: ignore[method-assign]
     run_command(lambda: main(sys.argv[4:]))

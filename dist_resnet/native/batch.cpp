@@ -1,8 +1,8 @@
 // What is done to a batch before the model sees it: random lanes, crop, flip, normalisation, cutout
 // and mixup.
 //
-// The results are those of randomness.py and augment.py, bit for bit: compile without contraction of
-// products and sums, for the only fused ones are those of torch.lerp.
+// The results are those of randomness.py and, where torch uses vectors, of augment.py, bit for bit:
+// compile without contraction of products and sums, for the only fused ones are those of torch.lerp.
 
 #include <algorithm>
 #include <cmath>

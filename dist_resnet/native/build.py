@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from dist_resnet.storage import write_atomically
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 _MORE_FLAGS = {"norm_act": (), "batch": ("-ffp-contract=off",)}
 
+# Two threads need kernels in the first step: the training's and the one that draws W&B's pictures.
+_LOCK = threading.Lock()
+
 
 @cache
 def load(name: str) -> ctypes.CDLL:
@@ -28,6 +32,14 @@ def load(name: str) -> ctypes.CDLL:
     Raises:
         UserError: there is no C++ compiler, or it cannot compile the source.
     """
+    with _LOCK:
+        try:
+            return _load(name)
+        except (OSError, RuntimeError) as error:  # no home, or a compiler that is no program
+            raise UserError(f"{name}.cpp cannot be compiled: {error}") from None
+
+
+def _load(name: str) -> ctypes.CDLL:
     compiler = _compiler()
     command = [compiler, *_FLAGS, *_MORE_FLAGS[name], str(Path(__file__).with_name(f"{name}.cpp"))]
     file = f"{name}-{_key(command)}.so"
@@ -42,7 +54,7 @@ def load(name: str) -> ctypes.CDLL:
             return ctypes.CDLL(str(path))
         except OSError as error:
             reason = f"{path}: {error}"
-    raise UserError(f"the fused kernel cannot be kept: {reason}")
+    raise UserError(f"the compiled kernel cannot be kept: {reason}")
 
 
 def _compiler() -> str:

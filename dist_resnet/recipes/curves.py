@@ -17,7 +17,7 @@ def curve_chart(runs: Sequence[Kept]) -> str:
 
     def place(epoch: float, share: float) -> str:
         x = _LEFT + epoch / last * (_WIDTH - _LEFT - 12)
-        y = _TOP + (1 - max(share, _LOW)) / (1 - _LOW) * (_HEIGHT - _TOP - _BOTTOM)
+        y = _TOP + (1 - share) / (1 - _LOW) * (_HEIGHT - _TOP - _BOTTOM)
         return f"{x:.1f} {y:.1f}"
 
     parts = [
@@ -38,8 +38,9 @@ def curve_chart(runs: Sequence[Kept]) -> str:
         colour, curve = _COLOURS[number % len(_COLOURS)], run["curve"]
         for key, dash in (("val/top1", ""), ("train/top1", ' stroke-dasharray="4 3"')):
             points = zip(curve["epoch"], curve[key], strict=True)
-            path = "L".join(place(x, y) for x, y in points if y is not None)
-            parts.append(f'<path d="M{path}" fill="none" stroke="{colour}"{dash}/>')
+            path = "L".join(place(x, y) for x, y in points if y is not None and y >= _LOW)
+            if path:
+                parts.append(f'<path d="M{path}" fill="none" stroke="{colour}"{dash}/>')
         label = f"{run['name']}: {100 * run['figures']['val/top1']:.2f}%"
         y = _HEIGHT + 14 + 18 * number
         parts.append(f'<path d="M{_LEFT} {y - 4}h24" stroke="{colour}" stroke-width="2"/>')

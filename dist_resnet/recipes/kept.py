@@ -11,8 +11,11 @@ from dist_resnet.report.record import RunRecord, read_record
 from dist_resnet.schema import changes_trajectory
 
 SCHEMA = 1
-# Beside the keys that alter the weights: what they are evaluated by, how they round, when they end.
-_ALSO = ("eval.flip_tta", "train.max_steps", "train.step_mode")
+# Beside the keys that alter the weights: how and when these are evaluated, how they round, when a
+# run ends.
+_ALSO = (
+    "eval.every_epochs", "eval.flip_tta", "train.early_stop", "train.max_steps", "train.step_mode",
+)  # fmt: skip
 _CURVES = ("train/top1", "val/top1", "val/loss")
 
 Kept = dict[str, Any]
@@ -27,11 +30,18 @@ def condense(path: Path, group: str) -> Kept:
     Raises:
         UserError: no run folder, or the run has not finished.
     """
-    run = read_record(path, path.name)
+    run = read_record(path, path.resolve().name)
     if not run.summary:
         raise UserError(f"{path}: the run has not finished: it has no summary.json")
     if not run.config:
         raise UserError(f"{path}: {run.config_note}")
+    try:
+        return _condensed(run, group)
+    except KeyError as error:
+        raise UserError(f"{path}: its summary.json or plan.json lacks {error}") from None
+
+
+def _condensed(run: RunRecord, group: str) -> Kept:
     summary = run.summary
     settings = changed_settings(run.config)
     figures = ("train/top1", "val/top1", "val/top1_tta", "val/loss", "gap/top1", "best/val/top1")
@@ -43,7 +53,7 @@ def condense(path: Path, group: str) -> Kept:
         "name": run.label,
         "command": command(settings, summary["world_size"]),
         "settings": settings,
-        "epochs": run.config["train.epochs"],
+        "epochs": round(summary["epoch"], 2),
         "global_batch_size": run.plan["global_batch_size"],
         "figures": {key: summary[key] for key in figures if summary.get(key) is not None},
         **{key: summary[key] for key in facts},
@@ -76,10 +86,12 @@ def write_kept(kept: Kept, folder: Path) -> Path:
     """Write it as folder/<group>-<name>.json.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or another run of that name is there.
     """
     path = folder / f"{kept['group']}-{kept['name']}.json"
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in kept.items())
+    if path.exists() and json.loads(path.read_text())["settings"] != kept["settings"]:
+        raise UserError(f"{path} holds another run; give one of them another run.name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{{\n{lines}\n}}\n")

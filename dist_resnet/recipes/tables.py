@@ -63,7 +63,7 @@ def _varying(runs: Sequence[Kept]) -> list[str]:
 def _row(seeds: Sequence[Kept], varying: Sequence[str]) -> Row:
     first = seeds[0]
     row = {key: str(first["settings"].get(key, "default")) for key in varying}
-    row["epochs"] = str(first["epochs"])
+    row["epochs"] = f"{fmean(run['epochs'] for run in seeds):g}"
     row["global batch"] = str(first["global_batch_size"])
     row["n"] = str(len(seeds))
     row["seeds"] = ", ".join(str(run["settings"].get("seed", 0)) for run in seeds)

@@ -1,12 +1,13 @@
 """A run goes on from any one checkpoint: the step is the only position."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from dist_resnet.data.dataset import Dataset
-from tests.jobs import differences, metric_rows, run_job
+from tests.jobs import differences, final_state, metric_rows, run_job
 
 MIDDLE = 28  # of 40 steps; an epoch of digits has 44 at batch 32
 
@@ -113,3 +114,36 @@ def test_a_refused_checkpoint_leaves_the_run_as_it_was(
     assert outcome.code == 2
     assert "optim.lr: 0.05 -> 0.2" in outcome.output
     assert sorted((tmp_path / "whole" / "checkpoints").iterdir()) == before
+
+
+def test_an_early_end_comes_where_it_came_whatever_happened(
+    tmp_path: Path, digits: Dataset
+) -> None:
+    """And Muon, of which every rank computes the whole, gives the same bits on one and two."""
+    keys = [
+        "train.early_stop=true", "train.max_steps=null", "train.epochs=5", "schedule.name=step",
+        "schedule.milestones=[1,2]", "parallel.replicas=2", "parallel.reduction=exact",
+        "optim.name=muon", "optim.nesterov=true", "checkpoint.every_epochs=0",
+    ]  # fmt: skip
+
+    def job(ranks: int, name: str, *extra: str) -> str:
+        arguments = ["decline", "0", "0", *settings(tmp_path, digits, name, *keys, *extra)]
+        outcome = run_job(ranks, arguments, tmp_path, 100, "tests.faulty_train")
+        assert outcome.code == 0, outcome.output
+        return outcome.output
+
+    assert "train.early_stop: val/top1 has fallen" in job(2, "two")
+    whole, one = tmp_path / "two", tmp_path / "one"
+    last = final_state(whole)["step."]
+    assert last < 5 * metric_rows(whole)[-1]["step"] / metric_rows(whole)[-1]["epoch"]
+    (middle,) = (whole / "checkpoints").glob(f"step-{MIDDLE:08d}-*.pt")
+    job(0, "one", f"run.resume={middle}")
+    assert set(differences(whole, one)) <= {"metrics.jsonl"}
+    (one / "summary.json").unlink()  # killed between the last checkpoint and the summary
+    before = final_state(one), metric_rows(one)
+    assert "continued at step" in job(0, "one")
+    assert json.loads((one / "summary.json").read_text())["stopped_early"]
+    assert metric_rows(one) == before[1]
+    assert final_state(one).keys() == before[0].keys()
+    assert set(differences(whole, one)) <= {"metrics.jsonl"}
+    assert "complete already" in job(0, "one")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dist_resnet.data.stream import Batch
+from dist_resnet.diagnosis import diagnose
 from dist_resnet.evaluation import Evaluation
 from dist_resnet.loop import Trainer
 from dist_resnet.plan import make_plan
@@ -67,7 +68,7 @@ def test_a_decline_at_a_low_rate_ends_the_run_where_that_was_asked_for() -> None
     assert trainer.state.stopped_early
     assert len([row for row in watcher.rows if "val/top1" in row]) == 7
     (line,) = watcher.messages
-    assert "from 0.9000 to 0.8800" in line
+    assert "from 0.9000" in line
     assert "step 14 of 16" in line
 
 
@@ -94,11 +95,38 @@ def test_what_is_no_early_end(correct: list[int], images: int) -> None:
     assert not watcher.messages
 
 
+def test_the_best_at_a_high_rate_is_not_compared_with() -> None:
+    """The highest of many noisy evaluations at a high rate says little; then it only rises."""
+    rising = [1000, 9000, 8000, 8900, 8920, 8930, 8940, 8950]
+    trainer, watcher = _fitted(rising, "train.early_stop=true")
+    assert trainer.state.step == EPOCHS * STEPS
+    assert "decline at low learning rate" not in {f["name"] for f in diagnose(watcher.rows)}
+
+
+def test_the_diagnosis_finds_the_decline_that_ended_a_run() -> None:
+    _, watcher = _fitted(DECLINE, "train.early_stop=true")
+    assert "decline at low learning rate" in {f["name"] for f in diagnose(watcher.rows)}
+
+
+def test_a_run_continued_beyond_its_early_end_forgets_it() -> None:
+    trainer, _ = _fitted(DECLINE, "train.early_stop=true", "log.every_steps=4")
+    trainer.train_step(batch_of(14, 1))
+    trainer._at_border(trainer.state.step)
+    assert trainer.state.step == 15
+    assert not trainer.state.stopped_early
+
+
+def test_the_last_steps_of_an_early_end_are_logged() -> None:
+    _, watcher = _fitted(DECLINE, "train.early_stop=true", "log.every_steps=4")
+    assert [row["step"] for row in watcher.rows if "train/loss" in row] == [4, 8, 12, 14]
+
+
 def test_an_early_end_survives_a_checkpoint() -> None:
     trainer, _ = _fitted(DECLINE, "train.early_stop=true")
     again = build_state(trainer.config, CLASSES, torch.float32, CPU)
     again.load_state_dict(trainer.state.state_dict())
     assert again.stopped_early
+    assert again.best_at_low_rate == 0.9
     without = trainer.state.state_dict()
     del without["stopped_early"]  # of an earlier version
     again.load_state_dict(without)

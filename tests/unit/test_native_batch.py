@@ -1,6 +1,7 @@
 """The kernels for a batch against torch's operations, which other tests hold to NumPy."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dist_resnet.augment import (
     augment,
     augment_by_torch,
 )
+from dist_resnet.errors import UserError
 from dist_resnet.native import batch, build
 from dist_resnet.randomness import sample_lanes, sample_lanes_by_torch, step_keys
 from dist_resnet.schema import AugmentConfig
@@ -22,6 +24,21 @@ from dist_resnet.schema import AugmentConfig
 CPU = torch.device("cpu")
 MEAN, STD = (125.307, 122.950, 113.865), (62.993, 62.089, 66.705)
 OFF = AugmentConfig(crop_padding=0, flip=False, mixup_alpha=0.0)
+
+
+@pytest.fixture(autouse=True)
+def compiled() -> None:
+    """Else torch would be compared with itself."""
+    if not batch.usable(torch.zeros(1)):
+        pytest.skip("no C++ compiler")
+
+
+@pytest.fixture
+def fresh_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.load.cache_clear()
+    yield
+    build.load.cache_clear()
 
 
 def _batch(
@@ -33,6 +50,39 @@ def _batch(
     samples = torch.from_numpy(rng.permutation(50_000)[:count])
     statistics = Normalisation.of(MEAN, STD, size[1], CPU)
     return images, draw(step_keys(7, step + 1)[step], samples), statistics
+
+
+def test_a_compiler_that_is_no_program_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "c++"
+    broken.write_bytes(b"\x00not a program")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    for cached in (build.load, batch._library):
+        cached.cache_clear()
+    try:
+        assert not batch.usable(torch.zeros(1))
+        with pytest.raises(UserError, match=r"batch\.cpp cannot be compiled"):
+            build.load("batch")
+    finally:
+        for cached in (build.load, batch._library):
+            cached.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_two_threads_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = build._compile, []
+
+    def counted(command: list[str]) -> bytes:
+        calls.append(command)
+        return original(command)
+
+    monkeypatch.setattr(build, "_compile", counted)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(build.load, ["batch", "batch"])
+    assert first._name == second._name
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 33])
@@ -124,6 +174,7 @@ def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch, tmp_p
     for cached in (build.load, batch._library):
         cached.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
     try:
         assert not batch.usable(images)
         assert torch.equal(augment(images, choices, config, statistics), expected)

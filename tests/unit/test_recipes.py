@@ -11,15 +11,15 @@ from dist_resnet.config import flatten, load_config, to_dict, to_yaml
 from dist_resnet.errors import UserError
 from dist_resnet.recipes.__main__ import main
 from dist_resnet.recipes.curves import curve_chart
-from dist_resnet.recipes.kept import condense, read_kept
+from dist_resnet.recipes.kept import condense, read_kept, write_kept
 from dist_resnet.recipes.tables import with_runs
 from dist_resnet.schema import changes_trajectory
 
 ROOT = Path(__file__).parents[2]
 SUMMARY = {
-    "val/top1": 0.75, "val/loss": 0.9, "gap/top1": 0.05, "train/top1": 0.8, "best/val/top1": 0.76,
-    "val/class/cat/top1": 0.7, "eval_set": "test set", "parameters": 99, "world_size": 2,
-    "replicas": 4, "wall_seconds": 1800.0, "git_commit": "0123456789" * 4,
+    "epoch": 2.0, "val/top1": 0.75, "val/loss": 0.9, "gap/top1": 0.05, "train/top1": 0.8,
+    "best/val/top1": 0.76, "val/class/cat/top1": 0.7, "eval_set": "test set", "parameters": 99,
+    "world_size": 2, "replicas": 4, "wall_seconds": 1800.0, "git_commit": "0123456789" * 4,
     "diagnosis": [{"name": "late rise", "text": "..."}],
     "versions": {"torch": "2.14"}, "hardware": {"cpu": "Some CPU", "threads_per_rank": 1},
 }  # fmt: skip
@@ -83,6 +83,10 @@ def test_what_cannot_be_kept(tmp_path: Path) -> None:
     (run / "summary.json").write_text(json.dumps(SUMMARY))
     with pytest.raises(UserError, match="lrr"):
         condense(run, "g")
+    (run / "config.yaml").write_text(to_yaml(load_config([])))
+    (run / "plan.json").unlink()
+    with pytest.raises(UserError, match=r"plan\.json lacks 'global_batch_size'"):
+        condense(run, "g")
     with pytest.raises(UserError, match="no such run folder"):
         condense(tmp_path / "none", "g")
     (tmp_path / "kept").mkdir()
@@ -91,6 +95,18 @@ def test_what_cannot_be_kept(tmp_path: Path) -> None:
     (tmp_path / "kept" / "x.json").write_text('{"kind": "run"}')
     with pytest.raises(UserError, match=r"x\.json: not a kept run"):
         read_kept(tmp_path / "kept", "g")
+
+
+def test_another_run_of_the_same_name_is_not_overwritten(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    first = condense(_run(tmp_path / "one" / "run"), "g")
+    other = condense(_run(tmp_path / "two" / "run", "seed=1"), "g")
+    path = write_kept(first, tmp_path)
+    assert write_kept(first, tmp_path) == path
+    with pytest.raises(UserError, match="holds another run"):
+        write_kept(other, tmp_path)
+    assert json.loads(path.read_text())["settings"] == first["settings"]
 
 
 def test_a_table_has_a_row_for_each_setting_over_its_seeds(
