@@ -94,6 +94,33 @@ class ChoiceDrawer:
             key: int64, 0-dimensional, of the step.
             samples: int64 (N,), indices in the training set. Mixup's weight is a draw of the first.
         """
+        if not batch.usable(samples):
+            return self.by_torch(key, samples)
+        config = self.config
+        cropped, cut, mixed = config.crop_padding, config.cutout, config.mixup_alpha
+        integers, flip, lam, keep = batch.draw_choices(
+            key,
+            samples,
+            2 * cropped + 1 if cropped else 0,
+            (self.height, self.width) if cut else (0, 0),
+            self.lam_table,
+            self.features,
+            self.dropout,
+        )
+        top, left, cut_top, cut_left, partner = integers.unbind()
+        return Choices(
+            top=top if cropped else None,
+            left=left if cropped else None,
+            flip=flip if config.flip else None,
+            cut_top=cut_top if cut else None,
+            cut_left=cut_left if cut else None,
+            partner=partner if mixed else None,
+            lam=lam if mixed else None,
+            keep=keep if self.dropout else None,
+        )
+
+    def by_torch(self, key: Tensor, samples: Tensor) -> Choices:
+        """The same on any device."""
         draws = sample_lanes(key, samples, _DROPOUT + self.features)
         config = self.config
         shifts = 2 * config.crop_padding + 1

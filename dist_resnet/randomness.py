@@ -9,8 +9,6 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from dist_resnet.native import batch
-
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
@@ -72,13 +70,6 @@ def sample_lanes(key: Tensor, samples: Tensor, lanes: int) -> Tensor:
     Returns:
         int64 of shape (N, lanes); the draws of a sample depend on nothing else in the batch.
     """
-    if batch.usable(samples):
-        return batch.sample_lanes(key, samples, lanes)
-    return sample_lanes_by_torch(key, samples, lanes)
-
-
-def sample_lanes_by_torch(key: Tensor, samples: Tensor, lanes: int) -> Tensor:
-    """`sample_lanes` on any device."""
     state = splitmix64(key, samples).unsqueeze(1)
     return _shift_right(splitmix64(state, torch.arange(lanes, device=samples.device)), 32)
 

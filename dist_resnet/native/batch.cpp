@@ -1,13 +1,14 @@
-// What is done to a batch before the model sees it: random lanes, crop, flip, normalisation, cutout
+// What is done to a batch before the model sees it: random choices, crop, flip, normalisation, cutout
 // and mixup.
 //
-// The results are those of randomness.py and, where torch uses vectors, of augment.py, bit for bit:
+// The results are those of augment.py, bit for bit where torch uses vectors:
 // compile without contraction of products and sums, for the only fused ones are those of torch.lerp.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 namespace {
@@ -76,13 +77,35 @@ inline void mix(float* __restrict own, const float* __restrict other, int64_t co
 
 }  // namespace
 
-// lanes: (n, count), uniform in [0, 2^32).
-extern "C" void sample_lanes(const int64_t* key, const int64_t* samples, int64_t n, int64_t count,
-                             int64_t* lanes) {
-  for (int64_t i = 0; i < n; ++i, lanes += count) {
+// A replica's choices, as augment.ChoiceDrawer has them. integers: (5, n), rows of top, left, cut_top, cut_left
+// and partner; a bound of 0 leaves its row as it is. quantiles: (2^16), or null without mixup.
+// keep: (n, features), 0 where a lane is below `dropped`, else `factor`.
+extern "C" void draw_choices(const int64_t* key, const int64_t* samples, int64_t n, int64_t shifts,
+                             int64_t cut_height, int64_t cut_width, const float* quantiles,
+                             int64_t features, int64_t dropped, float factor, int64_t* integers,
+                             bool* flip, float* lam, float* keep) {
+  enum { kTop, kLeft, kFlip, kCutTop, kCutLeft, kPartner, kLam, kDropout };
+  int64_t *top = integers, *left = top + n, *cut_top = left + n, *cut_left = cut_top + n;
+  int64_t* partner = cut_left + n;
+  std::vector<uint64_t> order(n);
+  for (int64_t i = 0; i < n; ++i) {
     const uint64_t state = splitmix64(*key, samples[i]);
-    for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = splitmix64(state, lane) >> 32;
+    const auto lane = [state](uint64_t index) { return splitmix64(state, index) >> 32; };
+    const auto below = [&lane](uint64_t index, int64_t bound) {
+      return int64_t((lane(index) * uint64_t(bound)) >> 32);
+    };
+    if (shifts) top[i] = below(kTop, shifts), left[i] = below(kLeft, shifts);
+    flip[i] = lane(kFlip) < (uint64_t(1) << 31);
+    if (cut_height) cut_top[i] = below(kCutTop, cut_height), cut_left[i] = below(kCutLeft, cut_width);
+    order[i] = lane(kPartner);
+    if (quantiles && i == 0) *lam = quantiles[below(kLam, 1 << 16)];
+    for (int64_t f = 0; f < features; ++f)
+      keep[i * features + f] = int64_t(lane(kDropout + f)) < dropped ? 0.0f : factor;
   }
+  if (!quantiles) return;
+  std::iota(partner, partner + n, int64_t(0));
+  std::stable_sort(partner, partner + n,
+                   [&order](int64_t a, int64_t b) { return order[a] < order[b]; });
 }
 
 // images, scratch: (n, height, width, 3); out: the same shape. Null: top and left together, flip,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from dist_resnet.augment import (
 )
 from dist_resnet.errors import UserError
 from dist_resnet.native import batch, build
-from dist_resnet.randomness import sample_lanes, sample_lanes_by_torch, step_keys
+from dist_resnet.randomness import step_keys
 from dist_resnet.schema import AugmentConfig
 
 CPU = torch.device("cpu")
@@ -85,35 +85,55 @@ def test_two_threads_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("count", [1, 2, 33])
+EVERYTHING = AugmentConfig(cutout=8)
+SETTINGS = {
+    "none": OFF,
+    "recipe": AugmentConfig(),
+    "all": EVERYTHING,
+    "crop": replace(OFF, crop_padding=4),
+    "flip": replace(OFF, flip=True),
+    "cutout": replace(OFF, cutout=5),
+    "mixup": replace(OFF, mixup_alpha=1.0),
+    "far": replace(OFF, crop_padding=40),  # most windows lie outside of the image
+}
+
+
+def _assert_same_choices(drawer: ChoiceDrawer, key: torch.Tensor, samples: torch.Tensor) -> None:
+    found, expected = drawer(key, samples), drawer.by_torch(key, samples)
+    for field in fields(Choices):
+        ours, theirs = getattr(found, field.name), getattr(expected, field.name)
+        if theirs is None:
+            assert ours is None, field.name
+        else:
+            assert ours.dtype == theirs.dtype, field.name
+            assert ours.shape == theirs.shape, field.name
+            assert torch.equal(ours, theirs), field.name
+
+
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_choices_are_those_of_torch(config: AugmentConfig, dropout: float) -> None:
+    drawer = ChoiceDrawer(config, (32, 40), dropout, 64, CPU)
+    generator = torch.Generator().manual_seed(1)
+    for key in step_keys(5, 30):
+        _assert_same_choices(drawer, key, torch.randperm(50_000, generator=generator)[:32])
+
+
+@pytest.mark.parametrize("count", [1, 2, 500])
 @pytest.mark.parametrize("key", [0, 1, -1, 2**63 - 1, -(2**63)])
-def test_lanes_are_those_of_torch(key: int, count: int) -> None:
-    samples = torch.tensor([0, 49_999, 2**40])[torch.arange(count) % 3]
-    for lanes in (1, 8, 71):
-        found = batch.sample_lanes(torch.tensor(key), samples, lanes)
-        assert torch.equal(found, sample_lanes_by_torch(torch.tensor(key), samples, lanes))
+def test_choices_of_any_key_and_number_of_samples(key: int, count: int) -> None:
+    samples = torch.tensor([0, 49_999, 2**40])[torch.arange(count) % 3]  # twins: partners tie
+    _assert_same_choices(
+        ChoiceDrawer(EVERYTHING, (32, 32), 0.999, 3, CPU), torch.tensor(key), samples
+    )
 
 
-def test_lanes_of_a_row_of_a_table() -> None:
-    table = torch.arange(12).view(4, 3)
-    found = batch.sample_lanes(step_keys(0, 1)[0], table[:, 1], 4)
-    assert torch.equal(found, sample_lanes_by_torch(step_keys(0, 1)[0], table[:, 1], 4))
+def test_samples_that_are_a_column_of_a_table() -> None:
+    samples = torch.arange(12).view(4, 3)[:, 1]
+    _assert_same_choices(ChoiceDrawer(EVERYTHING, (8, 8), 0.5, 9, CPU), torch.tensor(3), samples)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        OFF,
-        AugmentConfig(),
-        AugmentConfig(cutout=8),
-        replace(OFF, crop_padding=4),
-        replace(OFF, flip=True),
-        replace(OFF, cutout=5),
-        replace(OFF, mixup_alpha=1.0),
-        replace(OFF, crop_padding=40),  # most windows lie outside of the image
-    ],
-    ids=["none", "recipe", "all", "crop", "flip", "cutout", "mixup", "far"],
-)
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
 def test_augmentation_is_that_of_torch_bit_for_bit(config: AugmentConfig) -> None:
     for step in range(20):
         images, choices, statistics = _batch(config, step)
@@ -156,7 +176,7 @@ def threads() -> Iterator[None]:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("count", [1, 2, 32])
 def test_the_bits_do_not_depend_on_the_number_of_threads(count: int) -> None:
-    config = AugmentConfig(cutout=8)
+    config = EVERYTHING
     images, choices, statistics = _batch(config, 3, count)
     results = []
     for number in (1, 2, 3):
@@ -169,8 +189,6 @@ def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch, tmp_p
     config = AugmentConfig()
     images, choices, statistics = _batch(config, 0)
     expected = augment(images, choices, config, statistics)
-    key, samples = step_keys(0, 1)[0], torch.arange(5)
-    lanes = sample_lanes(key, samples, 3)
     for cached in (build.load, batch._library):
         cached.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -178,7 +196,7 @@ def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch, tmp_p
     try:
         assert not batch.usable(images)
         assert torch.equal(augment(images, choices, config, statistics), expected)
-        assert torch.equal(sample_lanes(key, samples, 3), lanes)
+        assert torch.equal(_batch(config, 0)[1].left, choices.left)
     finally:
         for cached in (build.load, batch._library):
             cached.cache_clear()
