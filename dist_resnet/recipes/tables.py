@@ -105,7 +105,7 @@ def _source(runs: Sequence[Kept]) -> str:
     torch = dict.fromkeys(run["versions"]["torch"] for run in runs)
     total = sum(run["wall_seconds"] for run in runs) / 3600
     return (
-        f"{len(runs)} runs, {total:.1f} hours in all; {', '.join(places)}; torch"
-        f" {', '.join(torch)}; at {', '.join(commits)}; percent, of the last epoch; mean ± standard"
-        " deviation over seeds:"
+        f"{len(runs)} {'runs' if len(runs) > 1 else 'run'}, {total:.1f} hours in all;"
+        f" {', '.join(places)}; torch {', '.join(torch)}; at {', '.join(commits)}; percent, of the"
+        " last epoch; mean ± standard deviation over seeds:"
     )
