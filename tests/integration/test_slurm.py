@@ -124,6 +124,14 @@ class Begun:
     on_dead_node: tuple[str, Path]
 
 
+def suspend_on_the_way(cluster: Cluster, job: str, run: Path) -> None:
+    """At once, or a fast machine has ended it before what is to befall it does."""
+    cluster.wait_for_step(job, run, 10)
+    for process in ranks_of(run):
+        process.suspend()
+    assert 10 <= current_step(run) < STEPS
+
+
 @pytest.fixture(scope="module")
 def begun(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Begun:
     """One will reach its time limit again and again, one hangs, and one's node is dead."""
@@ -138,23 +146,19 @@ def begun(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, digits: Da
     options = [*side, "-wn3", "--array=7", f"--export=ALL,RUN_NAME=seeds,HEARTBEAT={HEARTBEAT}"]
     settings = [s for s in training(folder / "hung", digits) if not s.startswith("run.name=")]
     hung = cluster.submit(*options, script, *settings) + "_7"
-    doomed = cluster.submit(*side, "-xn3", script, *training(folder / "doomed", digits))
+    suspend_on_the_way(cluster, hung, folder / "hung" / "seeds-s7")
 
+    doomed = cluster.submit(*side, "-xn3", script, *training(folder / "doomed", digits))
     run = folder / "doomed" / "job"
-    cluster.wait_for_step(doomed, run, 10)
+    suspend_on_the_way(cluster, doomed, run)
     node = cluster.facts(doomed)["BatchHost"]
     subprocess.run([SCRIPT, "crash", str(cluster.folder), node], check=True)
     wait_until(lambda: not ranks_of(run), PATIENCE, "its ranks are dead")
-    result = Begun(
+    return Begun(
         (limited, folder / "limited" / "job"),
         (hung, folder / "hung" / "seeds-s7"),
         (doomed, run),
     )
-    cluster.wait_for_step(hung, result.hung[1], 10)
-    for process in ranks_of(result.hung[1]):
-        process.suspend()
-    assert 10 <= current_step(result.hung[1]) < STEPS
-    return result
 
 
 @pytest.mark.usefixtures("begun")
