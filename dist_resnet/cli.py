@@ -1,5 +1,6 @@
 """What every command does around its work: exit codes, and one line for an error, once."""
 
+import argparse
 import atexit
 import os
 import signal
@@ -8,11 +9,19 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from dist_resnet.errors import EXIT_PREEMPTED, DistResnetError, PeerLost, Preempted
+from dist_resnet.errors import EXIT_PREEMPTED, DistResnetError, PeerLost, Preempted, UserError
 from dist_resnet.launcher import environment_int
 
 # torchrun ends all ranks as soon as one has left: the others let the node's first speak first.
 _PATIENCE_SECONDS = 10.0
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors as everywhere in this package: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        name = self.prog.removeprefix("python -m dist_resnet.")
+        raise UserError(f"{name}: {message}; see --help")
 
 
 def run_command(action: Callable[[], int]) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from dist_resnet.data.folder import load_folder
 from dist_resnet.data.images import ImageSet
 from dist_resnet.data.prepare import prepare, prepare_builtin
 from dist_resnet.data.sources import load_synthetic
+from dist_resnet.native import build
 
 # Nothing leaves this machine, nothing asks for a key; and these tests are no rank of anything.
 os.environ["WANDB_MODE"] = "offline"
@@ -88,3 +90,20 @@ def _cifar10_place() -> Path:
 def rng() -> np.random.Generator:
     """NumPy's generator, the same in every run."""
     return np.random.default_rng(20240607)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """For a test that changes torch's number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Where kernels are kept, empty: they are compiled anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.load.cache_clear()
+    yield tmp_path / "dist_resnet"
+    build.load.cache_clear()

@@ -15,9 +15,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from dist_resnet.cli import run_command
+from dist_resnet.cli import Parser, run_command
 from dist_resnet.config import load_config
 from dist_resnet.errors import EXIT_DONE, UserError
 from dist_resnet.launcher import under_torchrun
@@ -26,13 +25,6 @@ NAMES = {"loader": 7, "step": 7, "train": 6, "scaling": 8, "peers": 7, "startup"
 """Benchmarks, and their default number of rounds."""
 # Quick runs have to fit into a test: a slim net, small batches, the embedded digits.
 _QUICK = ("data.dataset=digits", "model.widths=[4,6,8]", "data.batch_size_per_replica=8")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors as everywhere in this package: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"bench: {message}; see --help")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -72,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m dist_resnet.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

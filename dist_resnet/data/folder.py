@@ -147,7 +147,7 @@ def _explained(path: Path) -> Iterator[None]:
             f"{path}: is not a folder, nor an intact .tar, .tar.gz, .tar.bz2, .tar.xz or .zip "
             f"({error}); fetch or pack it again"
         ) from error
-    except (OSError, RuntimeError, NotImplementedError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); check or replace it") from error
 
 

@@ -11,21 +11,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from dist_resnet.bench.report import write
-from dist_resnet.cli import run_command
+from dist_resnet.cli import Parser, run_command
 from dist_resnet.errors import EXIT_DONE, UserError
 from dist_resnet.recipes.curves import curve_chart
 from dist_resnet.recipes.kept import condense, read_kept, write_kept
 from dist_resnet.recipes.tables import with_runs
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors as everywhere in this package: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"recipes: {message}; see --help")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -46,12 +38,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m dist_resnet.recipes",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
+    actions = parser.add_subparsers(dest="action", required=True, parser_class=Parser)
     keep, tables, plot = (actions.add_parser(name) for name in ("keep", "tables", "plot"))
     for action in (keep, plot):
         action.add_argument("group")

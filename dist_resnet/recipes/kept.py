@@ -90,7 +90,7 @@ def write_kept(kept: Kept, folder: Path) -> Path:
     """
     path = folder / f"{kept['group']}-{kept['name']}.json"
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in kept.items())
-    if path.exists() and json.loads(path.read_text())["settings"] != kept["settings"]:
+    if path.exists() and _read(path)["settings"] != kept["settings"]:
         raise UserError(f"{path} holds another run; give one of them another run.name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,14 +108,22 @@ def read_kept(folder: Path, group: str) -> list[Kept]:
     """
     found = []
     for path in sorted(folder.glob("*.json")):
-        try:
-            kept = json.loads(path.read_text())
-            if kept["kind"] == "run" and kept["group"] == group:
-                found.append(kept)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a kept run: {error!r}") from None
+        kept = _read(path)
+        if kept["group"] == group:
+            found.append(kept)
     if not found:
         raise UserError(f"{folder}: no run of the group {group!r}")
+    return found
+
+
+def _read(path: Path) -> Kept:
+    try:
+        kept = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a kept run: {error}") from None
+    if not isinstance(kept, dict) or not {"group", "name", "settings", "figures"} <= kept.keys():
+        raise UserError(f"{path}: not a kept run; remove it, or keep the run again")
+    found: Kept = kept
     return found
 
 

@@ -13,20 +13,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from dist_resnet.cli import run_command
+from dist_resnet.cli import Parser, run_command
 from dist_resnet.errors import EXIT_DONE, UserError
 from dist_resnet.report.record import read_records
 from dist_resnet.report.text import render_text
 from dist_resnet.storage import write_atomically
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors as everywhere in this package: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"report: {message}; see --help")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -51,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m dist_resnet.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

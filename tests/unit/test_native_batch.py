@@ -1,6 +1,5 @@
 """The kernels for a batch against torch's operations, which other tests hold to NumPy."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
@@ -31,14 +30,6 @@ def compiled() -> None:
     """Else torch would be compared with itself."""
     if not batch.usable(torch.zeros(1)):
         pytest.skip("no C++ compiler")
-
-
-@pytest.fixture
-def fresh_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build.load.cache_clear()
-    yield
-    build.load.cache_clear()
 
 
 def _batch(
@@ -164,13 +155,6 @@ def test_every_weight_of_mixup(lam: float) -> None:
     choices = replace(choices, lam=torch.tensor(lam))
     found = augment(images, choices, config, statistics)
     assert torch.equal(found, augment_by_torch(images, choices, config, statistics))
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")

@@ -1,6 +1,5 @@
 """The fused kernel against BatchNorm, addition and ReLU in float64, and how it is compiled."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -112,13 +111,6 @@ def test_layout_of_the_arguments_plays_no_part() -> None:
     assert torch.equal(a[1], b[1])
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("threads")
 def test_the_bits_do_not_depend_on_the_number_of_threads() -> None:
     results = []
@@ -224,14 +216,6 @@ def test_auto_is_fused_on_a_cpu_and_eager_where_that_cannot_be(
             choose_step_mode("fused", config, CPU)
     finally:
         build.load.cache_clear()
-
-
-@pytest.fixture
-def fresh_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build.load.cache_clear()
-    yield tmp_path / "dist_resnet"
-    build.load.cache_clear()
 
 
 def test_compiled_once_and_kept(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,9 +92,10 @@ def test_what_cannot_be_kept(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     with pytest.raises(UserError, match="no run of the group 'g'"):
         read_kept(tmp_path / "kept", "g")
-    (tmp_path / "kept" / "x.json").write_text('{"kind": "run"}')
-    with pytest.raises(UserError, match=r"x\.json: not a kept run"):
-        read_kept(tmp_path / "kept", "g")
+    for damaged in ('{"kind": "run"}', '{"kind":', "[]"):
+        (tmp_path / "kept" / "x.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"x\.json: not a kept run"):
+            read_kept(tmp_path / "kept", "g")
 
 
 def test_another_run_of_the_same_name_is_not_overwritten(tmp_path: Path) -> None:
@@ -107,6 +108,9 @@ def test_another_run_of_the_same_name_is_not_overwritten(tmp_path: Path) -> None
     with pytest.raises(UserError, match="holds another run"):
         write_kept(other, tmp_path)
     assert json.loads(path.read_text())["settings"] == first["settings"]
+    path.write_text("{")
+    with pytest.raises(UserError, match="not a kept run"):
+        write_kept(first, tmp_path)
 
 
 def test_a_table_has_a_row_for_each_setting_over_its_seeds(
