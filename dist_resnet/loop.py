@@ -134,6 +134,7 @@ class Trainer:
     def _declines(self, done: int) -> bool:
         """Whether train.early_stop finds accuracy fallen clearly from its best at a low rate.
 
+        A warm-up's low rates do not count; once past its peak no schedule rises again.
         The diagnosis finds the same afterwards: `diagnosis.RULES`.
         """
         row, state, rates = self.last_evaluation, self.state, self.train_step.rates
@@ -141,7 +142,6 @@ class Trainer:
             return False
         peak = max(rates)
         if done <= rates.index(peak) or rates[done - 1] >= LOW_RATE * peak:
-            state.best_at_low_rate = 0.0  # a warm-up's low rates do not count
             return False
         value = row["val/top1"]
         best = state.best_at_low_rate = max(state.best_at_low_rate, value)

@@ -17,7 +17,7 @@ from dist_resnet.augment import (
 )
 from dist_resnet.errors import UserError
 from dist_resnet.native import batch, build
-from dist_resnet.randomness import step_keys
+from dist_resnet.randomness import sample_lanes, step_keys
 from dist_resnet.schema import AugmentConfig
 
 CPU = torch.device("cpu")
@@ -117,6 +117,14 @@ def test_choices_of_any_key_and_number_of_samples(key: int, count: int) -> None:
     _assert_same_choices(
         ChoiceDrawer(EVERYTHING, (32, 32), 0.999, 3, CPU), torch.tensor(key), samples
     )
+
+
+def test_a_draw_at_the_edge_of_dropout() -> None:
+    key, samples = step_keys(5, 1)[0], torch.arange(4)
+    edge = int(sample_lanes(key, samples, 8)[2, 7])  # the last lane: of the only feature
+    drawer = ChoiceDrawer(OFF, (8, 8), edge / 2**32, 1, CPU)
+    _assert_same_choices(drawer, key, samples)
+    assert drawer(key, samples).keep[2] > 0  # type: ignore[index]
 
 
 def test_samples_that_are_a_column_of_a_table() -> None:
