@@ -68,11 +68,12 @@ def disturbed_run(
         starts += 1
         agent = launch(command(rng.choice(ranks), len(faults), base), log)
         while faults and agent.poll() is None:
-            # Anywhere from start-up to the last step; the later faults leave room for the next.
+            # Anywhere from start-up to the last fifth, which a fast machine must not reach before
+            # the last fault; every fault leaves room for the next.
             step = current_step(run)
-            aim = step + rng.randint(0, max(1, (steps - step) // (len(faults) + 1)))
-            wait_for_step(run, aim, agent, 60)
-            time.sleep(rng.uniform(0, 0.3))
+            room = max(1, (steps * 4 // 5 - step) // (len(faults) + 1))
+            wait_for_step(run, step + rng.randint(0, room), agent, 60)
+            wait_for_step(run, step + room, agent, rng.uniform(0, 0.3))
             victims = workers(agent)
             if not victims:
                 time.sleep(0.05)
@@ -83,7 +84,7 @@ def disturbed_run(
                 victim = rng.choice(victims)
                 victim.send_signal(signal.SIGKILL)
                 victim.wait(10)
-                time.sleep(rng.uniform(0.3, 6.0))
+                wait_for_step(run, current_step(run) + room, agent, rng.uniform(0.3, 6.0))
         code = agent.wait(timeout=300)
         if code == 0:
             assert not faults, f"the run ended before {len(faults)} of its faults"
