@@ -29,6 +29,7 @@ T = TypeVar("T")
 # Outside of the training steps ranks wait for one that downloads or writes, not for a hang.
 _PATIENCE = datetime.timedelta(hours=1)
 _patient: Any = None
+_timeout = _PATIENCE
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,14 @@ def start(device: str, timeout_seconds: int) -> World:
     place = _choose_device(device, local_rank, local_size)
     if under_torchrun():
         _die_with_parent()
-    global _patient
+    global _patient, _timeout
+    # Two ranks time out in a collective after the watchdog has shown their stacks.
+    _timeout = datetime.timedelta(seconds=timeout_seconds + 10)
     if size > 1 and not dist.is_initialized():
         try:
             dist.init_process_group(
                 "nccl" if place.type == "cuda" else "gloo",
-                # Two ranks time out in a collective after the watchdog has shown their stacks.
-                timeout=datetime.timedelta(seconds=timeout_seconds + 10),
+                timeout=_timeout,
                 device_id=place if place.type == "cuda" else None,
             )
             _patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
@@ -91,10 +93,15 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def timeout_seconds() -> float:
+    """Longest wait in a collective of the training steps."""
+    return _timeout.total_seconds()
+
+
 def all_reduce_sum(tensor: Tensor) -> None:
     """Sum `tensor` over the ranks, in place."""
     if dist.is_initialized():
-        with _collective():
+        with collective():
             dist.all_reduce(tensor)
 
 
@@ -103,7 +110,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     if not dist.is_initialized():
         return rows
     gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-    with _collective():
+    with collective():
         dist.all_gather_into_tensor(gathered, rows.contiguous())
     return gathered
 
@@ -116,7 +123,7 @@ def together(action: Callable[[], T]) -> T:
     result, message = _attempt(action)
     if dist.is_initialized():
         messages: list[str | None] = [None] * world_size()
-        with _collective():
+        with collective():
             dist.all_gather_object(messages, message, group=_patient)
         message = next((text for text in messages if text), None)
     if message:
@@ -130,7 +137,7 @@ def on_main(action: Callable[[], None]) -> None:
     message = _attempt(action)[1] if environment_rank() == 0 else None
     if dist.is_initialized():
         box = [message]
-        with _collective():
+        with collective():
             dist.broadcast_object_list(box, src=0, group=_patient)
         message = box[0]
     if message:
@@ -142,7 +149,7 @@ def from_main(value: T) -> T:
     if not dist.is_initialized():
         return value
     box = [value]
-    with _collective():
+    with collective():
         dist.broadcast_object_list(box, src=0, group=_patient)
     return box[0]
 
@@ -152,7 +159,7 @@ def from_all(value: T) -> list[T]:
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * world_size()
-    with _collective():
+    with collective():
         dist.all_gather_object(gathered, value, group=_patient)
     return gathered
 
@@ -164,7 +171,12 @@ def backends() -> list[str]:
 
 
 @contextmanager
-def _collective() -> Iterator[None]:
+def collective() -> Iterator[None]:
+    """Around an exchange with the other ranks: its RuntimeError is the loss of one of them.
+
+    Raises:
+        PeerLost, Preempted: if this process was asked to end too.
+    """
     try:
         yield
     except RuntimeError as error:  # gloo's own; NCCL's DistBackendError is one too

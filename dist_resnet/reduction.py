@@ -5,7 +5,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dist_resnet.distributed import all_reduce_sum, gather_rows
+from dist_resnet.distributed import gather_rows
+from dist_resnet.summing import build_sum
 
 
 class Reduction(Protocol):
@@ -32,6 +33,7 @@ class FastReduction:
         dtype = torch.float64 if replicas > 2 else torch.float32
         needed = replicas > 2 or local > 1
         self._total = torch.zeros(size, dtype=dtype, device=device) if needed else None
+        self._sum = build_sum(size, dtype, device)
 
     def add(self, exchange: Tensor) -> None:
         if self._total is not None:
@@ -39,7 +41,7 @@ class FastReduction:
 
     def finish(self, exchange: Tensor) -> None:
         total = exchange if self._total is None else self._total
-        all_reduce_sum(total)
+        self._sum(total)
         if self.replicas > 1:
             total.div_(self.replicas)
         if self._total is not None:

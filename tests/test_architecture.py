@@ -30,7 +30,8 @@ LAYERS: list[set[str]] = [
         "precision",
         "native",
     },
-    {"augment", "loss", "flat", "optim", "muon", "models", "state", "data", "reduction"},
+    {"augment", "loss", "flat", "optim", "muon", "models", "state", "data", "reduction"}
+    | {"summing"},
     {
         "step_mode",
         "step",
@@ -75,7 +76,7 @@ OWN_THE_TERMINAL = {
     "data.folder", "data.images", "data.prepare", "data.sources", "run_folder", "tracking.console",
 }  # fmt: skip
 # What runs in every step: the host must not wait there.
-WAITLESS = ("step", "captured", "augment", "loss", "flat", "reduction")
+WAITLESS = ("step", "captured", "augment", "loss", "flat", "reduction", "summing")
 
 
 def _name(path: Path) -> str:

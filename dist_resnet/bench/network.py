@@ -119,7 +119,7 @@ def predict(
 
 
 def all_reduce_turns(config: Config, world: World, gate: Gate, size: int, count: int) -> None:
-    """Sum `size` float32 values over the ranks, `count` times a turn.
+    """Sum `size` float32 values over the ranks as a step does, `count` times a turn.
 
     The facts of a turn are the microseconds of each.
 
@@ -128,15 +128,16 @@ def all_reduce_turns(config: Config, world: World, gate: Gate, size: int, count:
     """
     import torch
 
-    from dist_resnet.distributed import all_reduce_sum
+    from dist_resnet.summing import build_sum
 
     buffer = torch.zeros(size, device=world.device)
+    replace_by_sum = build_sum(size, buffer.dtype, world.device)
     microseconds: list[float] = []
     while gate(microseconds=microseconds):
         microseconds = []
         for _ in range(count):
             start = time.perf_counter()
-            all_reduce_sum(buffer)
+            replace_by_sum(buffer)
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
             microseconds.append(1e6 * (time.perf_counter() - start))

@@ -19,7 +19,7 @@ from dist_resnet.errors import UserError
 from dist_resnet.storage import write_atomically
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
-_MORE_FLAGS = {"norm_act": (), "batch": ("-ffp-contract=off",)}
+_MORE_FLAGS = {"batch": ("-ffp-contract=off",)}
 
 # Two threads need kernels in the first step: the training's and the one that draws W&B's pictures.
 _LOCK = threading.Lock()
@@ -41,7 +41,8 @@ def load(name: str) -> ctypes.CDLL:
 
 def _load(name: str) -> ctypes.CDLL:
     compiler = _compiler()
-    command = [compiler, *_FLAGS, *_MORE_FLAGS[name], str(Path(__file__).with_name(f"{name}.cpp"))]
+    source = Path(__file__).with_name(f"{name}.cpp")
+    command = [compiler, *_FLAGS, *_MORE_FLAGS.get(name, ()), str(source)]
     file = f"{name}-{_key(command)}.so"
     for folder in (_cache(), Path(tempfile.gettempdir()) / f"dist_resnet-{os.getuid()}"):
         path = folder / file

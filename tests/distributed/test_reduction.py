@@ -1,5 +1,6 @@
 """Two real ranks: the flat all-reduce against torch's DistributedDataParallel, and its cost."""
 
+import os
 from collections import Counter
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from dist_resnet.distributed import World
 from dist_resnet.models.resnet import build_model
+from dist_resnet.native.shared_sum import SharedSum
 from dist_resnet.step import TrainStep
 from tests.ranks import RankFailed, run_ranks
 from tests.training import (
@@ -35,11 +37,20 @@ def _ours(world: World, *pairs: str, replicas: int = RANKS) -> TrainStep:
 
 
 def _collectives(world: World, step: TrainStep) -> dict[str, int]:
-    """What torch's profiler sees of c10d during one step: nothing can hide from it."""
+    """Sums through shared memory, and what torch's profiler sees of c10d, during one step."""
     batch = part_of(batch_of(STEPS, RANKS), world.rank, world.size)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step(batch)
-    return dict(Counter(e.name for e in profile.events() if e.name.startswith("c10d::")))
+    sums = Counter[str]()
+    original = SharedSum.__call__
+
+    def counted(share: SharedSum, tensor: Tensor) -> None:
+        sums["shared memory"] += 1
+        original(share, tensor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SharedSum, "__call__", counted)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step(batch)
+    return sums + Counter(e.name for e in profile.events() if e.name.startswith("c10d::"))
 
 
 def _theirs(world: World) -> tuple[dict[str, Tensor], float]:
@@ -74,6 +85,11 @@ def _everything(world: World) -> dict[str, Any]:
         step = _ours(world, f"parallel.reduction={reduction}")
         results[reduction] = step.state.state_dict()
         results[f"{reduction} collectives"] = _collectives(world, step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "LOCAL_WORLD_SIZE", "1")  # as if the other were elsewhere
+        step = _ours(world)
+        results["apart"] = step.state.state_dict()
+        results["apart collectives"] = _collectives(world, step)
     results["four"] = _ours(world, "parallel.reduction=exact", replicas=4).state.state_dict()
     results["four fast"] = _ours(world, replicas=4).state.state_dict()
     results["theirs"], results["their loss"] = _theirs(world)
@@ -120,8 +136,14 @@ def test_all_ranks_hold_the_same_bits(ranks: list[dict[str, Any]], reduction: st
 
 def test_one_collective_a_step(ranks: list[dict[str, Any]]) -> None:
     for result in ranks:
-        assert result["fast collectives"] == {"c10d::allreduce_": 1}
+        assert result["fast collectives"] == {"shared memory": 1}
+        assert result["apart collectives"] == {"c10d::allreduce_": 1}
         assert sum(result["exact collectives"].values()) == 1
+
+
+def test_shared_memory_and_sockets_give_the_same_bits(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        _assert_equal(result["fast"], result["apart"])
 
 
 def test_exact_and_fast_differ_by_rounding_only(ranks: list[dict[str, Any]]) -> None:
