@@ -71,13 +71,20 @@ NETWORKS = (
 )
 
 
-def as_measured(microseconds: float) -> Network:
-    """The network between this machine's ranks, extrapolated."""
+def as_measured(microseconds: float, collective: float) -> Network:
+    """The network between this machine's ranks, extrapolated.
+
+    Args:
+        microseconds: of two ranks' all-reduce as in a step.
+        collective: of the same by a collective; on CPUs a step has a way of its own, which leads
+            to no other machine.
+    """
     return Network(
         "as between two ranks here",
-        "measured here with two ranks; every doubling is taken to cost as much, as in a tree",
+        "2: measured as in a step; beyond, where there are other machines: every doubling is taken"
+        f" to cost what the collective takes here, {collective:,.0f} us, as in a tree",
         {2: microseconds},
-        doubling=microseconds,
+        doubling=collective,
     )
 
 
@@ -118,20 +125,27 @@ def predict(
     )
 
 
-def all_reduce_turns(config: Config, world: World, gate: Gate, size: int, count: int) -> None:
-    """Sum `size` float32 values over the ranks as a step does, `count` times a turn.
+def all_reduce_turns(
+    config: Config, world: World, gate: Gate, size: int, count: int, collective: bool
+) -> None:
+    """Sum `size` float32 values over the ranks, `count` times a turn.
 
     The facts of a turn are the microseconds of each.
+
+    Args:
+        collective: whether by the process group's, or as a step does.
 
     Raises:
         Finished: the gate has closed.
     """
     import torch
 
+    from dist_resnet.distributed import all_reduce_sum
     from dist_resnet.summing import build_sum
 
     buffer = torch.zeros(size, device=world.device)
-    replace_by_sum = build_sum(size, buffer.dtype, world.device)
+    as_in_a_step = build_sum(size, buffer.dtype, world.device)
+    replace_by_sum = all_reduce_sum if collective else as_in_a_step
     microseconds: list[float] = []
     while gate(microseconds=microseconds):
         microseconds = []

@@ -19,7 +19,7 @@ from dist_resnet.bench.report import Report, Settings
 STEPS = 50
 REPLICAS = (8, 64, 1024)
 ONE, TWO, APART = "1 rank", "2 ranks", "2 ranks that do not communicate"
-_REDUCE = "all-reduce"
+REDUCE, COLLECTIVE = "as in a step", "by a collective"
 
 
 def run(settings: Settings) -> Report:
@@ -34,16 +34,20 @@ def run(settings: Settings) -> Report:
         Job(ONE, "ours", 1, pairs, options),
         Job(f"{ONE}, the other", "ours", 1, pairs, options),
         Job(TWO, "ours", 2, pairs, options),
-        Job(_REDUCE, "all_reduce", 2, pairs, {"size": size, "count": count}),
     ]
     step_ms: list[float] = []
-    reduce_us: list[float] = []
+    reduce_us: dict[str, list[float]] = {REDUCE: [], COLLECTIVE: []}
+    for name in reduce_us:
+        asked = {"size": size, "count": count, "collective": name == COLLECTIVE}
+        jobs.append(Job(name, "all_reduce", 2, pairs, asked))
     with working(jobs) as (workers, failures):
         candidates = _candidates(workers, steps * batch, count, step_ms, reduce_us)
         timings = measure(candidates, settings.rounds)
     for name, reason in failures.items():
         timings[name] = Timing(name, 1, failure=reason)
-    _report_measured(report, timings, spread(reduce_us), size)
+    _report_measured(report, timings)
+    for name, found in reduce_us.items():
+        _report_reduce(report, timings.get(name), spread(found), size, name)
     report.settings = {
         "batch_size_per_replica": batch,
         "steps_per_turn": steps,
@@ -74,12 +78,12 @@ def _candidates(
     images: int,
     count: int,
     step_ms: list[float],
-    reduce_us: list[float],
+    reduce_us: dict[str, list[float]],
 ) -> list[Candidate]:
     """Those that can be run with the workers there are; facts of their turns go to the lists."""
     found = []
     one, other = workers.get(ONE), workers.get(f"{ONE}, the other")
-    two, reduce = workers.get(TWO), workers.get(_REDUCE)
+    two = workers.get(TWO)
     if one:
 
         def alone(worker: Worker = one) -> None:
@@ -98,19 +102,18 @@ def _candidates(
         found.append(Candidate(APART, 2 * images, apart))
     if two:
         found.append(Candidate(TWO, 2 * images, two.run))
-    if reduce:
+    for name, microseconds in reduce_us.items():
+        if reduce := workers.get(name):
 
-        def reducing(worker: Worker = reduce) -> None:
-            worker.run()
-            reduce_us.extend(worker.facts["microseconds"])
+            def reducing(worker: Worker = reduce, kept: list[float] = microseconds) -> None:
+                worker.run()
+                kept.extend(worker.facts["microseconds"])
 
-        found.append(Candidate(_REDUCE, count, reducing))
+            found.append(Candidate(name, count, reducing))
     return found
 
 
-def _report_measured(
-    report: Report, timings: dict[str, Timing], reduce: Spread | None, size: int
-) -> None:
+def _report_measured(report: Report, timings: dict[str, Timing]) -> None:
     one = timings.get(ONE)
     for name, ranks in ((ONE, 1), (APART, 2), (TWO, 2)):
         if name not in timings:
@@ -120,24 +123,26 @@ def _report_measured(
             row["efficiency"] = ratio.median / ranks
             row["efficiency_quartiles"] = [ratio.lower / ranks, ratio.upper / ranks]
         report.add("measured", row)
-    if reduce is not None:
-        report.add(
-            "all-reduce",
-            {
-                "name": "flat buffer, 2 ranks",
-                "bytes": 4 * size,
-                "microseconds": reduce.median,
-                "microseconds_quartiles": [reduce.lower, reduce.upper],
-                "calls": reduce.count,
-            },
-        )
-    elif failure := timings.get(_REDUCE, Timing("", 1)).failure:
-        report.add("all-reduce", {"name": "flat buffer, 2 ranks", "failure": failure})
     report.notes += [
         "measured: the whole training loop, one thread a rank, one replica a rank; efficiency:"
         " over as many times one rank alone, paired by round. Ranks that do not communicate show"
         " what they lose to each other's use of memory and caches",
     ]
+
+
+def _report_reduce(
+    report: Report, timing: Timing | None, found: Spread | None, size: int, name: str
+) -> None:
+    row: dict[str, Any] = {"name": f"2 ranks, {name}"}
+    if found is not None:
+        row["bytes"] = 4 * size
+        row["microseconds"] = found.median
+        row["microseconds_quartiles"] = [found.lower, found.upper]
+        row["calls"] = found.count
+    elif timing and timing.failure:
+        row["failure"] = timing.failure
+    if len(row) > 1:
+        report.add("all-reduce", row)
 
 
 def jitter(step_ms: list[float]) -> float:
@@ -154,7 +159,7 @@ def _report_predicted(
     given_us: float | None,
     own_us: float | None,
     step_ms: list[float],
-    reduce_us: list[float],
+    reduce_us: dict[str, list[float]],
     batch: int,
 ) -> None:
     step_us = given_us or own_us
@@ -163,7 +168,10 @@ def _report_predicted(
         return
     said = "as given by --step-us" if given_us else "as measured here on one rank"
     sigma_us = 1000 * jitter(step_ms)
-    networks = [*NETWORKS, as_measured(statistics.median(reduce_us))] if reduce_us else NETWORKS
+    networks = list(NETWORKS)
+    if all(reduce_us.values()):
+        medians = {name: statistics.median(found) for name, found in reduce_us.items()}
+        networks.append(as_measured(medians[REDUCE], medians[COLLECTIVE]))
     for network in networks:
         # Two ranks here are there to be held against what was measured.
         counts = REPLICAS if network.doubling is None else (2, *REPLICAS)

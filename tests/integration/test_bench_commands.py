@@ -99,6 +99,10 @@ def test_scaling(digits: Dataset, tmp_path: Path) -> None:
     found, _ = bench("scaling", digits, tmp_path)
     assert failures(found) == []
     assert len(rows(found, "measured")) == 3
+    assert [row["name"] for row in rows(found, "all-reduce")] == [
+        "2 ranks, as in a step",
+        "2 ranks, by a collective",
+    ]
     for row in rows(found, "predicted"):
         assert row["images_per_second"] > 0
         assert 0 < row["efficiency"] <= 1

@@ -178,7 +178,7 @@ def test_networks_by_hand() -> None:
     assert [ib.all_reduce(n) for n in (16, 64, 1024)] == [62.5, 96.5, 164.5]
     assert tcp.all_reduce(16) == 203
     assert tcp.all_reduce(64) == 237
-    assert [as_measured(50.0).all_reduce(n) for n in (1, 2, 8, 1024)] == [0, 50, 150, 500]
+    assert [as_measured(7.0, 50.0).all_reduce(n) for n in (1, 2, 8, 1024)] == [0, 7, 150, 500]
     assert Network("plain", "").all_reduce(8) == 45.5
 
 
