@@ -94,7 +94,7 @@ def world_size() -> int:
 
 
 def timeout_seconds() -> float:
-    """Longest wait in a collective of the training steps."""
+    """Longest wait for another rank in a training step."""
     return _timeout.total_seconds()
 
 

@@ -34,20 +34,25 @@ def build_sum(count: int, dtype: torch.dtype, device: torch.device) -> Callable[
     ranks, rank = world_size(), environment_rank()
     if ranks == 1 or device.type != "cpu" or environment_int("LOCAL_WORLD_SIZE", 0) != ranks:
         return all_reduce_sum
-    handle = _attempt(lambda: shared_memory(count, dtype, ranks)) if rank == 0 else None
-    met = from_all((os.getpid(), handle))
-    path = f"/proc/{met[0][0]}/fd/{met[0][1]}"
-    processes = [process for process, _ in met]
-    share = _attempt(lambda: SharedSum(path, count, dtype, rank, processes, timeout_seconds()))
-    everywhere = all(from_all(share is not None))
-    if handle is not None:
-        os.close(handle)
-    if share is None or not everywhere:
+    memory = _attempt(lambda: shared_memory(count, dtype, ranks)) if rank == 0 else None
+    members = from_all((os.getpid(), memory))
+    processes, (_, first_memory) = [process for process, _ in members], members[0]
+    if first_memory is None:
+        return all_reduce_sum
+    descriptor, name = first_memory
+    path = f"/proc/{processes[0]}/fd/{descriptor}"
+    shared_sum = _attempt(
+        lambda: SharedSum(path, name, count, dtype, rank, processes, timeout_seconds())
+    )
+    everywhere = all(from_all(shared_sum is not None))
+    if rank == 0:
+        os.close(descriptor)
+    if shared_sum is None or not everywhere:
         return all_reduce_sum
 
     def through_memory(tensor: Tensor) -> None:
         with collective():
-            share(tensor)
+            shared_sum(tensor)
 
     return through_memory
 
@@ -55,5 +60,5 @@ def build_sum(count: int, dtype: torch.dtype, device: torch.device) -> Callable[
 def _attempt(action: Callable[[], T]) -> T | None:
     try:
         return action()
-    except (OSError, AttributeError, UserError):
+    except (OSError, UserError):
         return None

@@ -30,8 +30,8 @@ LAYERS: list[set[str]] = [
         "precision",
         "native",
     },
-    {"augment", "loss", "flat", "optim", "muon", "models", "state", "data", "reduction"}
-    | {"summing"},
+    {"augment", "loss", "flat", "optim", "muon", "models", "state", "data"}
+    | {"reduction", "summing"},
     {
         "step_mode",
         "step",

@@ -7,7 +7,7 @@ replicas, whose steps vary by sigma (the expected maximum of N normal deviates, 
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from dist_resnet.bench.gate import Finished, Gate
@@ -144,8 +144,10 @@ def all_reduce_turns(
     from dist_resnet.summing import build_sum
 
     buffer = torch.zeros(size, device=world.device)
-    as_in_a_step = build_sum(size, buffer.dtype, world.device)
-    replace_by_sum = all_reduce_sum if collective else as_in_a_step
+    if collective:
+        replace_by_sum: Callable[[torch.Tensor], None] = all_reduce_sum
+    else:
+        replace_by_sum = build_sum(size, buffer.dtype, world.device)
     microseconds: list[float] = []
     while gate(microseconds=microseconds):
         microseconds = []

@@ -72,7 +72,7 @@ def _compile(command: list[str]) -> bytes:
         done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise UserError(f"{command[0]} cannot compile the fused kernel: {lines[0]}")
+            raise UserError(f"{command[0]} cannot compile our kernel: {lines[0]}")
         return target.read_bytes()
 
 

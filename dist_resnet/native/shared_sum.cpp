@@ -23,7 +23,9 @@ constexpr int64_t kLine = 64;
 // A thread that slept is awake some 50 us after the last arrival. Ranks seldom come so close, and
 // one that spins for longer takes a core from those that still compute.
 constexpr long kSpinNanoseconds = 200'000;
-constexpr long kLookNanoseconds = 50'000'000;  // between two looks at the other ranks' lives
+// Between two looks at the other ranks' lives. torchrun, which looks every 100 ms, ends those that
+// are left: by then they must have seen who was lost, or they would take it for a preemption.
+constexpr long kLookNanoseconds = 5'000'000;
 constexpr int kTimedOut = -1;
 
 using Counter = std::atomic<uint32_t>;
@@ -79,7 +81,7 @@ int meet(const Waiting& waiting, uint32_t target) {
         if (there(seen)) return 0;
         const timespec look{0, kLookNanoseconds};
         const long woken = syscall(SYS_futex, word, FUTEX_WAIT, seen, &look, nullptr, 0);
-        if (woken == 0 || errno != ETIMEDOUT) continue;
+        if (woken == 0 || errno == EAGAIN) continue;
         if (const int gone = ended(waiting)) {
             // It may have arrived and then ended.
             return there(waiting.arrivals->load(std::memory_order_acquire)) ? 0 : gone;

@@ -7,7 +7,9 @@ waits for it; here the ranks read each other's memory.
 import ctypes
 import mmap
 import os
-from collections.abc import Sequence
+import secrets
+import weakref
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,16 +25,21 @@ _ARGUMENTS: list[Any] = [
 ]  # fmt: skip
 
 
-def shared_memory(count: int, dtype: torch.dtype, ranks: int) -> int:
-    """A descriptor of memory for `ranks` buffers and their sum, which ends with its last user.
+def shared_memory(count: int, dtype: torch.dtype, ranks: int) -> tuple[int, str]:
+    """A descriptor of memory for `ranks` buffers and their sum, and a name that nothing else has.
 
     Raises:
-        OSError, AttributeError: this system has none.
+        OSError: there is none; only Linux has it.
     """
-    handle = os.memfd_create("dist_resnet")
-    lines = -(-count * dtype.itemsize // _LINE)
-    os.posix_fallocate(handle, 0, _LINE * (1 + (ranks + 1) * lines))
-    return handle
+    if not hasattr(os, "memfd_create"):
+        raise OSError("no memfd_create")
+    handle = os.memfd_create(f"dist_resnet-{secrets.token_hex(16)}")
+    try:
+        os.posix_fallocate(handle, 0, _size(count, dtype, ranks))
+        return handle, os.readlink(f"/proc/self/fd/{handle}")
+    except OSError:
+        os.close(handle)
+        raise
 
 
 class SharedSum:
@@ -40,7 +47,8 @@ class SharedSum:
 
     def __init__(
         self,
-        handle: str,
+        path: str,
+        name: str,
         count: int,
         dtype: torch.dtype,
         rank: int,
@@ -49,26 +57,34 @@ class SharedSum:
     ) -> None:
         """
         Args:
-            handle: path of `shared_memory`'s descriptor, as this process sees it.
+            path: of `shared_memory`'s descriptor, as this process sees it.
+            name: that `shared_memory` gave it.
             count: elements of a tensor.
             dtype: float32 or float64.
             processes: of all ranks, this one's included, by rank.
             seconds: longest wait for the others.
 
         Raises:
-            OSError, AttributeError: no such memory, or the system cannot watch processes.
+            OSError: no such memory, or the system cannot watch processes.
             UserError: no C++ compiler.
         """
+        assert dtype in (torch.float32, torch.float64)
         self._sum = load("shared_sum").shared_sum
         self._sum.argtypes, self._sum.restype = _ARGUMENTS, _INT
-        opened = os.open(handle, os.O_RDWR | os.O_CLOEXEC)
+        # Processes in namespaces of their own have other numbers: the path may lead to any file.
+        if os.readlink(path) != name:
+            raise OSError(f"{path} is not {name}")
+        opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            self._memory = mmap.mmap(opened, 0)
+            self._memory = mmap.mmap(opened, _size(count, dtype, len(processes)))
         finally:
             os.close(opened)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        watched = [os.pidfd_open(process) for process in processes]
-        self._processes = (ctypes.c_int * len(watched))(*watched)
+        watched: list[int] = []
+        weakref.finalize(self, _close, watched)
+        for process in processes:
+            watched.append(os.pidfd_open(process))
+        self._pidfds = (_INT * len(watched))(*watched)
         self._count, self._dtype = count, dtype
         self._rank, self._seconds = rank, seconds
         self.calls = 0
@@ -81,19 +97,30 @@ class SharedSum:
         """
         assert (tensor.dtype, tensor.numel()) == (self._dtype, self._count)
         assert tensor.is_contiguous()
-        ended = self._sum(
+        failed = self._sum(
             self._address,
             tensor.data_ptr(),
             self._count,
             self._dtype == torch.float64,
             self._rank,
-            len(self._processes),
+            len(self._pidfds),
             self.calls,
-            self._processes,
+            self._pidfds,
             self._seconds,
         )
         self.calls += 1
-        if ended > 0:
-            raise RuntimeError(f"rank {ended - 1} has ended")
-        if ended < 0:
+        if failed > 0:
+            raise RuntimeError(f"rank {failed - 1} has ended")
+        if failed < 0:
             raise RuntimeError(f"no answer in {self._seconds:.0f} s")
+
+
+def _size(count: int, dtype: torch.dtype, ranks: int) -> int:
+    """Bytes, as laid out in shared_sum.cpp."""
+    lines = -(-count * dtype.itemsize // _LINE)
+    return _LINE * (1 + (ranks + 1) * lines)
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

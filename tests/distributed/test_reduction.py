@@ -9,8 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_resnet import summing
 from dist_resnet.distributed import World
+from dist_resnet.errors import UserError
 from dist_resnet.models.resnet import build_model
+from dist_resnet.native.build import load
 from dist_resnet.native.shared_sum import SharedSum
 from dist_resnet.step import TrainStep
 from tests.ranks import RankFailed, run_ranks
@@ -78,6 +81,10 @@ def _theirs(world: World) -> tuple[dict[str, Tensor], float]:
     return weights, float(share) / (STEPS * world.size)
 
 
+def _is_missing(*arguments: Any) -> None:
+    raise OSError("not here")
+
+
 def _everything(world: World) -> dict[str, Any]:
     """All that is asked of two ranks, in one start of them."""
     results: dict[str, Any] = {}
@@ -90,6 +97,13 @@ def _everything(world: World) -> dict[str, Any]:
         step = _ours(world)
         results["apart"] = step.state.state_dict()
         results["apart collectives"] = _collectives(world, step)
+    for missing in ("shared_memory", "SharedSum"):
+        with pytest.MonkeyPatch.context() as patch:
+            if world.rank == (0 if missing == "shared_memory" else 1):
+                patch.setattr(summing, missing, _is_missing)
+            step = _ours(world)
+            results[f"without {missing}"] = step.state.state_dict()
+            results[f"without {missing} collectives"] = _collectives(world, step)
     results["four"] = _ours(world, "parallel.reduction=exact", replicas=4).state.state_dict()
     results["four fast"] = _ours(world, replicas=4).state.state_dict()
     results["theirs"], results["their loss"] = _theirs(world)
@@ -135,6 +149,10 @@ def test_all_ranks_hold_the_same_bits(ranks: list[dict[str, Any]], reduction: st
 
 
 def test_one_collective_a_step(ranks: list[dict[str, Any]]) -> None:
+    try:
+        load("shared_sum")
+    except UserError:
+        pytest.skip("no C++ compiler")
     for result in ranks:
         assert result["fast collectives"] == {"shared memory": 1}
         assert result["apart collectives"] == {"c10d::allreduce_": 1}
@@ -144,6 +162,13 @@ def test_one_collective_a_step(ranks: list[dict[str, Any]]) -> None:
 def test_shared_memory_and_sockets_give_the_same_bits(ranks: list[dict[str, Any]]) -> None:
     for result in ranks:
         _assert_equal(result["fast"], result["apart"])
+
+
+@pytest.mark.parametrize("missing", ["shared_memory", "SharedSum"])
+def test_what_one_rank_lacks_none_uses(ranks: list[dict[str, Any]], missing: str) -> None:
+    for result in ranks:
+        assert result[f"without {missing} collectives"] == {"c10d::allreduce_": 1}
+        _assert_equal(result["fast"], result[f"without {missing}"])
 
 
 def test_exact_and_fast_differ_by_rounding_only(ranks: list[dict[str, Any]]) -> None:

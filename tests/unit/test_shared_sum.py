@@ -1,5 +1,6 @@
 """The sum in shared memory against NumPy, ranks as threads of one process, and its failures."""
 
+import gc
 import os
 import random
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,14 +32,15 @@ def compiled() -> None:
 def _shares(
     count: int, dtype: torch.dtype, processes: list[int], seconds: float = 20
 ) -> list[SharedSum]:
-    handle = shared_memory(count, dtype, len(processes))
+    descriptor, name = shared_memory(count, dtype, len(processes))
+    path = f"/proc/self/fd/{descriptor}"
     try:
         return [
-            SharedSum(f"/proc/self/fd/{handle}", count, dtype, rank, processes, seconds)
+            SharedSum(path, name, count, dtype, rank, processes, seconds)
             for rank in range(len(processes))
         ]
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 @pytest.fixture
@@ -82,7 +85,7 @@ def test_sums_in_the_order_of_the_ranks(ranks: int, count: int, dtype: torch.dty
 
 
 def test_goes_on_where_its_counter_begins_anew() -> None:
-    """2^32 arrivals: two ranks that train for some weeks."""
+    """2^32 arrivals, 2^30 steps of two ranks: a year at 30 steps a second."""
     shares = _shares(5, torch.float32, [os.getpid()] * 2)
     for share in shares:
         share.calls = 2**30 - 2
@@ -119,3 +122,26 @@ def test_another_shape_or_type_is_a_mistake_of_the_program() -> None:
     for wrong in (torch.ones(11), torch.ones(10, dtype=torch.float64), torch.ones(20)[::2]):
         with pytest.raises(AssertionError):
             share(wrong)
+
+
+def test_a_path_that_leads_to_another_file_is_not_written_to(tmp_path: Path) -> None:
+    """As where processes of other containers have the same numbers."""
+    descriptor, name = shared_memory(10, torch.float32, 1)
+    os.close(descriptor)
+    (tmp_path / "file").write_bytes(b"precious" * 100)
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with pytest.raises(OSError, match="is not /memfd:dist_resnet-"):
+        SharedSum(str(tmp_path / "link"), name, 10, torch.float32, 0, [os.getpid()], 1)
+    assert (tmp_path / "file").read_bytes() == b"precious" * 100
+
+
+def test_no_descriptor_is_left_open() -> None:
+    def opened() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    before = opened()
+    shares = _shares(10, torch.float32, [os.getpid()] * 3)
+    assert opened() > before
+    del shares
+    assert opened() == before
