@@ -65,6 +65,7 @@ def train(config: Config, world: World, gate: Gate, framework: str, steps: int, 
         "Lightning": _lightning,
         "Accelerate": _accelerate,
         "Composer": _composer,
+        "timm": _timm,
     }
     loops[framework](setup)
     raise Finished
@@ -219,3 +220,23 @@ def _composer(setup: Setup) -> None:
         log_to_console=False,
     )
     trainer.fit()
+
+
+def _timm(setup: Setup) -> None:
+    """timm's task in the loop of its train.py, which reads the loss back after every update."""
+    tasks: Any = importlib.import_module("timm.task")
+    utils: Any = importlib.import_module("timm.utils")
+    world = setup.world
+    criterion = nn.CrossEntropyLoss()
+    task = tasks.ClassificationTask(setup.model, criterion, device=world.device, verbose=False)
+    if world.size > 1:
+        task.prepare_distributed([world.local_rank] if world.device.type == "cuda" else None)
+    losses = utils.AverageMeter()
+    is_mixed = setup.precision != torch.float32
+    for images, labels in setup.batches():
+        with torch.autocast(world.device.type, setup.precision, enabled=is_mixed):
+            loss = task(images, labels)["loss"]
+        loss.backward()
+        setup.optimizer.step()
+        setup.optimizer.zero_grad()
+        losses.update(loss.item(), len(labels))
