@@ -1,6 +1,7 @@
 """A finished run condensed to what tables and curves need: some kilobytes of JSON."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def changed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def command(settings: Mapping[str, Any], world_size: int) -> str:
     """What repeats a run with these settings."""
     start = "python" if world_size == 1 else f"torchrun --standalone --nproc_per_node={world_size}"
-    pairs = (f"{key}={_written(value)}" for key, value in settings.items())
+    pairs = (shlex.quote(f"{key}={_written(value)}") for key, value in settings.items())
     return " ".join([start, "-m dist_resnet.train", *pairs])
 
 

@@ -1,6 +1,7 @@
 """A row of docs/recipes.md, repeated by its command."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ KEPT = ROOT / "benchmarks" / "runs" / "digits-short.json"
 @pytest.mark.timeout(300)
 def test_a_row_is_what_its_command_gives(digits: Dataset, tmp_path: Path) -> None:
     kept = json.loads(KEPT.read_text())
-    torchrun, *rest = kept["command"].split()
+    torchrun, *rest = shlex.split(kept["command"])
     assert torchrun == "torchrun"
     place = (f"run.dir={tmp_path}", "run.name=again", f"data.root={digits.folder.parent}")
     done = subprocess.run(

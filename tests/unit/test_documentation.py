@@ -38,8 +38,9 @@ def lines(text: str) -> Iterator[list[str]]:
             continue
         for line in block.replace("\\\n", " ").splitlines():
             if re.search(r"\bpython -m |\btorchrun |launch/|\bmake |\bsbatch ", line):
-                # [--option FILE] and A|B are how a page says what there may be.
-                yield shlex.split(re.sub(r"[][|]", " ", line), comments=True)
+                # [--option FILE] and A|B are how a page says what there may be, but in quotes.
+                plain = re.sub("('[^']*')|[][|]", lambda match: match[1] or " ", line)
+                yield shlex.split(plain, comments=True)
 
 
 def slug(heading: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -50,7 +51,7 @@ def test_a_run_condensed(tmp_path: Path) -> None:
         "val/loss": [1.1, 0.9],
     }  # fmt: skip
     assert kept["command"] == (
-        "torchrun --standalone --nproc_per_node=2 -m dist_resnet.train model.widths=[4,8,8]"
+        "torchrun --standalone --nproc_per_node=2 -m dist_resnet.train 'model.widths=[4,8,8]'"
         " optim.lr=0.1 train.epochs=2 parallel.replicas=4"
     )
     assert "secret" not in json.dumps(kept)
@@ -67,7 +68,7 @@ def test_the_command_gives_the_configuration_back(tmp_path: Path) -> None:
     ]  # fmt: skip
     run = _run(tmp_path / "a", *pairs)
     command = condense(run, "g")["command"]
-    again = dict(flatten(to_dict(load_config(command.split()[5:]))))
+    again = dict(flatten(to_dict(load_config(shlex.split(command)[5:]))))
     wanted = dict(flatten(to_dict(load_config([str(run / "config.yaml")]))))
     for key, value in wanted.items():
         if changes_trajectory(key) or key in ("eval.flip_tta", "train.max_steps"):
