@@ -93,7 +93,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def timeout_seconds() -> float:
+def step_timeout() -> float:
     """Longest wait for another rank in a training step."""
     return _timeout.total_seconds()
 

@@ -11,7 +11,7 @@ from dist_resnet.distributed import (
     all_reduce_sum,
     collective,
     from_all,
-    timeout_seconds,
+    step_timeout,
     world_size,
 )
 from dist_resnet.errors import UserError
@@ -25,7 +25,8 @@ def build_sum(count: int, dtype: torch.dtype, device: torch.device) -> Callable[
     """What replaces tensors of one shape, step after step, by their sum over the ranks.
 
     Through shared memory where all ranks are processes of one machine that compute on its CPUs; a
-    collective elsewhere, and without Linux or a C++ compiler. Every rank must call both.
+    collective elsewhere, and without Linux or a C++ compiler. Every rank must call this, and then
+    what it returns.
 
     Args:
         count: elements of a tensor.
@@ -34,15 +35,15 @@ def build_sum(count: int, dtype: torch.dtype, device: torch.device) -> Callable[
     ranks, rank = world_size(), environment_rank()
     if ranks == 1 or device.type != "cpu" or environment_int("LOCAL_WORLD_SIZE", 0) != ranks:
         return all_reduce_sum
-    memory = _attempt(lambda: shared_memory(count, dtype, ranks)) if rank == 0 else None
+    memory = _or_none(lambda: shared_memory(count, dtype, ranks)) if rank == 0 else None
     members = from_all((os.getpid(), memory))
     processes, (_, first_memory) = [process for process, _ in members], members[0]
     if first_memory is None:
         return all_reduce_sum
     descriptor, name = first_memory
     path = f"/proc/{processes[0]}/fd/{descriptor}"
-    shared_sum = _attempt(
-        lambda: SharedSum(path, name, count, dtype, rank, processes, timeout_seconds())
+    shared_sum = _or_none(
+        lambda: SharedSum(path, name, count, dtype, rank, processes, step_timeout())
     )
     everywhere = all(from_all(shared_sum is not None))
     if rank == 0:
@@ -57,7 +58,7 @@ def build_sum(count: int, dtype: torch.dtype, device: torch.device) -> Callable[
     return through_memory
 
 
-def _attempt(action: Callable[[], T]) -> T | None:
+def _or_none(action: Callable[[], T]) -> T | None:
     try:
         return action()
     except (OSError, UserError):

@@ -1,4 +1,4 @@
-"""The same few batches, model and optimizer under each framework's own loop.
+"""The same few batches, model and optimizer in the loop that each framework has one write.
 
 Nothing else in this package imports a framework, and nothing needs one.
 """

@@ -1,7 +1,8 @@
 """Other frameworks' overhead a step, on a tiny model, and their speed with this one.
 
 All train on the same batches from memory, with the same loss, optimizer and precision; each loop
-is the framework's own. A framework that is not installed, or fails, has a line that says so.
+is as the framework has one write it. A framework that is not installed, or fails, has a line that
+says so.
 """
 
 import importlib.metadata

@@ -43,6 +43,8 @@ def run(settings: Settings) -> Report:
     with working(jobs) as (workers, failures):
         candidates = _candidates(workers, steps * batch, count, step_ms, reduce_us)
         timings = measure(candidates, settings.rounds)
+    for facts in (step_ms, *reduce_us.values()):
+        del facts[: len(facts) // (settings.rounds + 1)]  # of the turn that warmed up
     for name, reason in failures.items():
         timings[name] = Timing(name, 1, failure=reason)
     _report_measured(report, timings)

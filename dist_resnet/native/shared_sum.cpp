@@ -114,7 +114,7 @@ int sum(char* memory, T* values, int64_t count, int rank, uint32_t call, const W
 
 }  // namespace
 
-// call: how many sums came before, modulo 2^31. Returns 0; 1 + the rank that has ended; -1 after
+// call: how many sums came before, modulo 2^32. Returns 0; 1 + the rank that has ended; -1 after
 // `seconds`.
 extern "C" int shared_sum(void* memory, void* values, int64_t count, int is_double, int rank,
                           int ranks, uint32_t call, const int* pidfds, double seconds) {

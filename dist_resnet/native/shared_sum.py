@@ -29,10 +29,11 @@ def shared_memory(count: int, dtype: torch.dtype, ranks: int) -> tuple[int, str]
     """A descriptor of memory for `ranks` buffers and their sum, and a name that nothing else has.
 
     Raises:
-        OSError: there is none; only Linux has it.
+        OSError: there is none, or nothing that watches its users; only Linux has both.
     """
-    if not hasattr(os, "memfd_create"):
-        raise OSError("no memfd_create")
+    # The second is missing where Python was built against headers older than Linux 5.3.
+    if not (hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")):
+        raise OSError("this Python cannot share memory or watch processes")
     handle = os.memfd_create(f"dist_resnet-{secrets.token_hex(16)}")
     try:
         os.posix_fallocate(handle, 0, _size(count, dtype, ranks))
@@ -65,7 +66,7 @@ class SharedSum:
             seconds: longest wait for the others.
 
         Raises:
-            OSError: no such memory, or the system cannot watch processes.
+            OSError: no such memory, or no such process.
             UserError: no C++ compiler.
         """
         assert dtype in (torch.float32, torch.float64)
@@ -112,7 +113,7 @@ class SharedSum:
         if failed > 0:
             raise RuntimeError(f"rank {failed - 1} has ended")
         if failed < 0:
-            raise RuntimeError(f"no answer in {self._seconds:.0f} s")
+            raise RuntimeError(f"no answer in {self._seconds:g} s")
 
 
 def _size(count: int, dtype: torch.dtype, ranks: int) -> int:

@@ -175,3 +175,19 @@ def test_kept_runs_were_made_by_committed_code() -> None:
     assert files
     for path in files:
         assert re.fullmatch("[0-9a-f]{40}", json.loads(path.read_text())["commit"]), path.name
+
+
+@pytest.mark.parametrize(
+    ("config", "group"),
+    [("resnet20", "recipe"), ("resnet20_fast", "fast"), ("resnet20_best", "best")],
+)
+def test_a_recipe_is_what_was_run(config: str, group: str) -> None:
+    """But for what the machine settled, the evaluations, the seed and fast's shorter runs."""
+    free = ("seed", "train.epochs", "train.step_mode", "precision.dtype", "eval.every_epochs")
+    values = flatten(to_dict(load_config([str(ROOT / "configs" / f"{config}.yaml")])))
+    wanted = {key: value for key, value in values if changes_trajectory(key) and key not in free}
+    for run in read_kept(ROOT / "benchmarks" / "runs", group):
+        pairs = [word for word in shlex.split(run["command"]) if "=" in word and word[0] != "-"]
+        found = dict(flatten(to_dict(load_config(pairs))))
+        wanted["parallel.replicas"] = found["parallel.replicas"]
+        assert {key: found[key] for key in wanted} == wanted, run["name"]
