@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dist_resnet import summing
 from dist_resnet.distributed import World
-from dist_resnet.errors import UserError
+from dist_resnet.errors import PeerLost, UserError
 from dist_resnet.models.resnet import build_model
 from dist_resnet.native.build import load
 from dist_resnet.native.shared_sum import SharedSum
@@ -110,6 +110,16 @@ def _everything(world: World) -> dict[str, Any]:
     return results
 
 
+def _left_alone(world: World) -> str:
+    """What a rank hears whose only peer has ended."""
+    replace_by_sum = summing.build_sum(4, torch.float32, world.device)
+    if world.rank == 1:
+        return ""
+    with pytest.raises(PeerLost) as lost:
+        replace_by_sum(torch.ones(4))
+    return str(lost.value)
+
+
 @pytest.fixture
 def compiled() -> None:
     """Else sockets would be compared with sockets."""
@@ -177,6 +187,13 @@ def test_what_one_rank_lacks_none_uses(ranks: list[dict[str, Any]], missing: str
     for result in ranks:
         assert result[f"without {missing} collectives"] == {"c10d::allreduce_": 1}
         _assert_equal(result["fast"], result[f"without {missing}"])
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_lost_peer_is_named() -> None:
+    assert run_ranks(RANKS, _left_alone)[0] == (
+        "rank 0: lost contact with another: rank 1 has ended"
+    )
 
 
 def test_exact_and_fast_differ_by_rounding_only(ranks: list[dict[str, Any]]) -> None:

@@ -103,6 +103,9 @@ def test_scaling(digits: Dataset, tmp_path: Path) -> None:
         "2 ranks, as in a step",
         "2 ranks, by a collective",
     ]
+    # Five a turn; what warmed up is not counted.
+    calls = [row["calls"] for row in rows(found, "all-reduce")]
+    assert calls == [5 * found["settings"]["rounds"]] * 2
     for row in rows(found, "predicted"):
         assert row["images_per_second"] > 0
         assert 0 < row["efficiency"] <= 1
