@@ -6,6 +6,7 @@ first step, which breaks bitwise resume on three ranks and more), and the optimi
 parameters into two fused updates.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +31,8 @@ class FlatModel:
     row: Tensor
     """(5,): loss, top-1 and stop requests of `exchange`; behind it the gradient's norm, and 1."""
     num_decayed: int
+    parameters: list[Tensor]
+    """In the order of `values`; views of it, their .grad of `gradients`."""
 
     loss: Tensor = field(init=False)
     top1: Tensor = field(init=False)
@@ -39,6 +42,20 @@ class FlatModel:
 
     def __post_init__(self) -> None:
         self.loss, self.top1, self.stop, self.norm, _ = self.row.unbind()
+
+    def collect(self, gradients: Sequence[Tensor]) -> None:
+        """Copy the parameters' gradients, given in the order of `parameters`, to `self.gradients`.
+
+        Those of the decayed parameters may be of a lower type. As one concatenation, or two: a copy
+        for each parameter would be 65 launches on a GPU.
+        """
+        rows = [_in_memory_order(g, p) for g, p in zip(gradients, self.parameters, strict=True)]
+        if rows[0].dtype == self.gradients.dtype:
+            torch.cat(rows, out=self.gradients)
+            return
+        count = sum(row.dtype == rows[0].dtype for row in rows)
+        self.gradients[: self.num_decayed].copy_(torch.cat(rows[:count]))
+        torch.cat(rows[count:], out=self.gradients[self.num_decayed :])
 
 
 def flatten_model(model: ResNet) -> FlatModel:
@@ -77,7 +94,15 @@ def flatten_model(model: ResNet) -> FlatModel:
         statistics=exchange[num_values:size],
         row=whole[size:],
         num_decayed=sum(p.numel() for p in decayed),
+        parameters=parameters,
     )
+
+
+def _in_memory_order(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The values of a gradient, 1-dimensional, in the order in which its parameter's lie."""
+    if gradient.stride() != parameter.stride():
+        gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+    return gradient.as_strided((gradient.numel(),), (1,))
 
 
 def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:

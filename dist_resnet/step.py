@@ -1,4 +1,4 @@
-"""One optimisation step: augment, forward, backward for each local replica, reduce, update."""
+"""One optimisation step: augment, forward and backward for the local replicas, reduce, update."""
 
 from collections.abc import Sequence
 
@@ -7,16 +7,17 @@ from torch import Tensor
 
 from dist_resnet import signals
 from dist_resnet.allocator import keep_freed_memory
-from dist_resnet.augment import ChoiceDrawer, Choices, Normalisation, augment
+from dist_resnet.augment import ChoiceDrawer, Normalisation
 from dist_resnet.data.stream import Batch
 from dist_resnet.distributed import world_size
-from dist_resnet.loss import mixed_cross_entropy, weighted_top1
 from dist_resnet.optim import SMALLEST_SCALE, ema_weight
 from dist_resnet.randomness import step_keys
 from dist_resnet.reduction import build_reduction
+from dist_resnet.replica_pass import build_pass
 from dist_resnet.schema import Config
+from dist_resnet.shadow import Shadow
 from dist_resnet.state import TrainState
-from dist_resnet.step_mode import choose_step_mode, forward_function
+from dist_resnet.step_mode import choose_step_mode, forward_function, replicas_at_once
 
 
 class TrainStep:
@@ -44,20 +45,27 @@ class TrainStep:
             self.local,
             state.flat.exchange.device,
         )
-        self.precision = precision
-        self.statistics = statistics
-        self.device = state.flat.values.device
-        head = state.flat.model.head
-        self.classes = head.out_features
+        flat, head = state.flat, state.flat.model.head
+        self.device = flat.values.device
         mode, _ = choose_step_mode(config.train.step_mode, config, self.device)
-        self.forward = forward_function(mode, state.flat.model)
+        self.group = replicas_at_once(config, self.local, self.device)
+        self.shadow = None
+        if mode != "compile" and precision != torch.float32 and self.device.type == "cuda":
+            self.shadow = Shadow(flat, precision)
+        self.leaves = flat.parameters if self.shadow is None else self.shadow.leaves
+        self.forward = forward_function(mode, flat.model, self.group)
+        if self.shadow is not None:
+            self.forward = self.shadow.forward
         self.keys = step_keys(config.seed, len(rates), self.device)
         self.stop = torch.zeros((), device=self.device)
         self.autocast = torch.autocast(
             self.device.type, precision, enabled=precision != torch.float32
         )
-        self.draw = ChoiceDrawer(
+        draw = ChoiceDrawer(
             config.augment, image_size, config.model.dropout, head.in_features, self.device
+        )
+        self.replica_pass = build_pass(
+            config.augment, config.optim.label_smoothing, draw, statistics, self.group, precision
         )
 
     def __call__(self, batch: Batch) -> None:
@@ -89,42 +97,35 @@ class TrainStep:
 
     def _average_over_replicas(self, batch: Batch, key: Tensor) -> None:
         """Leave in `exchange` the means, over all replicas, of what each of them computed."""
-        flat, size = self.state.flat, self.config.data.batch_size_per_replica
+        flat, size = self.state.flat, self.group * self.config.data.batch_size_per_replica
+        if self.shadow is not None:
+            self.shadow.refresh()
         # Every replica starts from the same statistics and moves them by its own batch's.
-        start = flat.statistics.clone() if self.local > 1 else None
-        for index in range(self.local):
-            part = slice(index * size, (index + 1) * size)
-            flat.gradients.zero_()
+        start = flat.statistics.clone() if self.local > self.group else None
+        for first in range(0, self.local * size // self.group, size):
+            part = slice(first, first + size)
             if start is not None:
                 flat.statistics.copy_(start)
-            self._replica(batch.images[part], batch.labels[part], batch.samples[part], key)
-            flat.stop.copy_(self.stop)
+            self._sum_over_group(batch.images[part], batch.labels[part], batch.samples[part], key)
             self.reduction.add(flat.exchange)
         self.reduction.finish(flat.exchange)
 
-    def _replica(self, images: Tensor, labels: Tensor, samples: Tensor, key: Tensor) -> None:
-        """Put one replica's gradients, loss and top-1 into `exchange`."""
-        flat = self.state.flat
-        choices = self.draw(key, samples)
-        loss, top1 = self._forward(images, labels, choices)
-        scaling = self.state.loss_scale
-        (loss if scaling is None else loss * scaling.scale).backward()
-        flat.loss.copy_(loss.detach())
-        flat.top1.copy_(top1)
-
-    def _forward(self, images: Tensor, labels: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
-        inputs = augment(images, choices, self.config.augment, self.statistics)
+    def _sum_over_group(
+        self, images: Tensor, labels: Tensor, samples: Tensor, key: Tensor
+    ) -> None:
+        """Put gradients, losses and top-1, summed over replicas side by side, into `exchange`."""
+        flat, scaling = self.state.flat, self.state.loss_scale
+        inputs, choices = self.replica_pass.inputs(images, samples, key)
         if not self.config.precision.channels_last:
             inputs = inputs.contiguous()
-        return self._loss_and_top1(inputs, labels, choices)
-
-    def _loss_and_top1(
-        self, inputs: Tensor, labels: Tensor, choices: Choices
-    ) -> tuple[Tensor, Tensor]:
         with self.autocast:
             logits = self.forward(inputs, choices.keep)
-        loss = mixed_cross_entropy(logits, labels, choices, self.config.optim.label_smoothing)
-        return loss, weighted_top1(logits.detach(), labels, choices)
+        scale = None if scaling is None else scaling.scale
+        objective = self.replica_pass.objective(logits, labels, choices, scale)
+        gradients = torch.autograd.grad(objective.output, self.leaves, objective.gradient)
+        flat.collect(gradients)
+        flat.row[:2].copy_(objective.row)
+        flat.stop.copy_(self.stop)
 
     def _update(self, lr: float | Tensor, ema_weight: float | Tensor) -> None:
         state, flat = self.state, self.state.flat

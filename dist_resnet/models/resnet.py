@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_resnet.native.norm_act import accepts, norm_act
+from dist_resnet.models.norm_act import NormAct
 from dist_resnet.randomness import Stream, stream_key
 from dist_resnet.schema import ModelConfig
 
@@ -27,28 +27,6 @@ BLOCKS_PER_STAGE = {
 }
 _DEFAULT_WIDTHS = (16, 32, 64)
 _M6_WIDTHS = (32, 64, 128)
-
-
-class NormAct(nn.BatchNorm2d):
-    """BatchNorm, then the addition of a shortcut if there is one, then ReLU where wanted."""
-
-    fused = False
-    """In training, as one kernel where it is made for the tensor."""
-
-    def __init__(self, channels: int, relu: bool = True) -> None:
-        super().__init__(channels)
-        # Only momentum=None reads this counter; counting costs one kernel a layer a step.
-        self.num_batches_tracked = None
-        self.relu = relu
-
-    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """(N, C, H, W), and a shortcut like it, to the same shape."""
-        if self.fused and self.training and accepts(x, shortcut):
-            return norm_act(self, x, shortcut, self.relu)
-        y = super().forward(x)
-        if shortcut is not None:
-            y = y + shortcut
-        return F.relu(y, inplace=True) if self.relu else y
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:

@@ -25,20 +25,26 @@ _ARGUMENTS = {
 }
 
 
-def accepts(x: Tensor, shortcut: Tensor | None = None) -> bool:
-    """Whether the kernel is made for `x`, (N, C, H, W), and a shortcut of its shape and type."""
+def accepts(x: Tensor, shortcut: Tensor | None = None, replicas: int = 1) -> bool:
+    """Whether the kernel is made for `x`, (R N, C, H, W), and a shortcut of its shape and type."""
+    values = x.numel() // replicas
     return (
         x.device.type == "cpu"
         and x.dtype in _TYPES
         and x.shape[1] in CHANNELS
-        and x.numel() % _WIDE == 0
-        and x.numel() > x.shape[1]  # one value a channel has no variance: torch says so
+        and x.shape[0] % replicas == 0
+        and values % _WIDE == 0
+        and values > x.shape[1]  # one value a channel has no variance: torch says so
         and (shortcut is None or (shortcut.dtype == x.dtype and shortcut.shape == x.shape))
     )
 
 
-def norm_act(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:
-    """relu(norm(x) + shortcut) with batch statistics; moves the running ones.
+def norm_act(
+    norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None, relu: bool, replicas: int = 1
+) -> Tensor:
+    """relu(norm(x) + shortcut), each replica with its own batch statistics.
+
+    The running statistics become the sum over the replicas of what each alone would leave.
 
     Args:
         norm: with float32 parameters and statistics, all four of them there.
@@ -47,7 +53,7 @@ def norm_act(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None, relu: boo
     Returns:
         Like x, in channels-last order.
     """
-    settings = (norm.running_mean, norm.running_var, norm.momentum, norm.eps, relu)
+    settings = (norm.running_mean, norm.running_var, norm.momentum, norm.eps, relu, replicas)
     result: Tensor = _NormAct.apply(x, shortcut, norm.weight, norm.bias, *settings)
     return result
 
@@ -65,27 +71,36 @@ class _NormAct(torch.autograd.Function):
         momentum: float,
         eps: float,
         relu: bool,
+        replicas: int,
     ) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         if shortcut is not None:
             shortcut = shortcut.contiguous(memory_format=torch.channels_last)
-        channels = x.shape[1]
-        y, batch = torch.empty_like(x), torch.empty(2, channels)
-        _entry("forward", x.dtype, channels)(
-            x.data_ptr(),
-            None if shortcut is None else shortcut.data_ptr(),
-            y.data_ptr(),
-            x.numel() // channels,
-            weight.data_ptr(),
-            bias.data_ptr(),
-            running_mean.data_ptr(),
-            running_var.data_ptr(),
-            *_rows(batch),
-            momentum,
-            eps,
-            relu,
-            torch.get_num_threads(),
-        )
+        channels, size = x.shape[1], x.numel() // replicas
+        y, batch = torch.empty_like(x), torch.empty(replicas, 2, channels)
+        running, moved = (running_mean.data_ptr(), running_var.data_ptr()), None
+        if replicas > 1:  # each moves the running statistics from where they stand now
+            moved = torch.stack([running_mean, running_var]).repeat(replicas, 1, 1)
+        entry = _entry("forward", x.dtype, channels)
+        for replica in range(replicas):
+            part = _Part(replica * size * x.element_size(), replica * channels * 8)
+            entry(
+                part.of(x),
+                part.of(shortcut),
+                part.of(y),
+                size // channels,
+                weight.data_ptr(),
+                bias.data_ptr(),
+                *(running if moved is None else part.rows(moved)),
+                *part.rows(batch),
+                momentum,
+                eps,
+                relu,
+                torch.get_num_threads(),
+            )
+        if moved is not None:
+            running_mean.copy_(moved[:, 0].sum(dim=0))
+            running_var.copy_(moved[:, 1].sum(dim=0))
         ctx.save_for_backward(x, y if shortcut is not None else None, weight, bias, batch)
         ctx.relu, ctx.threads = relu, torch.get_num_threads()
         return y
@@ -94,30 +109,40 @@ class _NormAct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weight, bias, batch = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
-        channels = x.shape[1]
-        dx, dparameters = torch.empty_like(x), torch.empty(2, channels)
+        replicas, channels = len(batch), x.shape[1]
+        size = x.numel() // replicas
+        dx, dparameters = torch.empty_like(x), torch.empty(replicas, 2, channels)
         dshortcut = None if y is None else torch.empty_like(x)
-        _entry("backward", x.dtype, channels)(
-            dy.data_ptr(),
-            x.data_ptr(),
-            None if y is None else y.data_ptr(),
-            dx.data_ptr(),
-            None if dshortcut is None else dshortcut.data_ptr(),
-            x.numel() // channels,
-            weight.data_ptr(),
-            bias.data_ptr(),
-            *_rows(batch),
-            *_rows(dparameters),
-            ctx.relu,
-            ctx.threads,
-        )
-        return dx, dshortcut, dparameters[0], dparameters[1], None, None, None, None, None
+        entry = _entry("backward", x.dtype, channels)
+        for replica in range(replicas):
+            part = _Part(replica * size * x.element_size(), replica * channels * 8)
+            entry(
+                *(part.of(tensor) for tensor in (dy, x, y, dx, dshortcut)),
+                size // channels,
+                weight.data_ptr(),
+                bias.data_ptr(),
+                *part.rows(batch),
+                *part.rows(dparameters),
+                ctx.relu,
+                ctx.threads,
+            )
+        summed = dparameters[0] if replicas == 1 else dparameters.sum(dim=0)
+        return dx, dshortcut, summed[0], summed[1], *([None] * 6)
 
 
-def _rows(pair: Tensor) -> tuple[int, int]:
-    """Addresses of the two rows of float32 (2, C)."""
-    start = pair.data_ptr()
-    return start, start + 4 * pair.shape[1]
+class _Part:
+    """Where one replica's share of the tensors begins, in bytes."""
+
+    def __init__(self, offset: int, rows_offset: int) -> None:
+        self.offset, self.rows_offset = offset, rows_offset
+
+    def of(self, tensor: Tensor | None) -> int | None:
+        return None if tensor is None else tensor.data_ptr() + self.offset
+
+    def rows(self, pairs: Tensor) -> tuple[int, int]:
+        """Addresses of the replica's two rows of float32 (R, 2, C)."""
+        start = pairs.data_ptr() + self.rows_offset
+        return start, start + 4 * pairs.shape[2]
 
 
 @cache

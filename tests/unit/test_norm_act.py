@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from dist_resnet.config import load_config
 from dist_resnet.errors import UserError
 from dist_resnet.models.resnet import NormAct, build_model
+from dist_resnet.kernels import support
 from dist_resnet.native import build
 from dist_resnet.native.norm_act import CHANNELS, accepts, norm_act
 from dist_resnet.step_mode import choose_step_mode, forward_function
@@ -193,19 +194,24 @@ def test_a_model_with_it_is_the_same_function(shortcut: str, widths: list[int]) 
     assert torch.equal(model_in_use(images), forward_function("eager", model_in_use)(images))
 
 
-def test_auto_is_fused_on_a_cpu_and_eager_where_that_cannot_be(
+def test_auto_is_fused_on_a_cpu_graph_on_a_gpu_and_eager_where_neither_can_be(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config = load_config([])
     assert choose_step_mode("auto", config, CPU)[0] == "fused"
     assert choose_step_mode("eager", config, CPU)[0] == "eager"
-    assert choose_step_mode("auto", config, torch.device("cuda"))[0] == "eager"
+    gpu = torch.device("cuda")
+    for there in (True, False):
+        monkeypatch.setattr(support, "usable", lambda device, there=there: there)
+        mode, reason = choose_step_mode("auto", config, gpu)
+        assert mode == "graph"
+        assert ("our kernels" in reason) == there
     nchw = load_config(["precision.channels_last=false"])
     assert choose_step_mode("auto", nchw, CPU)[0] == "eager"
     with pytest.raises(UserError, match=r"train\.step_mode=fused: needs precision\.channels_last"):
         choose_step_mode("fused", nchw, CPU)
-    with pytest.raises(UserError, match="only on CPUs"):
-        choose_step_mode("fused", config, torch.device("cuda"))
+    with pytest.raises(UserError, match="Triton is missing"):
+        choose_step_mode("fused", config, gpu)
     build.load.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
     try:

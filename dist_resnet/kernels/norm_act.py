@@ -1,0 +1,320 @@
+"""BatchNorm, addition of a shortcut and ReLU on a GPU, for the replicas of one pass side by side.
+
+Two kernels a direction: each program sums a part of the rows, then each combines the parts it needs
+and writes. No atomic operation, so equal inputs give equal bits. PyTorch's separate operations take
+3 to 5 launches forward and as many backward, and read or write an activation half as often again.
+
+Shapes: R replicas of N images; an activation is (R N, C, H, W) in channels-last order, so that a
+replica's is M = N H W rows of C contiguous values. P programs share a replica's rows.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_CHANNELS = 1024
+_TILE = 4096  # values a program holds of a tensor at a time
+_PROGRAMS = 128  # that share a replica's rows, at most
+
+
+def accepts(x: Tensor, shortcut: Tensor | None, replicas: int) -> bool:
+    """Whether the kernels are made for `x`, (R N, C, H, W), and a shortcut of its shape and type."""
+    return (
+        x.dtype in TYPES
+        and x.dim() == 4
+        and x.shape[1] <= MAX_CHANNELS
+        and x.shape[0] % replicas == 0
+        and x.numel() > x.shape[1] * replicas  # one value a channel has no variance
+        and (shortcut is None or (shortcut.dtype == x.dtype and shortcut.shape == x.shape))
+    )
+
+
+def norm_act(
+    norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None, relu: bool, replicas: int
+) -> Tensor:
+    """relu(norm(x) + shortcut), each replica with its own batch statistics.
+
+    The running statistics become the sum over the replicas of what each alone would leave.
+
+    Args:
+        norm: with float32 parameters and statistics, all four of them there.
+        x, shortcut: what `accepts` takes; a shortcut only with `relu`.
+
+    Returns:
+        Like x, in channels-last order.
+    """
+    settings = (norm.running_mean, norm.running_var, norm.momentum, norm.eps, relu, replicas)
+    result: Tensor = _NormAct.apply(x, shortcut, norm.weight, norm.bias, *settings)
+    return result
+
+
+class _NormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shortcut: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+        relu: bool,
+        replicas: int,
+    ) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        if shortcut is not None:
+            shortcut = shortcut.contiguous(memory_format=torch.channels_last)
+        cut = _Cut(x, replicas)
+        parts = x.new_empty(replicas, cut.programs, 2, cut.channels, dtype=torch.float32)
+        batch = x.new_empty(replicas, 2, cut.channels, dtype=torch.float32)
+        y = torch.empty_like(x)
+        _moments[cut.grid](x, parts, *cut.sizes, **cut.constants)
+        _normalise[cut.grid](
+            x, shortcut, y, parts, weight, bias, running_mean, running_var, batch,
+            momentum, eps, *cut.sizes, RELU=relu, ADD=shortcut is not None, **cut.constants,
+            PROGRAMS=cut.padded_programs,
+        )  # fmt: skip
+        ctx.save_for_backward(x, y if shortcut is not None else None, weight, bias, batch)
+        ctx.relu, ctx.cut = relu, cut
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, weight, bias, batch = ctx.saved_tensors
+        cut, relu, add = ctx.cut, ctx.relu, y is not None
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        parts = x.new_empty(cut.replicas, cut.programs, 2, cut.channels, dtype=torch.float32)
+        dx, dparameters = torch.empty_like(x), torch.empty_like(batch[0])
+        dshortcut = torch.empty_like(x) if add else None
+        _gradient_sums[cut.grid](
+            dy, x, y, weight, bias, batch, parts, *cut.sizes, RELU=relu, ADD=add, **cut.constants
+        )
+        _gradients[cut.grid](
+            dy, x, y, weight, bias, batch, parts, dx, dshortcut, dparameters, *cut.sizes,
+            RELU=relu, ADD=add, **cut.constants, PROGRAMS=cut.padded_programs,
+        )  # fmt: skip
+        return dx, dshortcut, dparameters[1], dparameters[0], *([None] * 6)
+
+
+class _Cut:
+    """How the rows of an activation are cut among programs."""
+
+    def __init__(self, x: Tensor, replicas: int) -> None:
+        self.replicas, self.channels = replicas, x.shape[1]
+        rows = x.numel() // (self.channels * replicas)
+        padded = triton.next_power_of_2(self.channels)
+        block = max(1, min(_TILE // padded, triton.next_power_of_2(rows)))
+        limit = max(1, _PROGRAMS // replicas) if replicas > 1 else _PROGRAMS
+        blocks = triton.cdiv(rows, block)
+        span = triton.cdiv(blocks, min(blocks, limit)) * block
+        self.programs = triton.cdiv(rows, span)
+        self.padded_programs = triton.next_power_of_2(self.programs)
+        self.grid = (self.programs, replicas)
+        self.sizes = (rows, span, self.programs, replicas)
+        self.constants = {"CHANNELS": self.channels, "PADDED": padded, "BLOCK": block}
+
+
+@triton.jit
+def _moments(
+    x, parts, rows, span, programs, replicas,
+    CHANNELS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Mean, and sum of squared deviations from it, of one program's rows: (2, C) of `parts`.
+
+    Deviations are taken from the program's first row: squares of the values themselves would cancel
+    where a mean is large beside its deviation.
+    """
+    program, replica = tl.program_id(0), tl.program_id(1)
+    channel = tl.arange(0, PADDED)
+    inside = channel < CHANNELS
+    first, last = program * span, tl.minimum(program * span + span, rows)
+    x += replica.to(tl.int64) * rows * CHANNELS
+    origin = tl.load(x + first.to(tl.int64) * CHANNELS + channel, mask=inside, other=0.0)
+    origin = origin.to(tl.float32)
+    sums = tl.zeros((BLOCK, PADDED), tl.float32)
+    squares = tl.zeros((BLOCK, PADDED), tl.float32)
+    for start in range(first, last, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        mask = (row < last)[:, None] & inside[None, :]
+        at = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+        values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        deviation = tl.where(mask, values - origin[None, :], 0.0)
+        sums += deviation
+        squares += deviation * deviation
+    count = (last - first).to(tl.float32)
+    total = tl.sum(sums, 0)
+    parts += (replica * programs + program) * 2 * CHANNELS + channel
+    tl.store(parts, origin + total / count, mask=inside)
+    tl.store(parts + CHANNELS, tl.sum(squares, 0) - total * (total / count), mask=inside)
+
+
+@triton.jit
+def _combined(
+    parts, rows, span, programs, channel, inside,
+    CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Mean and variance of one replica from its programs' parts (Chan et al. 1979)."""
+    program = tl.arange(0, PROGRAMS)
+    mask = (program < programs)[:, None] & inside[None, :]
+    at = program[:, None] * 2 * CHANNELS + channel[None, :]
+    means = tl.load(parts + at, mask=mask, other=0.0)
+    squares = tl.load(parts + at + CHANNELS, mask=mask, other=0.0)
+    count = tl.minimum(tl.maximum(rows - program * span, 0), span).to(tl.float32)[:, None]
+    mean = tl.sum(means * count, 0) / rows
+    apart = tl.where(mask, means - mean[None, :], 0.0)
+    return mean, (tl.sum(squares, 0) + tl.sum(apart * apart * count, 0)) / rows
+
+
+@triton.jit
+def _normalise(
+    x, shortcut, y, parts, weight, bias, running_mean, running_var, batch,
+    momentum, eps, rows, span, programs, replicas,
+    RELU: tl.constexpr, ADD: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """The forward pass's second half; its first program moves the running statistics."""
+    program, replica = tl.program_id(0), tl.program_id(1)
+    channel = tl.arange(0, PADDED)
+    inside = channel < CHANNELS
+    own = parts + replica * programs * 2 * CHANNELS
+    mean, variance = _combined(own, rows, span, programs, channel, inside, CHANNELS, PROGRAMS)
+    inverse = tl.rsqrt(variance + eps)
+    if program == 0:
+        tl.store(batch + replica * 2 * CHANNELS + channel, mean, mask=inside)
+        tl.store(batch + replica * 2 * CHANNELS + CHANNELS + channel, inverse, mask=inside)
+    if program + replica == 0:
+        means, variances = mean, variance
+        for other in range(1, replicas):
+            part = parts + other * programs * 2 * CHANNELS
+            m, v = _combined(part, rows, span, programs, channel, inside, CHANNELS, PROGRAMS)
+            means += m
+            variances += v
+        kept = (1 - momentum) * replicas
+        old = tl.load(running_mean + channel, mask=inside)
+        tl.store(running_mean + channel, kept * old + momentum * means, mask=inside)
+        old = tl.load(running_var + channel, mask=inside)
+        unbiased = variances * (rows / (rows - 1))
+        tl.store(running_var + channel, kept * old + momentum * unbiased, mask=inside)
+    scale = inverse * tl.load(weight + channel, mask=inside, other=0.0)
+    offset = tl.load(bias + channel, mask=inside, other=0.0)
+    first, last = program * span, tl.minimum(program * span + span, rows)
+    base = replica.to(tl.int64) * rows * CHANNELS
+    for start in range(first, last, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        mask = (row < last)[:, None] & inside[None, :]
+        at = base + row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+        values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        values = (values - mean[None, :]) * scale[None, :] + offset[None, :]
+        if ADD:
+            values += tl.load(shortcut + at, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            values = tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(y + at, values.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _unrectified(
+    dy, x, y, at, mask, mean, inverse, scale, offset, RELU: tl.constexpr, ADD: tl.constexpr
+):
+    """What reaches BatchNorm's output, and its normalised input, for one tile."""
+    gradient = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+    values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    normal = (values - mean[None, :]) * inverse[None, :]
+    if RELU:
+        if ADD:
+            result = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
+        else:
+            result = (values - mean[None, :]) * scale[None, :] + offset[None, :]
+        gradient = tl.where(result <= 0, 0.0, gradient)
+    return gradient, tl.where(mask, normal, 0.0)
+
+
+@triton.jit
+def _gradient_sums(
+    dy, x, y, weight, bias, batch, parts, rows, span, programs, replicas,
+    RELU: tl.constexpr, ADD: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of a program's gradients, and of their products with the normalised input."""
+    program, replica = tl.program_id(0), tl.program_id(1)
+    channel = tl.arange(0, PADDED)
+    inside = channel < CHANNELS
+    mean = tl.load(batch + replica * 2 * CHANNELS + channel, mask=inside, other=0.0)
+    inverse = tl.load(batch + replica * 2 * CHANNELS + CHANNELS + channel, mask=inside, other=0.0)
+    scale = inverse * tl.load(weight + channel, mask=inside, other=0.0)
+    offset = tl.load(bias + channel, mask=inside, other=0.0)
+    first, last = program * span, tl.minimum(program * span + span, rows)
+    base = replica.to(tl.int64) * rows * CHANNELS
+    sums = tl.zeros((BLOCK, PADDED), tl.float32)
+    products = tl.zeros((BLOCK, PADDED), tl.float32)
+    for start in range(first, last, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        mask = (row < last)[:, None] & inside[None, :]
+        at = base + row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+        gradient, normal = _unrectified(
+            dy, x, y, at, mask, mean, inverse, scale, offset, RELU, ADD
+        )
+        sums += gradient
+        products += gradient * normal
+    parts += (replica * programs + program) * 2 * CHANNELS + channel
+    tl.store(parts, tl.sum(sums, 0), mask=inside)
+    tl.store(parts + CHANNELS, tl.sum(products, 0), mask=inside)
+
+
+@triton.jit
+def _summed(
+    parts, programs, channel, inside, CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr
+):
+    """One replica's two sums from its programs' parts."""
+    program = tl.arange(0, PROGRAMS)
+    mask = (program < programs)[:, None] & inside[None, :]
+    at = program[:, None] * 2 * CHANNELS + channel[None, :]
+    sums = tl.sum(tl.load(parts + at, mask=mask, other=0.0), 0)
+    return sums, tl.sum(tl.load(parts + at + CHANNELS, mask=mask, other=0.0), 0)
+
+
+@triton.jit
+def _gradients(
+    dy, x, y, weight, bias, batch, parts, dx, dshortcut, dparameters,
+    rows, span, programs, replicas,
+    RELU: tl.constexpr, ADD: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """The backward pass's second half; its first program writes the parameters' gradients."""
+    program, replica = tl.program_id(0), tl.program_id(1)
+    channel = tl.arange(0, PADDED)
+    inside = channel < CHANNELS
+    own = parts + replica * programs * 2 * CHANNELS
+    sums, products = _summed(own, programs, channel, inside, CHANNELS, PROGRAMS)
+    if program + replica == 0:
+        all_sums, all_products = sums, products
+        for other in range(1, replicas):
+            part = parts + other * programs * 2 * CHANNELS
+            s, p = _summed(part, programs, channel, inside, CHANNELS, PROGRAMS)
+            all_sums += s
+            all_products += p
+        tl.store(dparameters + channel, all_sums, mask=inside)
+        tl.store(dparameters + CHANNELS + channel, all_products, mask=inside)
+    mean = tl.load(batch + replica * 2 * CHANNELS + channel, mask=inside, other=0.0)
+    inverse = tl.load(batch + replica * 2 * CHANNELS + CHANNELS + channel, mask=inside, other=0.0)
+    scale = inverse * tl.load(weight + channel, mask=inside, other=0.0)
+    offset = tl.load(bias + channel, mask=inside, other=0.0)
+    first, last = program * span, tl.minimum(program * span + span, rows)
+    base = replica.to(tl.int64) * rows * CHANNELS
+    for start in range(first, last, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        mask = (row < last)[:, None] & inside[None, :]
+        at = base + row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+        gradient, normal = _unrectified(
+            dy, x, y, at, mask, mean, inverse, scale, offset, RELU, ADD
+        )
+        result = gradient - (sums / rows)[None, :] - normal * (products / rows)[None, :]
+        tl.store(dx + at, (result * scale[None, :]).to(dx.dtype.element_ty), mask=mask)
+        if ADD:
+            tl.store(dshortcut + at, gradient.to(dshortcut.dtype.element_ty), mask=mask)

@@ -1,0 +1,33 @@
+"""Weights in the type of the activations: one cast a step, where autocast makes one a layer."""
+
+import torch
+from torch import Tensor
+
+from dist_resnet.flat import FlatModel
+
+class Shadow:
+    """A copy, in a lower type, of the weights of a model's convolutions and dense layers."""
+
+    def __init__(self, flat: FlatModel, dtype: torch.dtype) -> None:
+        self._source = flat.values[: flat.num_decayed]
+        self._copy = torch.empty_like(self._source, dtype=dtype)
+        self._model = flat.model
+        self.leaves: list[Tensor] = []
+        """What gradients are taken of, in the order of `FlatModel.parameters`."""
+        for parameter in flat.parameters:
+            place = parameter.shape, parameter.stride(), parameter.storage_offset()
+            lower = parameter.storage_offset() < flat.num_decayed
+            self.leaves.append(
+                self._copy.as_strided(*place).requires_grad_() if lower else parameter
+            )
+        by_identity = dict(zip(map(id, flat.parameters), self.leaves, strict=True))
+        self._tensors = {n: by_identity[id(p)] for n, p in flat.model.named_parameters()}
+
+    def refresh(self) -> None:
+        """Follow the parameters."""
+        with torch.no_grad():
+            self._copy.copy_(self._source)
+
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        """The model's forward pass with these weights in the place of its own."""
+        return torch.func.functional_call(self._model, self._tensors, inputs)
