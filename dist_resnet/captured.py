@@ -1,6 +1,7 @@
 """The whole step as one CUDA graph: captured once, replayed with one launch instead of hundreds."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -86,15 +87,18 @@ def as_configured(step: TrainStep, report: Callable[[str], None]) -> TrainStep |
 
 
 def warm_up(action: Callable[[], None]) -> None:
-    """Run `action` on another stream than the default one, on which nothing can be captured.
-
-    Autograd remembers the stream that a parameter was first used on.
-    """
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    """Run `action` on the stream that is captured later: autograd remembers where it was used."""
+    current, side = torch.cuda.current_stream(), side_stream(torch.cuda.current_device())
     side.wait_stream(current)
     with torch.cuda.stream(side):
         action()
     current.wait_stream(side)
+
+
+@cache
+def side_stream(device: int) -> torch.cuda.Stream:
+    """One for all: memory that a stream has freed is kept for that stream."""
+    return torch.cuda.Stream(device)
 
 
 def capture(action: Callable[[], None]) -> Callable[[], None]:
@@ -104,9 +108,14 @@ def capture(action: Callable[[], None]) -> Callable[[], None]:
         RuntimeError: it does something that a graph cannot hold.
     """
     graph = torch.cuda.CUDAGraph()
-    # The loader's thread goes on allocating and copying: only this thread is watched for misuse.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        action()
+    current, side = torch.cuda.current_stream(), side_stream(torch.cuda.current_device())
+    try:
+        # The loader's thread goes on allocating and copying: only this thread is watched for misuse.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            action()
+    except RuntimeError:
+        torch.cuda.set_stream(current)  # an invalidated capture leaves the side stream current
+        raise
     return graph.replay
 
 
