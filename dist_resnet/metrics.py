@@ -42,6 +42,11 @@ class Totals:
         self._finite *= row[0] + row[3] < torch.inf
         self._finite_steps += self._finite.long()
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums, whether all was finite, and the number of steps until it was not."""
+        return self.sums, self._finite, self._finite_steps
+
     def take(self, window: int) -> Means:
         """Read one window and start it anew. Waits for the device."""
         loss, top1, _, grad_norm, steps = self.sums[window].tolist()

@@ -10,7 +10,7 @@ from dist_resnet.allocator import keep_freed_memory
 from dist_resnet.augment import ChoiceDrawer, Normalisation
 from dist_resnet.data.stream import Batch
 from dist_resnet.distributed import world_size
-from dist_resnet.optim import SMALLEST_SCALE, ema_weight
+from dist_resnet.optim import ema_weight
 from dist_resnet.randomness import step_keys
 from dist_resnet.reduction import build_reduction
 from dist_resnet.replica_pass import build_pass
@@ -18,6 +18,7 @@ from dist_resnet.schema import Config
 from dist_resnet.shadow import Shadow
 from dist_resnet.state import TrainState
 from dist_resnet.step_mode import choose_step_mode, forward_function, replicas_at_once
+from dist_resnet.update import build_update
 
 
 class TrainStep:
@@ -56,6 +57,7 @@ class TrainStep:
         self.forward = forward_function(mode, flat.model, self.group)
         if self.shadow is not None:
             self.forward = self.shadow.forward
+        self.update = build_update(state, config.optim)
         self.keys = step_keys(config.seed, len(rates), self.device)
         self.stop = torch.zeros((), device=self.device)
         self.autocast = torch.autocast(
@@ -93,7 +95,7 @@ class TrainStep:
             lr, ema_weight: numbers, or 0-dimensional float32 tensors.
         """
         self._average_over_replicas(batch, key)
-        self._update(lr, ema_weight)
+        self.update(lr, ema_weight)
 
     def _average_over_replicas(self, batch: Batch, key: Tensor) -> None:
         """Leave in `exchange` the means, over all replicas, of what each of them computed."""
@@ -126,23 +128,3 @@ class TrainStep:
         flat.collect(gradients)
         flat.row[:2].copy_(objective.row)
         flat.stop.copy_(self.stop)
-
-    def _update(self, lr: float | Tensor, ema_weight: float | Tensor) -> None:
-        state, flat = self.state, self.state.flat
-        scaling, overflow = state.loss_scale, None
-        if scaling is not None:
-            flat.gradients.div_(scaling.scale)
-        torch.linalg.vector_norm(flat.gradients, out=flat.norm)
-        if scaling is not None:
-            # fp16 probes for overflow: an infinite gradient is then a skipped step, no divergence,
-            # unless no scale is small enough. Skipped steps leave the mean norm finite.
-            overflow = (~torch.isfinite(flat.norm)).float()
-            scaling.update(overflow)
-            norm = torch.where(overflow > 0, 0.0, flat.norm)
-            flat.norm.copy_(torch.where(scaling.scale > SMALLEST_SCALE, norm, torch.inf))
-        state.optimizer.step(lr, overflow)
-        if state.ema is not None:
-            size = flat.values.numel()
-            state.ema[:size].lerp_(flat.values, ema_weight)
-            state.ema[size:].lerp_(flat.statistics, ema_weight)
-        state.totals.add(flat.row)

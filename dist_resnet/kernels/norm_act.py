@@ -18,7 +18,7 @@ from torch import Tensor, nn
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CHANNELS = 1024
 _TILE = 4096  # values a program holds of a tensor at a time
-_PROGRAMS = 128  # that share a replica's rows, at most
+_PROGRAMS = 256  # of a launch, at most, where there are fewer replicas
 
 
 def accepts(x: Tensor, shortcut: Tensor | None, replicas: int) -> bool:
@@ -71,35 +71,82 @@ class _NormAct(torch.autograd.Function):
         if shortcut is not None:
             shortcut = shortcut.contiguous(memory_format=torch.channels_last)
         cut = _Cut(x, replicas)
-        parts = x.new_empty(replicas, cut.programs, 2, cut.channels, dtype=torch.float32)
-        batch = x.new_empty(replicas, 2, cut.channels, dtype=torch.float32)
-        y = torch.empty_like(x)
+        parts = torch.empty(replicas, cut.programs, 2, cut.channels, device=x.device)
         _moments[cut.grid](x, parts, *cut.sizes, **cut.constants)
-        _normalise[cut.grid](
-            x, shortcut, y, parts, weight, bias, running_mean, running_var, batch,
-            momentum, eps, *cut.sizes, RELU=relu, ADD=shortcut is not None, **cut.constants,
-            PROGRAMS=cut.padded_programs,
+        y, batch = normalise(
+            x, shortcut, parts, (cut.span, cut.programs), weight, bias, running_mean, running_var,
+            momentum, eps, relu, replicas,
         )  # fmt: skip
         ctx.save_for_backward(x, y if shortcut is not None else None, weight, bias, batch)
-        ctx.relu, ctx.cut = relu, cut
+        ctx.relu, ctx.replicas = relu, replicas
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weight, bias, batch = ctx.saved_tensors
-        cut, relu, add = ctx.cut, ctx.relu, y is not None
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        parts = x.new_empty(cut.replicas, cut.programs, 2, cut.channels, dtype=torch.float32)
-        dx, dparameters = torch.empty_like(x), torch.empty_like(batch[0])
-        dshortcut = torch.empty_like(x) if add else None
-        _gradient_sums[cut.grid](
-            dy, x, y, weight, bias, batch, parts, *cut.sizes, RELU=relu, ADD=add, **cut.constants
+        dx, dshortcut, dbias, dweight = gradients(
+            dy, x, y, weight, bias, batch, ctx.relu, ctx.replicas
         )
-        _gradients[cut.grid](
-            dy, x, y, weight, bias, batch, parts, dx, dshortcut, dparameters, *cut.sizes,
-            RELU=relu, ADD=add, **cut.constants, PROGRAMS=cut.padded_programs,
-        )  # fmt: skip
-        return dx, dshortcut, dparameters[1], dparameters[0], *([None] * 6)
+        return dx, dshortcut, dweight, dbias, *([None] * 6)
+
+
+def normalise(
+    x: Tensor,
+    shortcut: Tensor | None,
+    parts: Tensor,
+    geometry: tuple[int, int],
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+    relu: bool,
+    replicas: int,
+) -> tuple[Tensor, Tensor]:
+    """The forward pass behind the sums.
+
+    Args:
+        parts: float32 (R, P, 2, C): mean and squared deviations of P parts of a replica's rows.
+        geometry: rows of a part, and P.
+
+    Returns:
+        The result, and each replica's mean and inverse deviation, float32 (R, 2, C).
+    """
+    cut = _Cut(x, replicas)
+    y, batch = torch.empty_like(x), torch.empty(replicas, 2, cut.channels, device=x.device)
+    _normalise[cut.grid](
+        x, shortcut, y, parts, weight, bias, running_mean, running_var, batch,
+        momentum, eps, *cut.sizes, *geometry, RELU=relu, ADD=shortcut is not None,
+        **cut.constants, PARTS=triton.next_power_of_2(geometry[1]),
+    )  # fmt: skip
+    return y, batch
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    batch: Tensor,
+    relu: bool,
+    replicas: int,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The backward pass: gradients of x, of the shortcut (where y is given), of bias and weight."""
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    cut, add = _Cut(x, replicas), y is not None
+    parts = torch.empty(replicas, cut.programs, 2, cut.channels, device=x.device)
+    dx, dparameters = torch.empty_like(x), torch.empty_like(batch[0])
+    dshortcut = torch.empty_like(x) if add else None
+    _gradient_sums[cut.grid](
+        dy, x, y, weight, bias, batch, parts, *cut.sizes, RELU=relu, ADD=add, **cut.constants
+    )
+    _gradients[cut.grid](
+        dy, x, y, weight, bias, batch, parts, dx, dshortcut, dparameters, *cut.sizes,
+        RELU=relu, ADD=add, **cut.constants, PROGRAMS=triton.next_power_of_2(cut.programs),
+    )  # fmt: skip
+    return dx, dshortcut, dparameters[0], dparameters[1]
 
 
 class _Cut:
@@ -110,13 +157,11 @@ class _Cut:
         rows = x.numel() // (self.channels * replicas)
         padded = triton.next_power_of_2(self.channels)
         block = max(1, min(_TILE // padded, triton.next_power_of_2(rows)))
-        limit = max(1, _PROGRAMS // replicas) if replicas > 1 else _PROGRAMS
         blocks = triton.cdiv(rows, block)
-        span = triton.cdiv(blocks, min(blocks, limit)) * block
-        self.programs = triton.cdiv(rows, span)
-        self.padded_programs = triton.next_power_of_2(self.programs)
+        self.span = triton.cdiv(blocks, max(1, min(blocks, _PROGRAMS // replicas))) * block
+        self.programs = triton.cdiv(rows, self.span)
         self.grid = (self.programs, replicas)
-        self.sizes = (rows, span, self.programs, replicas)
+        self.sizes = (rows, self.span, self.programs, replicas)
         self.constants = {"CHANNELS": self.channels, "PADDED": padded, "BLOCK": block}
 
 
@@ -157,10 +202,10 @@ def _moments(
 @triton.jit
 def _combined(
     parts, rows, span, programs, channel, inside,
-    CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr,
+    CHANNELS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and variance of one replica from its programs' parts (Chan et al. 1979)."""
-    program = tl.arange(0, PROGRAMS)
+    """Mean and variance of one replica from the parts of its rows (Chan et al. 1979)."""
+    program = tl.arange(0, PARTS)
     mask = (program < programs)[:, None] & inside[None, :]
     at = program[:, None] * 2 * CHANNELS + channel[None, :]
     means = tl.load(parts + at, mask=mask, other=0.0)
@@ -174,16 +219,18 @@ def _combined(
 @triton.jit
 def _normalise(
     x, shortcut, y, parts, weight, bias, running_mean, running_var, batch,
-    momentum, eps, rows, span, programs, replicas,
+    momentum, eps, rows, span, programs, replicas, part_span, part_count,
     RELU: tl.constexpr, ADD: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The forward pass's second half; its first program moves the running statistics."""
     program, replica = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, PADDED)
     inside = channel < CHANNELS
-    own = parts + replica * programs * 2 * CHANNELS
-    mean, variance = _combined(own, rows, span, programs, channel, inside, CHANNELS, PROGRAMS)
+    own = parts + replica * part_count * 2 * CHANNELS
+    mean, variance = _combined(
+        own, rows, part_span, part_count, channel, inside, CHANNELS, PARTS
+    )
     inverse = tl.rsqrt(variance + eps)
     if program == 0:
         tl.store(batch + replica * 2 * CHANNELS + channel, mean, mask=inside)
@@ -191,8 +238,10 @@ def _normalise(
     if program + replica == 0:
         means, variances = mean, variance
         for other in range(1, replicas):
-            part = parts + other * programs * 2 * CHANNELS
-            m, v = _combined(part, rows, span, programs, channel, inside, CHANNELS, PROGRAMS)
+            part = parts + other * part_count * 2 * CHANNELS
+            m, v = _combined(
+                part, rows, part_span, part_count, channel, inside, CHANNELS, PARTS
+            )
             means += m
             variances += v
         kept = (1 - momentum) * replicas

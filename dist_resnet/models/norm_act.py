@@ -1,4 +1,4 @@
-"""BatchNorm, addition and ReLU of a ResNet's layer, for one replica or several side by side."""
+"""Convolution, BatchNorm, addition and ReLU of a ResNet's layer, for replicas side by side too."""
 
 import torch
 from torch import Tensor, nn
@@ -59,3 +59,15 @@ class NormAct(nn.BatchNorm2d):
             self.running_mean.copy_(torch.stack(means).sum(dim=0))
             self.running_var.copy_(torch.stack(variances).sum(dim=0))
         return torch.cat(results)
+
+
+def conv_norm_act(
+    conv: nn.Conv2d, norm: NormAct, x: Tensor, shortcut: Tensor | None = None
+) -> Tensor:
+    """norm(conv(x), shortcut), as one operation where our kernels are made for both."""
+    if norm.fused and norm.training and support.usable(x.device):
+        from dist_resnet.kernels import conv as triton  # Triton is not everywhere
+
+        if triton.accepts(conv, x, shortcut, norm.replicas):
+            return triton.conv_norm_act(conv, norm, x, shortcut, norm.relu, norm.replicas)
+    return norm(conv(x), shortcut)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_resnet.models.norm_act import NormAct
+from dist_resnet.models.norm_act import NormAct, conv_norm_act
 from dist_resnet.randomness import Stream, stream_key
 from dist_resnet.schema import ModelConfig
 
@@ -46,13 +46,22 @@ class Pad(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
 
 
+class Projection(nn.Sequential):
+    """Shortcut by a 1x1 convolution and BatchNorm (option B)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C', H / stride, W / stride)."""
+        conv, norm = self
+        return conv_norm_act(conv, norm, x)
+
+
 def _shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -> nn.Module:
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     if kind == "pad":
         return Pad(out_channels - in_channels, stride)
     projection = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
-    return nn.Sequential(projection, NormAct(out_channels, relu=False))
+    return Projection(projection, NormAct(out_channels, relu=False))
 
 
 class BasicBlock(nn.Module):
@@ -68,8 +77,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C', H / stride, W / stride)."""
-        y = self.bn1(self.conv1(x))
-        return self.bn2(self.conv2(y), self.shortcut(x))
+        y = conv_norm_act(self.conv1, self.bn1, x)
+        return conv_norm_act(self.conv2, self.bn2, y, self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -102,7 +111,7 @@ class ResNet(nn.Module):
         Returns:
             (N, K).
         """
-        features = self.stages(self.bn(self.stem(images))).mean(dim=(2, 3))
+        features = self.stages(conv_norm_act(self.stem, self.bn, images)).mean(dim=(2, 3))
         if keep is not None:
             features = features * keep
         return self.head(features)

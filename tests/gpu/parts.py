@@ -134,8 +134,9 @@ def facts(found: Found, pairs: list[str]) -> None:
         found["cudnn"], found["nccl"] = torch.backends.cudnn.version(), torch.cuda.nccl.version()
         found["arch"] = torch.cuda.get_arch_list()
         found["mps"] = str(shutil.which("nvidia-cuda-mps-control"))
-        done = subprocess.run(["nvidia-smi"], capture_output=True, text=True)
-        found["nvidia-smi"] = [line for line in done.stdout.splitlines() if "Driver" in line]
+        with found.attempt("nvidia-smi"):
+            done = subprocess.run(["nvidia-smi"], capture_output=True, text=True)
+            found["nvidia-smi"] = [line for line in done.stdout.splitlines() if "Driver" in line]
     for library in ("ffcv", "wandb", "omegaconf", "scipy", "sklearn"):
         with found.attempt(library):
             __import__(library)
@@ -318,6 +319,88 @@ def tuning(found: Found, pairs: list[str]) -> None:
                 if tile >= 4096 and programs >= 128:
                     row.append(speed(1024, 1, "graph", steps=20)["ms"])
                 found[f"tile {tile} programs {programs}: ms at 32, 1024"] = row
+
+
+def side_stream(found: Found, pairs: list[str]) -> None:
+    """Weight gradients on a stream of their own."""
+    from dist_resnet.flat import FlatModel
+
+    if not CUDA:
+        return
+    torch.backends.cudnn.benchmark = True
+    side, collect = torch.cuda.Stream(), FlatModel.collect
+    back = torch.ops.aten.convolution_backward
+
+    class Split(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w, stride, padding):
+            ctx.save_for_backward(x, w)
+            ctx.place = stride, padding
+            return torch.conv2d(x, w, None, stride, padding)
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, w = ctx.saved_tensors
+            rest = (None, *map(list, ctx.place), [1, 1], False, [0, 0], 1)
+            current = torch.cuda.current_stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                dw = back(dy, x, w, *rest, [False, True, False])[1]
+            for tensor in (x, dy, w):
+                tensor.record_stream(side)
+            dx = back(dy, x, w, *rest, [True, False, False])[0] if ctx.needs_input_grad[0] else None
+            return dx, dw, None, None
+
+    def forward(self, x):
+        return Split.apply(x.to(self.weight.dtype), self.weight, self.stride, self.padding)
+
+    def joined(self, gradients):
+        torch.cuda.current_stream().wait_stream(side)
+        collect(self, gradients)
+
+    own = torch.nn.Conv2d.forward
+    for size, replicas in ((32, 1), (32, 8), (1024, 1)):
+        with found.attempt(f"together {size}x{replicas}"):
+            found[f"one stream {size}x{replicas}"] = speed(size, replicas, "graph")
+            torch.nn.Conv2d.forward, FlatModel.collect = forward, joined
+            found[f"two streams {size}x{replicas}"] = speed(size, replicas, "graph")
+        torch.nn.Conv2d.forward, FlatModel.collect = own, collect
+
+
+def spin(found: Found, pairs: list[str]) -> None:
+    torch.backends.cudnn.benchmark = True
+    step, batches = make(32, 1, "graph")
+    found["images/s"] = 32 / seconds_of(lambda n: step(batches[n % 8]), 400, 8)
+
+
+def sharing(found: Found, pairs: list[str]) -> None:
+    """Several trainings on one card: without and with MPS."""
+    if not CUDA:
+        return
+
+    def together(count: int, environment: dict[str, str]) -> list[float]:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [Path(folder) / f"{n}.json" for n in range(count)]
+            processes = [
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.gpu.parts", "spin", str(path)],
+                    env={**os.environ, **environment}, stdout=subprocess.DEVNULL,
+                )
+                for path in paths
+            ]  # fmt: skip
+            for process in processes:
+                process.wait(timeout=60)
+            return [json.loads(path.read_text())["images/s"] for path in paths]
+
+    found["3 processes"] = together(3, {})
+    place = {"CUDA_MPS_PIPE_DIRECTORY": "/tmp/mps", "CUDA_MPS_LOG_DIRECTORY": "/tmp/mps"}
+    os.makedirs("/tmp/mps", exist_ok=True)
+    daemon = subprocess.run(["nvidia-cuda-mps-control", "-d"], env={**os.environ, **place})
+    found["mps"] = daemon.returncode
+    try:
+        found["3 processes, MPS"] = together(3, place)
+    finally:
+        subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, env={**os.environ, **place})
 
 
 def main() -> None:

@@ -1,0 +1,65 @@
+"""What follows the mean gradient in a step: the optimizer, the moving average and the totals."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dist_resnet.kernels import support
+from dist_resnet.optim import SMALLEST_SCALE
+from dist_resnet.schema import OptimConfig
+from dist_resnet.state import TrainState
+
+Update = Callable[[float | Tensor, float | Tensor], None]
+"""Takes the step's learning rate and the newest values' weight in the moving average: numbers, or
+0-dimensional float32 tensors."""
+
+
+def build_update(state: TrainState, config: OptimConfig) -> Update:
+    """By our kernels for SGD without loss scaling where they run, else by PyTorch's operations."""
+    plain = config.name == "sgd" and state.loss_scale is None
+    if plain and support.usable(state.flat.values.device):
+        return lambda lr, ema_weight: _by_kernels(state, config, lr, ema_weight)
+    return lambda lr, ema_weight: by_torch(state, lr, ema_weight)
+
+
+def by_torch(state: TrainState, lr: float | Tensor, ema_weight: float | Tensor) -> None:
+    """On any device, for any optimizer, with loss scaling where the state has it."""
+    flat, scaling, overflow = state.flat, state.loss_scale, None
+    if scaling is not None:
+        flat.gradients.div_(scaling.scale)
+    torch.linalg.vector_norm(flat.gradients, out=flat.norm)
+    if scaling is not None:
+        # fp16 probes for overflow: an infinite gradient is then a skipped step, no divergence,
+        # unless no scale is small enough. Skipped steps leave the mean norm finite.
+        overflow = (~torch.isfinite(flat.norm)).float()
+        scaling.update(overflow)
+        norm = torch.where(overflow > 0, 0.0, flat.norm)
+        flat.norm.copy_(torch.where(scaling.scale > SMALLEST_SCALE, norm, torch.inf))
+    state.optimizer.step(lr, overflow)
+    if state.ema is not None:
+        size = flat.values.numel()
+        state.ema[:size].lerp_(flat.values, ema_weight)
+        state.ema[size:].lerp_(flat.statistics, ema_weight)
+    state.totals.add(flat.row)
+
+
+def _by_kernels(
+    state: TrainState, config: OptimConfig, lr: float | Tensor, ema_weight: float | Tensor
+) -> None:
+    from dist_resnet.kernels import update as kernels  # Triton is not everywhere
+
+    flat = state.flat
+    squares = kernels.update(
+        flat.values,
+        flat.exchange,
+        state.optimizer.momentum,
+        state.ema,
+        flat.num_decayed,
+        lr,
+        ema_weight,
+        config.momentum,
+        config.weight_decay,
+        config.nesterov,
+    )
+    kernels.account(squares, flat.row, *state.totals.tensors)
