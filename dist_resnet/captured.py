@@ -1,29 +1,38 @@
 """The whole step as one CUDA graph: captured once, replayed with one launch instead of hundreds."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from dist_resnet.data.stream import Batch
+from dist_resnet.distributed import from_all
 from dist_resnet.state import TrainState
 from dist_resnet.step import TrainStep
 
 # Compilation, cuDNN's choice of algorithms and NCCL's connections happen in steps before the
 # capture, which may contain none of them. They are steps of the training like any other.
 WARM_UP_STEPS = 3
+# Replays that are compared with PyTorch's operations before the graph is trusted.
+CHECKED_STEPS = 3
+# Largest relative differences of gradient, statistics and loss: rounding stays far below, even that
+# of two ways to compute in bfloat16, and what is wrong is far above.
+_LIMITS = {torch.float32: 0.02, torch.bfloat16: 0.2, torch.float16: 0.2}
 
 
 class CapturedStep:
     """Does what a `TrainStep` does; the step's number is a tensor on the device.
 
     Its learning rate, random choices and weight of the moving average are looked up there, so that
-    nothing differs between two replays but the contents of buffers.
+    nothing differs between two replays but the contents of buffers. The first replays are compared
+    with PyTorch's operations on the same batch; if they differ, or if any rank cannot capture its
+    step, all ranks go on without a graph.
     """
 
     def __init__(self, step: TrainStep, report: Callable[[str], None]) -> None:
-        """`report` is told if the capture fails; the steps then run without a graph."""
+        """`report` is told if the steps run without a graph, and why."""
         self._step = step
         self._report = report
         device = step.device
@@ -34,6 +43,7 @@ class CapturedStep:
         self._batch: Batch | None = None
         self._calls = 0
         self._run: Callable[[], None] | None = None
+        self._graph: Graph | None = None
 
     @property
     def state(self) -> TrainState:
@@ -50,10 +60,17 @@ class CapturedStep:
         self._calls += 1
         if self._calls <= WARM_UP_STEPS:
             warm_up(self._launch)
-        else:
-            self._run = self._run or self._captured()
+        elif self._run is not None:
             self._run()
+        else:
+            self._replay_checked()
         self.state.step += 1
+
+    def close(self) -> None:
+        """Give the graph up, before the process group: NCCL waits for graphs that refer to it."""
+        if self._graph is not None:
+            self._graph.reset()
+        self._graph, self._run = None, self._launch
 
     def _hold(self, batch: Batch) -> None:
         """Copy the batch to where the graph reads it."""
@@ -71,14 +88,73 @@ class CapturedStep:
         self._step.advance(self._batch, key, lr, weight)
         self._position += 1
 
-    def _captured(self) -> Callable[[], None]:
-        """What replays the step, or runs it operation by operation where a capture fails."""
+    def _replay_checked(self) -> None:
+        """One step by the graph, captured now if there is none, and by PyTorch's operations."""
+        if self._graph is None and not self._capture():
+            return
+        assert self._graph is not None
+        assert self._batch is not None
+        tensors = [*self.state.tensors(), self._position]
+        before = [tensor.clone() for tensor in tensors]
+        with self._step.by_torch():
+            key = self._step.keys.index_select(0, self._position).squeeze(0)
+            warm_up(lambda: self._step.average_over_replicas(self._batch, key))
+            expected = self.state.flat.exchange.clone()
+        _restore(tensors, before)
+        self._graph.replay()
+        wrong = self._differs(expected)
+        if not any(from_all(wrong is not None)):
+            if self._calls == WARM_UP_STEPS + CHECKED_STEPS:
+                self._run = self._graph.replay
+            return
+        _restore(tensors, before)
+        self.close()
+        self._report(
+            f"train.step_mode=graph: {wrong or 'another rank'} differs from PyTorch's operations;"
+            " steps run one by one by these"
+        )
+        self._run = self._launch_by_torch
+        self._run()
+
+    def _launch_by_torch(self) -> None:
+        with self._step.by_torch():
+            self._launch()
+
+    def _differs(self, expected: Tensor) -> str | None:
+        """What of the last step's means is not what PyTorch found. Waits for the device."""
+        flat, limit = self.state.flat, _LIMITS[self._step.precision]
+        size, scaling = flat.gradients.numel(), self.state.loss_scale
+        end = size + flat.statistics.numel()
+        if scaling is not None:
+            expected[:size] /= scaling.scale  # which has not moved, unless there was an overflow
+        parts = {
+            "the gradient": (flat.gradients, expected[:size]),
+            "a BatchNorm statistic": (
+                flat.statistics,
+                expected[size:end],
+            ),
+            "the loss": (flat.loss, expected[end]),
+        }
+        for name, (found, wanted) in parts.items():
+            error, scale = (found - wanted).norm(), wanted.norm()
+            if bool(torch.isfinite(scale)) and not bool(error <= limit * scale + 1e-6):
+                return name
+        return None
+
+    def _capture(self) -> bool:
+        """Capture the step on all ranks; if one cannot, run this and all further ones without."""
+        reason = None
         try:
-            return capture(self._launch)
+            self._graph = capture(self._launch)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
-            self._report(f"train.step_mode=graph: no graph, steps run one by one: {reason}")
-            return self._launch
+        reasons = [text for text in from_all(reason) if text]
+        if not reasons:
+            return True
+        self.close()
+        self._report(f"train.step_mode=graph: no graph, steps run one by one: {reasons[0]}")
+        self._launch()
+        return False
 
 
 def as_configured(step: TrainStep, report: Callable[[str], None]) -> TrainStep | CapturedStep:
@@ -101,7 +177,21 @@ def side_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def capture(action: Callable[[], None]) -> Callable[[], None]:
+class Graph:
+    """A recorded action: torch's graph, and what it must outlive."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph = graph
+        self.replay = graph.replay
+
+    def reset(self) -> None:
+        """Free it when the device is done with it."""
+        with suppress(RuntimeError):  # of a device that has failed; its own error is told
+            torch.cuda.synchronize()
+        self._graph.reset()
+
+
+def capture(action: Callable[[], None]) -> Graph:
     """What repeats the device work of `action`, which is recorded and not executed.
 
     Raises:
@@ -110,13 +200,20 @@ def capture(action: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     current, side = torch.cuda.current_stream(), side_stream(torch.cuda.current_device())
     try:
-        # The loader's thread goes on allocating and copying: only this thread is watched for misuse.
+        # The loader's thread goes on allocating and copying: only this one is watched for misuse.
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             action()
     except RuntimeError:
-        torch.cuda.set_stream(current)  # an invalidated capture leaves the side stream current
+        # An invalidated capture raises before torch restores the stream: the loader's next batches
+        # would be copied unordered with the steps that read them.
+        torch.cuda.set_stream(current)
         raise
-    return graph.replay
+    return Graph(graph)
+
+
+def _restore(tensors: Sequence[Tensor], contents: Sequence[Tensor]) -> None:
+    for tensor, content in zip(tensors, contents, strict=True):
+        tensor.copy_(content)
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

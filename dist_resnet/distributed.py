@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 # Outside of the training steps ranks wait for one that downloads or writes, not for a hang.
 _PATIENCE = datetime.timedelta(hours=1)
+# torch.AcceleratorError is there from 2.8 on; before, the device's errors are plain RuntimeErrors.
+CUDA_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 _patient: Any = None
 _timeout = _PATIENCE
 
@@ -82,9 +84,14 @@ def start(device: str, timeout_seconds: int) -> World:
     return World(rank, size, local_rank, local_size, place)
 
 
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
+def stop(orderly: bool = True) -> None:
+    """Leave the process group.
+
+    Args:
+        orderly: whether the other ranks are leaving too. NCCL waits for them; alone, a rank of a
+            job on GPUs keeps its group, and the process ends without it.
+    """
+    if dist.is_initialized() and (orderly or dist.get_backend() != "nccl"):
         dist.destroy_process_group()
 
 
@@ -180,11 +187,21 @@ def collective() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's own; NCCL's DistBackendError is one too
+        if _is_the_devices(error):
+            raise
         if signals.received():  # the others have met the same signal, and left before
             reason = f"stopped by {signals.received_name()}; the last checkpoint counts"
             raise Preempted(reason) from None
         line = first_line(error)
         raise PeerLost(f"rank {environment_rank()}: lost contact with another: {line}") from None
+
+
+def _is_the_devices(error: RuntimeError) -> bool:
+    """Whether the device failed, or a capture, and not the exchange: on a GPU anything surfaces
+    at the next call, whichever it is."""
+    if not torch.cuda.is_initialized() or isinstance(error, dist.DistError):
+        return False
+    return isinstance(error, CUDA_ERRORS) or torch.cuda.is_current_stream_capturing()
 
 
 def _attempt(action: Callable[[], T]) -> tuple[tuple[T] | None, str | None]:

@@ -52,7 +52,9 @@ class ReplicaPass(Protocol):
 
 
 @dataclass(frozen=True)
-class _ByReplica:
+class ReplicaChoices:
+    """The random choices of `TorchPass`: each replica's own."""
+
     parts: list[Choices]
 
     @property
@@ -76,14 +78,14 @@ class TorchPass:
         self.config, self.smoothing, self.draw = config, smoothing, draw
         self.statistics, self.replicas = statistics, replicas
 
-    def inputs(self, images: Tensor, samples: Tensor, key: Tensor) -> tuple[Tensor, _ByReplica]:
+    def inputs(self, images: Tensor, samples: Tensor, key: Tensor) -> tuple[Tensor, ReplicaChoices]:
         chosen = [self.draw(key, part) for part in samples.chunk(self.replicas)]
         parts = zip(images.chunk(self.replicas), chosen, strict=True)
         made = [augment(part, c, self.config, self.statistics) for part, c in parts]
-        return _joined(made), _ByReplica(chosen)
+        return _joined(made), ReplicaChoices(chosen)
 
     def objective(
-        self, logits: Tensor, labels: Tensor, choices: _ByReplica, scale: Tensor | None
+        self, logits: Tensor, labels: Tensor, choices: ReplicaChoices, scale: Tensor | None
     ) -> Objective:
         losses, shares = [], []
         for part, own, chosen in zip(
@@ -168,6 +170,14 @@ def build_pass(
     if support.usable(statistics.mean.device):
         return KernelPass(config, smoothing, draw, statistics, replicas, precision)
     return TorchPass(config, smoothing, draw, statistics, replicas)
+
+
+def torch_pass(own: ReplicaPass) -> ReplicaPass:
+    """The pass by PyTorch's operations that does what `own` does."""
+    if not isinstance(own, KernelPass):
+        return own
+    draw = own.draw.by_torch
+    return TorchPass(own.config, own.smoothing, draw, own.statistics, own.replicas)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from dist_resnet.config import to_dict
 from dist_resnet.data.stream import Loader, open_loader, training_batches
 from dist_resnet.distributed import World, from_main, on_main, start, stop, together
 from dist_resnet.environment import git_commit, hardware, versions
-from dist_resnet.errors import EXIT_DONE, DistResnetError, Preempted, UserError
+from dist_resnet.errors import EXIT_DONE, DistResnetError, Diverged, Preempted, UserError
 from dist_resnet.evaluation import Evaluator
 from dist_resnet.gallery import Gallery
 from dist_resnet.loop import Trainer
@@ -42,6 +42,7 @@ def run(config: Config) -> None:
     """
     signals.install()
     world = start(config.parallel.device, config.parallel.timeout_seconds)
+    orderly = False
     try:
         folder = RunFolder(Path(config.run.dir) / run_name(config))
         on_main(lambda: open_folder(config, folder))
@@ -52,10 +53,13 @@ def run(config: Config) -> None:
                 status, reason = _ending(error)
                 step, code = folder.status().get("step", 0), getattr(error, "exit_code", 1)
                 folder.set_status(status, step, reason, code)
+            # These are raised on all ranks, each at the same place.
+            orderly = isinstance(error, UserError | Diverged | Preempted)
             raise
+        orderly = True
     finally:
         watchdog.disarm()
-        stop()
+        stop(orderly)
 
 
 def _run_in(wanted: Config, world: World, folder: RunFolder) -> None:
@@ -154,6 +158,7 @@ def _fit_and_close(
         raise
     finally:
         trainer.batches.close()
+        trainer.train_step.close()
         watchdog.disarm()
 
     def finish() -> None:

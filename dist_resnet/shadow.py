@@ -5,6 +5,7 @@ from torch import Tensor
 
 from dist_resnet.flat import FlatModel
 
+
 class Shadow:
     """A copy, in a lower type, of the weights of a model's convolutions and dense layers."""
 

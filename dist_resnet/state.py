@@ -35,6 +35,16 @@ class TrainState:
     stopped_early: bool = False
     """Whether train.early_stop ended the run at this step."""
 
+    def tensors(self) -> list[Tensor]:
+        """All that a step on the device changes."""
+        found = [self.flat.values, self.flat.exchange, self.flat.row, self.optimizer.momentum]
+        found += self.totals.tensors
+        if self.ema is not None:
+            found.append(self.ema)
+        if self.loss_scale is not None:
+            found += [self.loss_scale.scale, self.loss_scale.good_steps]
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors on the CPU, parameters by name and in their own shapes."""
         flat = self.flat

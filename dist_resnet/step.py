@@ -1,6 +1,7 @@
 """One optimisation step: augment, forward and backward for the local replicas, reduce, update."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,15 +11,16 @@ from dist_resnet.allocator import keep_freed_memory
 from dist_resnet.augment import ChoiceDrawer, Normalisation
 from dist_resnet.data.stream import Batch
 from dist_resnet.distributed import world_size
+from dist_resnet.models.norm_act import NormAct
 from dist_resnet.optim import ema_weight
 from dist_resnet.randomness import step_keys
 from dist_resnet.reduction import build_reduction
-from dist_resnet.replica_pass import build_pass
+from dist_resnet.replica_pass import build_pass, torch_pass
 from dist_resnet.schema import Config
 from dist_resnet.shadow import Shadow
 from dist_resnet.state import TrainState
 from dist_resnet.step_mode import choose_step_mode, forward_function, replicas_at_once
-from dist_resnet.update import build_update
+from dist_resnet.update import build_update, update_by_torch
 
 
 class TrainStep:
@@ -46,6 +48,7 @@ class TrainStep:
             self.local,
             state.flat.exchange.device,
         )
+        self.precision = precision
         flat, head = state.flat, state.flat.model.head
         self.device = flat.values.device
         mode, _ = choose_step_mode(config.train.step_mode, config, self.device)
@@ -69,6 +72,24 @@ class TrainStep:
         self.replica_pass = build_pass(
             config.augment, config.optim.label_smoothing, draw, statistics, self.group, precision
         )
+
+    @contextmanager
+    def by_torch(self) -> Iterator[None]:
+        """While open, steps are made of PyTorch's operations: what our kernels are held to."""
+        own, update, model = self.replica_pass, self.update, self.state.flat.model
+        fused = {m: m.fused for m in model.modules() if isinstance(m, NormAct)}
+        self.replica_pass, self.update = torch_pass(own), update_by_torch(self.state)
+        for module in fused:
+            module.fused = False
+        try:
+            yield
+        finally:
+            self.replica_pass, self.update = own, update
+            for module, value in fused.items():
+                module.fused = value
+
+    def close(self) -> None:
+        """Give up what must not outlive the process group: nothing."""
 
     def __call__(self, batch: Batch) -> None:
         """Train on `batch`, which must be that of step `state.step`."""
@@ -94,10 +115,10 @@ class TrainStep:
             key: int64, 0-dimensional; random choices follow from it.
             lr, ema_weight: numbers, or 0-dimensional float32 tensors.
         """
-        self._average_over_replicas(batch, key)
+        self.average_over_replicas(batch, key)
         self.update(lr, ema_weight)
 
-    def _average_over_replicas(self, batch: Batch, key: Tensor) -> None:
+    def average_over_replicas(self, batch: Batch, key: Tensor) -> None:
         """Leave in `exchange` the means, over all replicas, of what each of them computed."""
         flat, size = self.state.flat, self.group * self.config.data.batch_size_per_replica
         if self.shadow is not None:
@@ -108,13 +129,11 @@ class TrainStep:
             part = slice(first, first + size)
             if start is not None:
                 flat.statistics.copy_(start)
-            self._sum_over_group(batch.images[part], batch.labels[part], batch.samples[part], key)
+            self.sum_over_group(batch.images[part], batch.labels[part], batch.samples[part], key)
             self.reduction.add(flat.exchange)
         self.reduction.finish(flat.exchange)
 
-    def _sum_over_group(
-        self, images: Tensor, labels: Tensor, samples: Tensor, key: Tensor
-    ) -> None:
+    def sum_over_group(self, images: Tensor, labels: Tensor, samples: Tensor, key: Tensor) -> None:
         """Put gradients, losses and top-1, summed over replicas side by side, into `exchange`."""
         flat, scaling = self.state.flat, self.state.loss_scale
         inputs, choices = self.replica_pass.inputs(images, samples, key)

@@ -20,11 +20,15 @@ def build_update(state: TrainState, config: OptimConfig) -> Update:
     plain = config.name == "sgd" and state.loss_scale is None
     if plain and support.usable(state.flat.values.device):
         return lambda lr, ema_weight: _by_kernels(state, config, lr, ema_weight)
-    return lambda lr, ema_weight: by_torch(state, lr, ema_weight)
+    return update_by_torch(state)
 
 
-def by_torch(state: TrainState, lr: float | Tensor, ema_weight: float | Tensor) -> None:
+def update_by_torch(state: TrainState) -> Update:
     """On any device, for any optimizer, with loss scaling where the state has it."""
+    return lambda lr, ema_weight: _by_torch(state, lr, ema_weight)
+
+
+def _by_torch(state: TrainState, lr: float | Tensor, ema_weight: float | Tensor) -> None:
     flat, scaling, overflow = state.flat, state.loss_scale, None
     if scaling is not None:
         flat.gradients.div_(scaling.scale)

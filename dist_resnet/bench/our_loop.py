@@ -6,12 +6,8 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-import torch
-from torch import Tensor
-
-from dist_resnet.augment import Choices, augment
 from dist_resnet.bench.gate import Finished, Gate
 from dist_resnet.captured import as_configured
 from dist_resnet.data.stream import Batch, open_loader, training_batches
@@ -34,12 +30,9 @@ _KEPT_BATCHES = 8  # of the step fed from memory
 class MemoryFedStep(TrainStep):
     """The same step on images that are augmented already, with choices drawn before."""
 
-    def hold(self, choices: Choices) -> None:
+    def hold(self, choices: Any) -> None:
         """Use these choices in every step."""
-        self.draw = lambda key, samples: choices  # type: ignore[assignment]
-
-    def _forward(self, images: Tensor, labels: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
-        return self._loss_and_top1(images, labels, choices)
+        self.replica_pass.inputs = lambda images, samples, key: (images, choices)  # type: ignore[method-assign]
 
 
 def train(config: Config, world: World, gate: Gate, steps: int, from_memory: bool = False) -> None:
@@ -54,7 +47,7 @@ def train(config: Config, world: World, gate: Gate, steps: int, from_memory: boo
     step = make_step(config, session, plan, MemoryFedStep if from_memory else TrainStep)
     batches = open_batches(session, plan)
     if isinstance(step, MemoryFedStep):
-        batches = repeat(kept_batches(step, batches, plan.replicas_per_rank))
+        batches = repeat(kept_batches(step, batches))
     with _recording(config, session, plan, from_memory) as recording:
         try:
             fit_on(step, plan, world, lambda: next(batches), steps, gate, recording)
@@ -124,26 +117,16 @@ def open_batches(session: Session, plan: Plan) -> Generator[Batch, None, None]:
     )
 
 
-def kept_batches(
-    step: MemoryFedStep, batches: Generator[Batch, None, None], replicas: int
-) -> list[Batch]:
+def kept_batches(step: MemoryFedStep, batches: Generator[Batch, None, None]) -> list[Batch]:
     """A few batches, augmented once; from here on `step` uses the choices of the first."""
-    kept = []
+    kept, choices = [], None
     for number in range(_KEPT_BATCHES):
         batch = next(batches)
-        images = []
-        for part, samples in zip(
-            batch.images.chunk(replicas), batch.samples.chunk(replicas), strict=True
-        ):
-            choices = step.draw(step.keys[number], samples)
-            inputs = augment(part, choices, step.config.augment, step.statistics)
-            keep_layout = step.config.precision.channels_last
-            images.append(inputs if keep_layout else inputs.contiguous())
-        joined = torch.cat(images) if replicas > 1 else images[0]
-        kept.append(Batch(joined, batch.labels.clone(), batch.samples.clone()))
+        inputs, drawn = step.replica_pass.inputs(batch.images, batch.samples, step.keys[number])
+        choices = choices or drawn
+        kept.append(Batch(inputs.clone(), batch.labels.clone(), batch.samples.clone()))
     batches.close()
-    size = len(kept[0].samples) // replicas
-    step.hold(step.draw(step.keys[0], kept[0].samples[:size]))
+    step.hold(choices)
     return kept
 
 

@@ -8,17 +8,9 @@ from unittest import mock
 
 import torch
 
-from dist_resnet import step as step_module
-from dist_resnet.augment import augment
 from dist_resnet.data.stream import Batch
 from dist_resnet.step import TrainStep
 
-# Names that `step` calls, and the part they belong to.
-_PARTS = {
-    "augment": "augmentation",
-    "mixed_cross_entropy": "loss",
-    "weighted_top1": "loss",
-}
 _AUGMENTING = ("augment", "index", "pad", "where", "lerp", "flip", "sub_", "aten::mul")
 _GROUPS: dict[str, tuple[str, ...]] = {
     "convolution": ("conv",),
@@ -61,18 +53,13 @@ def _timers(step: TrainStep, clock: _Clock) -> Iterator[None]:
             wrapped = clock.wrap(part, getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, wrapped))
 
-        for name, part in _PARTS.items():
-            put(step_module, name, part)
-        put(step, "draw", "random choices")
+        put(step.replica_pass, "inputs", "choices and augmentation")
+        put(step.replica_pass, "objective", "loss")
         put(step, "forward", "forward")
-        put(step.state.optimizer, "step", "optimizer")
+        put(step, "update", "optimizer and totals")
         put(step.reduction, "add", "reduction")
         put(step.reduction, "finish", "reduction")
-        original = torch.Tensor.backward
-        backward = clock.wrap("backward", original)
-        stack.enter_context(
-            mock.patch.object(torch.Tensor, "backward", lambda *a, **k: backward(*a, **k))
-        )
+        put(torch.autograd, "grad", "backward")
         yield
 
 
@@ -101,6 +88,7 @@ def operators_of_step(
     step: TrainStep, draw: Callable[[], Batch], steps: int
 ) -> list[dict[str, Any]]:
     """Shares of the operators in a step's time, grouped, and how often each is called."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile, record_function
 
     activities = [ProfilerActivity.CPU]
@@ -108,16 +96,19 @@ def operators_of_step(
         activities.append(ProfilerActivity.CUDA)
     step(draw())
     # Our kernel for CPUs is no operator of torch's, and has no name of its own there.
-    named = record_function("augment")(augment) if step.device.type == "cpu" else augment
+    named = record_function("augment")(step.replica_pass.inputs)
     with (
-        mock.patch.object(step_module, "augment", named),
+        mock.patch.object(step.replica_pass, "inputs", named),
         profile(activities=activities) as profiler,
     ):
         for _ in range(steps):
             step(draw())
     groups: dict[str, list[float]] = {}
+    on_gpu = len(activities) > 1
     for event in profiler.key_averages():
-        own = event.self_device_time_total if len(activities) > 1 else event.self_cpu_time_total
+        if on_gpu and event.device_type != DeviceType.CUDA:
+            continue  # an operator's device time is its kernels', which are there themselves
+        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         entry = groups.setdefault(_group(event.key), [0.0, 0.0])
         entry[0] += own
         entry[1] += event.count if own else 0

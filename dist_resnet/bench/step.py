@@ -131,19 +131,16 @@ class _Made:
         """What a step computes and moves, and how fast this machine could."""
         import torch
 
-        from dist_resnet.augment import augment
         from dist_resnet.bench.roofline import count_work, measure_ceilings
 
         step, batch = self.step, self.draw()
         model, dtype = step.state.flat.model, step.precision
-        choices = step.draw(step.keys[0], batch.samples)
-        images = augment(batch.images, choices, step.config.augment, step.statistics)
+        images, _ = step.replica_pass.inputs(batch.images, batch.samples, step.keys[0])
         if not step.config.precision.channels_last:
             images = images.contiguous()
 
         def forward_and_backward() -> None:
-            loss, _ = step._forward(batch.images, batch.labels, choices)
-            loss.backward()
+            step.sum_over_group(batch.images, batch.labels, batch.samples, step.keys[0])
 
         work = count_work(forward_and_backward, model)
         found = measure_ceilings(model, images, dtype, work, seconds)

@@ -16,6 +16,7 @@ from dist_resnet.models.resnet import ResNet
 from dist_resnet.optim import FlatSGD
 from dist_resnet.plan import make_plan, rates
 from dist_resnet.precision import choose_dtype
+from dist_resnet.replica_pass import KernelPass, ReplicaChoices
 from dist_resnet.schema import Config
 from dist_resnet.session import with_replicas
 from dist_resnet.state import TrainState, build_state
@@ -50,7 +51,8 @@ def train_ours(config: Config, world: World, gate: Gate, steps: int, tiny: bool)
     step = MemoryFedStep(
         config, state, rates(config, plan), plan.replicas, precision, statistics, (32, 32)
     )
-    step.hold(_UNMIXED)
+    at_once = isinstance(step.replica_pass, KernelPass)
+    step.hold(_UNMIXED if at_once else ReplicaChoices([_UNMIXED]))
     size = config.data.batch_size_per_replica
     shape = (size, FEATURES) if tiny else (size, 3, 32, 32)
     layout = torch.contiguous_format

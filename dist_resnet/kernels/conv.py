@@ -1,9 +1,9 @@
 """Convolution, BatchNorm, addition and ReLU on a GPU, made for few channels and small images.
 
 cuDNN's kernels for these sizes fill a fraction of their tiles: a step of ResNet-20 at batch 32 has
-62 of them, of 4 to 10 us each on an H100. Here a program multiplies a tile of pixels by the filters,
-tap by tap, and leaves the sums that BatchNorm needs; those of weight gradients are added up by
-whichever program comes last, in a fixed order, so that equal inputs give equal bits.
+62 of them, of 4 to 10 us each on an H100. Here a program multiplies a tile of pixels by the
+filters, tap by tap, and leaves the sums that BatchNorm needs; those of weight gradients are added
+up by whichever program comes last, in a fixed order, so that equal inputs give equal bits.
 
 Shapes: R replicas of N images; x is (R N, C, H, W) and z (R N, K, H', W') in channels-last order,
 the weight (K, C, S, S) likewise.
@@ -242,9 +242,7 @@ def _convolve(
             pixels = tl.load(
                 x + at[:, None] + channel[None, :], mask=inside[:, None] & known[None, :], other=0.0
             )
-            factors = tl.load(
-                weight + taken, mask=known[:, None] & wanted[None, :], other=0.0
-            )
+            factors = tl.load(weight + taken, mask=known[:, None] & wanted[None, :], other=0.0)
             total = tl.dot(pixels, factors, total, input_precision="ieee")
         values = total.to(z.dtype.element_ty)
         mask = there[:, None] & wanted[None, :]

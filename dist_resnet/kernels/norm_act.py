@@ -22,7 +22,7 @@ _PROGRAMS = 256  # of a launch, at most, where there are fewer replicas
 
 
 def accepts(x: Tensor, shortcut: Tensor | None, replicas: int) -> bool:
-    """Whether the kernels are made for `x`, (R N, C, H, W), and a shortcut of its shape and type."""
+    """Whether the kernels are made for `x`, (R N, C, H, W), and a shortcut like it."""
     return (
         x.dtype in TYPES
         and x.dim() == 4
@@ -228,9 +228,7 @@ def _normalise(
     channel = tl.arange(0, PADDED)
     inside = channel < CHANNELS
     own = parts + replica * part_count * 2 * CHANNELS
-    mean, variance = _combined(
-        own, rows, part_span, part_count, channel, inside, CHANNELS, PARTS
-    )
+    mean, variance = _combined(own, rows, part_span, part_count, channel, inside, CHANNELS, PARTS)
     inverse = tl.rsqrt(variance + eps)
     if program == 0:
         tl.store(batch + replica * 2 * CHANNELS + channel, mean, mask=inside)
@@ -239,9 +237,7 @@ def _normalise(
         means, variances = mean, variance
         for other in range(1, replicas):
             part = parts + other * part_count * 2 * CHANNELS
-            m, v = _combined(
-                part, rows, part_span, part_count, channel, inside, CHANNELS, PARTS
-            )
+            m, v = _combined(part, rows, part_span, part_count, channel, inside, CHANNELS, PARTS)
             means += m
             variances += v
         kept = (1 - momentum) * replicas
@@ -306,9 +302,7 @@ def _gradient_sums(
         row = start + tl.arange(0, BLOCK)
         mask = (row < last)[:, None] & inside[None, :]
         at = base + row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
-        gradient, normal = _unrectified(
-            dy, x, y, at, mask, mean, inverse, scale, offset, RELU, ADD
-        )
+        gradient, normal = _unrectified(dy, x, y, at, mask, mean, inverse, scale, offset, RELU, ADD)
         sums += gradient
         products += gradient * normal
     parts += (replica * programs + program) * 2 * CHANNELS + channel
@@ -317,9 +311,7 @@ def _gradient_sums(
 
 
 @triton.jit
-def _summed(
-    parts, programs, channel, inside, CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr
-):
+def _summed(parts, programs, channel, inside, CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr):
     """One replica's two sums from its programs' parts."""
     program = tl.arange(0, PROGRAMS)
     mask = (program < programs)[:, None] & inside[None, :]
@@ -360,9 +352,7 @@ def _gradients(
         row = start + tl.arange(0, BLOCK)
         mask = (row < last)[:, None] & inside[None, :]
         at = base + row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
-        gradient, normal = _unrectified(
-            dy, x, y, at, mask, mean, inverse, scale, offset, RELU, ADD
-        )
+        gradient, normal = _unrectified(dy, x, y, at, mask, mean, inverse, scale, offset, RELU, ADD)
         result = gradient - (sums / rows)[None, :] - normal * (products / rows)[None, :]
         tl.store(dx + at, (result * scale[None, :]).to(dx.dtype.element_ty), mask=mask)
         if ADD:

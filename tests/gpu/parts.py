@@ -1,4 +1,4 @@
-"""The parts of `python -m tests.gpu`, each in a process of its own: PART OUT.json [key=value ...]."""
+"""The parts of `python -m tests.gpu`, each in a process of its own: PART OUT.json [key=value]."""
 
 import contextlib
 import json
@@ -400,7 +400,9 @@ def sharing(found: Found, pairs: list[str]) -> None:
     try:
         found["3 processes, MPS"] = together(3, place)
     finally:
-        subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, env={**os.environ, **place})
+        subprocess.run(
+            ["nvidia-cuda-mps-control"], input="quit\n", text=True, env={**os.environ, **place}
+        )
 
 
 def main() -> None:

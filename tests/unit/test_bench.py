@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dist_resnet.augment import augment
 from dist_resnet.bench import load
 from dist_resnet.bench.__main__ import main
 from dist_resnet.bench.gate import in_turns
@@ -310,8 +309,8 @@ def test_the_reference_loop_computes_our_losses() -> None:
     for number_ in range(10):
         batch = batch_of(number_, 1)
         ours(batch)
-        choices = ours.draw(ours.keys[number_], batch.samples)
-        images = augment(batch.images, choices, config.augment, STATISTICS).contiguous()
+        images, _ = ours.replica_pass.inputs(batch.images, batch.samples, ours.keys[number_])
+        images = images.contiguous()
         loss = plain.step(images, batch.labels)
         assert ours.state.totals.take(Totals.LOG).loss == pytest.approx(loss, abs=1e-4)
     assert plain.seen == 10 * BATCH
@@ -344,10 +343,10 @@ def test_the_step_fed_from_memory_is_the_step() -> None:
         (SIDE, SIDE),
     )
     batch = batch_of(0, 1)
-    choices = whole.draw(whole.keys[0], batch.samples)
+    images, choices = whole.replica_pass.inputs(batch.images, batch.samples, whole.keys[0])
     fed.hold(choices)
     whole(batch)
-    fed(replace(batch, images=augment(batch.images, choices, config.augment, STATISTICS)))
+    fed(replace(batch, images=images))
     assert torch.equal(whole.state.flat.values, fed.state.flat.values)
 
 
@@ -386,7 +385,7 @@ def test_the_parts_of_a_step_add_up_and_the_timers_are_taken_away() -> None:
     assert sum(row["percent"] for row in parts) == pytest.approx(100)
     assert all(row["ms_per_step"] >= 0 for row in parts)
     named = {row["name"] for row in parts}
-    assert {"forward", "backward", "augmentation", "optimizer", "reduction", "data"} <= named
+    assert {"forward", "backward", "loss", "choices and augmentation", "reduction"} <= named
     operators = operators_of_step(step, lambda: batch_of(next(numbers), 1), steps=2)
     assert sum(row["percent"] for row in operators) == pytest.approx(100)
     shares = {row["name"]: row["calls_per_step"] for row in operators}

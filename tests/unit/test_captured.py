@@ -25,6 +25,16 @@ def _equal(one: TrainState, other: TrainState) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
+class Played:
+    """In a graph's place: runs the action again."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.replay, self.resets = action, 0
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
 @pytest.fixture(autouse=True)
 def no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "warm_up", lambda action: action())
@@ -35,9 +45,9 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
     """Actions that were recorded; each is repeated by running it."""
     recorded: list[Callable[[], None]] = []
 
-    def record(action: Callable[[], None]) -> Callable[[], None]:
+    def record(action: Callable[[], None]) -> Played:
         recorded.append(action)
-        return action
+        return Played(action)
 
     monkeypatch.setattr(captured, "capture", record)
     return recorded
@@ -89,6 +99,70 @@ def test_a_failed_capture_is_told_and_training_goes_on(monkeypatch: pytest.Monke
     assert told == [
         "train.step_mode=graph: no graph, steps run one by one: operation not permitted"
     ]
+
+
+@pytest.mark.parametrize("broken", ["gradient", "statistic", "loss"])
+def test_a_graph_that_differs_from_pytorch_is_given_up(
+    captures: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """As if a kernel were wrong on this card: the run goes on as PyTorch's operations would."""
+    told: list[str] = []
+    plain = train_step(small_config(), 2)
+    graphed = CapturedStep(train_step(small_config(), 2), told.append)
+    played: list[Played] = []
+
+    def wrong(action: Callable[[], None]) -> Played:
+        def spoiled() -> None:
+            action()
+            flat = graphed.state.flat
+            {"gradient": flat.gradients, "statistic": flat.statistics, "loss": flat.loss}[
+                broken
+            ].mul_(1.5)
+
+        played.append(Played(spoiled))
+        return played[0]
+
+    monkeypatch.setattr(captured, "capture", wrong)
+    for number in range(STEPS):
+        plain(batch_of(number, 2))
+        graphed(batch_of(number, 2))
+        assert _equal(plain.state, graphed.state), number
+    assert len(told) == 1
+    assert broken in told[0]
+    assert played[0].resets == 1
+
+
+def test_all_ranks_go_without_a_graph_if_one_cannot_capture(
+    captures: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(captured, "from_all", lambda own: [own, "not enough memory"])
+    plain = train_step(small_config(), 1)
+    graphed = CapturedStep(train_step(small_config(), 1), told.append)
+    for number in range(STEPS):
+        plain(batch_of(number, 1))
+        graphed(batch_of(number, 1))
+    assert _equal(plain.state, graphed.state)
+    assert told == ["train.step_mode=graph: no graph, steps run one by one: not enough memory"]
+    assert len(captures) == 1
+
+
+def test_closing_gives_the_graph_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    played: list[Played] = []
+
+    def record(action: Callable[[], None]) -> Played:
+        played.append(Played(action))
+        return played[0]
+
+    monkeypatch.setattr(captured, "capture", record)
+    graphed = CapturedStep(train_step(small_config(), 1), pytest.fail)
+    graphed.close()  # before there is one
+    graphed = CapturedStep(train_step(small_config(), 1), pytest.fail)
+    for number in range(STEPS):
+        graphed(batch_of(number, 1))
+    graphed.close()
+    graphed.close()
+    assert played[0].resets == 1
 
 
 def test_graph_is_refused_on_a_cpu() -> None:

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from dist_resnet.config import load_config
 from dist_resnet.errors import UserError
-from dist_resnet.models.resnet import NormAct, build_model
 from dist_resnet.kernels import support
+from dist_resnet.models.resnet import NormAct, build_model
 from dist_resnet.native import build
 from dist_resnet.native.norm_act import CHANNELS, accepts, norm_act
 from dist_resnet.step_mode import choose_step_mode, forward_function
