@@ -222,7 +222,7 @@ def _convolve(
         column, line = place % out_width, place // out_width % out_height
         image = place // (out_width * out_height)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for tap in tl.static_range(SIZE * SIZE):
+        for tap in range(SIZE * SIZE):
             if TRANSPOSED:
                 down = line + SIZE // 2 - tap // SIZE
                 across = column + SIZE // 2 - tap % SIZE

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import statistics
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -151,27 +153,47 @@ def facts(found: Found, pairs: list[str]) -> None:
 
 
 def checks(found: Found, pairs: list[str]) -> None:
-    """tests/gpu, each outcome as it comes."""
+    """tests/gpu, each function in a process of its own: an error of the device stays until it ends."""
+    source = (Path(__file__).parent / "test_cuda.py").read_text()
+    names = re.findall(r"^def (test_\w+)", source, re.MULTILINE)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(5 if CUDA else 1) as pool:
+
+        def run(name: str) -> None:
+            target = Path(folder) / f"{name}.json"
+            command = [sys.executable, "-m", "tests.gpu.parts", "one_check", str(target), name]
+            done = subprocess.run(command, capture_output=True, text=True)
+            outcomes = json.loads(target.read_text()) if target.exists() else {}
+            failed = {k: v for k, v in outcomes.items() if v["outcome"] == "failed"}
+            found[name] = {
+                "exit code": done.returncode,
+                "passed": sum(v["outcome"] == "passed" for v in outcomes.values()),
+                "skipped": sum(v["outcome"] == "skipped" for v in outcomes.values()),
+                "failed": failed,
+                "recorded": {k: v["facts"] for k, v in outcomes.items() if v["facts"]},
+            }
+
+        list(pool.map(run, names if CUDA else names[:1]))
+    if any(row["exit code"] for row in found.facts.values()):
+        raise SystemExit(1)
+
+
+def one_check(found: Found, pairs: list[str]) -> None:
+    """The cases of one test, each outcome as it comes."""
     import pytest
 
     class Outcomes:
         def pytest_runtest_logreport(self, report: Any) -> None:
             if report.when == "call" or report.outcome != "passed":
-                lines = str(report.longrepr or "").strip().splitlines()
-                reason = lines[-1][:300] if report.outcome != "passed" and lines else ""
-                errors = [line for line in lines if line.startswith("E ")][:3]
-                value = {"outcome": report.outcome, "seconds": round(report.duration, 1)}
-                facts_ = dict(report.user_properties)
+                lines = [x for x in str(report.longrepr or "").splitlines() if x.strip()]
+                errors = [x for x in lines if x.startswith("E ") or re.match(r"\S+:\d+:", x)]
                 found[report.nodeid.split("::")[-1]] = {
-                    **value,
-                    **facts_,
-                    "reason": errors or reason,
+                    "outcome": report.outcome,
+                    "facts": dict(report.user_properties),
+                    "reason": errors[:8] if report.outcome == "failed" else "",
                 }
 
-    code = pytest.main(["-q", "--no-header", "--tb=short", "tests/gpu"], plugins=[Outcomes()])
-    found["exit code"] = int(code)
-    if code not in (0, 5):
-        raise SystemExit(1)
+    where = f"{Path(__file__).parent / 'test_cuda.py'}::{pairs[0]}"
+    raise SystemExit(pytest.main(["-q", "--no-header", "--tb=short", where], plugins=[Outcomes()]))
 
 
 def times(found: Found, pairs: list[str]) -> None:
@@ -184,25 +206,16 @@ def times(found: Found, pairs: list[str]) -> None:
             seconds = seconds_of(plain_loop(size, ddp=True), steps, 5 if CUDA else 1)
             found[f"plain DDP {size}"] = {"ms": 1e3 * seconds, "images_per_second": size / seconds}
     torch.distributed.destroy_process_group()
-    modes = ("graph", "eager") if CUDA else ("auto",)
-    for benchmark in (True, False):
-        torch.backends.cudnn.benchmark = benchmark
-        name = f"cudnn.benchmark={benchmark}"
-        for size, replicas in (
-            ((32, 1), (32, 8), (1024, 1), (128, 1), (32, 4)) if CUDA else ((32, 1),)
-        ):
-            with found.attempt(f"graph {size}x{replicas} {name}"):
-                key = f"{modes[0]} {size}x{replicas} {name}"
-                found[key] = speed(size, replicas, modes[0])
-        if CUDA:
-            with found.attempt(f"eager 32 {name}"):
-                found[f"eager 32x1 {name}"] = speed(32, 1, "eager")
-    for keys in (("optim.name=muon",), ("train.ema_decay=0.999",)):
-        with found.attempt(f"{keys}"):
-            found[f"{modes[0]} 32x1 {keys[0]}"] = speed(32, 1, modes[0], *keys)
+    mode = "graph" if CUDA else "auto"
     torch.backends.cudnn.benchmark = True
+    for size, replicas in ((32, 1), (32, 8), (1024, 1), (128, 1)) if CUDA else ((32, 1),):
+        with found.attempt(f"{mode} {size}x{replicas}"):
+            found[f"{mode} {size}x{replicas}"] = speed(size, replicas, mode)
+    for keys in (("train.step_mode=eager",), ("optim.name=muon",), ("train.ema_decay=0.999",)):
+        with found.attempt(keys[0]):
+            found[keys[0]] = speed(32, 1, mode, *keys)
     with found.attempt("fp16"):
-        step, batches = make(32, 1, modes[0], dtype=torch.float16 if CUDA else torch.float32)
+        step, batches = make(32, 1, mode, dtype=torch.float16 if CUDA else torch.float32)
         found["fp16 ms"] = 1e3 * seconds_of(lambda n: step(batches[n % 8]), steps)
 
 
