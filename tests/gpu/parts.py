@@ -153,7 +153,7 @@ def facts(found: Found, pairs: list[str]) -> None:
 
 
 def checks(found: Found, pairs: list[str]) -> None:
-    """tests/gpu, each function in a process of its own: an error of the device stays until it ends."""
+    """tests/gpu, a function a process: an error of the device lasts as long as its process."""
     source = (Path(__file__).parent / "test_cuda.py").read_text()
     names = re.findall(r"^def (test_\w+)", source, re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(5 if CUDA else 1) as pool:
