@@ -17,9 +17,9 @@ from dist_resnet.step import TrainStep
 WARM_UP_STEPS = 3
 # Replays that are compared with PyTorch's operations before the graph is trusted.
 CHECKED_STEPS = 3
-# Largest relative differences of gradient, statistics and loss: rounding stays far below, even that
-# of two ways to compute in bfloat16, and what is wrong is far above.
-_LIMITS = {torch.float32: 0.02, torch.bfloat16: 0.2, torch.float16: 0.2}
+# Largest relative differences of gradient, statistics and loss. Two right ways to compute in
+# bfloat16 differ by up to 0.27 in the gradient of 32 images, in float32 by 0.005.
+_LIMITS = {torch.float32: 0.05, torch.bfloat16: 0.6, torch.float16: 0.6}
 
 
 class CapturedStep:

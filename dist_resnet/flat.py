@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 from dist_resnet.models.resnet import ResNet
 
+# Values: 64 bytes of float32, 32 of bfloat16. cuDNN's BatchNorm fails where weights or statistics do
+# not begin at a multiple of 16 bytes.
+_ALIGNED = 16
+
 
 @dataclass
 class FlatModel:
@@ -33,6 +37,8 @@ class FlatModel:
     num_decayed: int
     parameters: list[Tensor]
     """In the order of `values`; views of it, their .grad of `gradients`."""
+    fillers: list[Tensor]
+    """Zeros that follow each parameter, up to where the next begins; none on a CPU."""
 
     loss: Tensor = field(init=False)
     top1: Tensor = field(init=False)
@@ -43,13 +49,24 @@ class FlatModel:
     def __post_init__(self) -> None:
         self.loss, self.top1, self.stop, self.norm, _ = self.row.unbind()
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the model; `values` has fillers beside them."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
     def collect(self, gradients: Sequence[Tensor]) -> None:
         """Copy the parameters' gradients, given in the order of `parameters`, to `self.gradients`.
 
         Those of the decayed parameters may be of a lower type. As one concatenation, or two: a copy
         for each parameter would be 65 launches on a GPU.
         """
-        rows = [_in_memory_order(g, p) for g, p in zip(gradients, self.parameters, strict=True)]
+        rows: list[Tensor] = []
+        for gradient, parameter, filler in zip(
+            gradients, self.parameters, self.fillers, strict=True
+        ):
+            rows.append(_in_memory_order(gradient, parameter))
+            if filler.numel():
+                rows.append(filler.to(gradient.dtype))
         if rows[0].dtype == self.gradients.dtype:
             torch.cat(rows, out=self.gradients)
             return
@@ -70,21 +87,24 @@ def flatten_model(model: ResNet) -> FlatModel:
     statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
 
     parameters: list[Tensor] = [*decayed, *others]
-    num_values = sum(p.numel() for p in parameters)
-    num_statistics = sum(b.numel() for b in statistics)
     device = parameters[0].device
-    values = torch.empty(num_values, device=device)
+    gap = _ALIGNED if device.type == "cuda" else 1
+    num_values = sum(_room(p, gap) for p in parameters)
+    num_statistics = sum(_room(b, gap) for b in statistics)
+    values = torch.zeros(num_values, device=device)
     size = num_values + num_statistics
     whole = torch.zeros(size + 5, device=device)
     whole[-1] = 1
     exchange = whole[:-2]
 
     for parameter, view, gradient in zip(
-        parameters, _views(values, parameters), _views(exchange, parameters), strict=True
+        parameters, _views(values, parameters, gap), _views(exchange, parameters, gap), strict=True
     ):
         parameter.data = view.copy_(parameter.data)
         parameter.grad = gradient
-    for buffer, view in zip(statistics, _views(exchange[num_values:], statistics), strict=True):
+    for buffer, view in zip(
+        statistics, _views(exchange[num_values:], statistics, gap), strict=True
+    ):
         buffer.data = view.copy_(buffer)
     return FlatModel(
         model=model,
@@ -93,7 +113,8 @@ def flatten_model(model: ResNet) -> FlatModel:
         gradients=exchange[:num_values],
         statistics=exchange[num_values:size],
         row=whole[size:],
-        num_decayed=sum(p.numel() for p in decayed),
+        num_decayed=sum(_room(p, gap) for p in decayed),
+        fillers=[torch.zeros(_room(p, gap) - p.numel(), device=device) for p in parameters],
         parameters=parameters,
     )
 
@@ -105,11 +126,16 @@ def _in_memory_order(gradient: Tensor, parameter: Tensor) -> Tensor:
     return gradient.as_strided((gradient.numel(),), (1,))
 
 
-def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+def _room(tensor: Tensor, gap: int) -> int:
+    """Values from where `tensor` begins to where the next one may: a multiple of `gap`."""
+    return -(-tensor.numel() // gap) * gap
+
+
+def _views(flat: Tensor, tensors: list[Tensor], gap: int) -> list[Tensor]:
     """One view of `flat` for each tensor, in order, with the tensor's shape and strides."""
     views, offset = [], 0
     for tensor in tensors:
         part = flat[offset : offset + tensor.numel()]
         views.append(part.as_strided(tensor.shape, tensor.stride()))
-        offset += tensor.numel()
+        offset += _room(tensor, gap)
     return views

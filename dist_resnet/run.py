@@ -193,7 +193,7 @@ def _facts(trainer: Trainer, session: Session) -> dict[str, Any]:
         "wall_seconds": trainer.watch.seconds(),
         "world_size": world.size,
         "replicas": plan.replicas,
-        "parameters": trainer.state.flat.values.numel(),
+        "parameters": trainer.state.flat.num_parameters,
         "dataset": {"name": session.dataset.name, "fingerprint": session.dataset.fingerprint},
         "precision": str(session.precision).removeprefix("torch."),
         "versions": versions(),
@@ -211,7 +211,7 @@ def _introduction(
         f"run: {folder.path}" + (f", continued at step {state.step:,}" if state.step else ""),
         f"data: {data.name}, {data.num_train:,} training images, {len(data.classes)} classes;"
         f" evaluated on the {session.eval_set}",
-        f"model: {config.model.name}, {state.flat.values.numel():,} parameters",
+        f"model: {config.model.name}, {state.flat.num_parameters:,} parameters",
         f"device: {session.world.device.type}, {session.precision_reason},"
         f" {session.threads} CPU threads a process; step: {step}",
         *explain(config, plan),

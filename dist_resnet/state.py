@@ -153,7 +153,7 @@ def _by_name(flat: FlatModel, buffer: Tensor) -> dict[str, Tensor]:
 
 def _flattened(flat: FlatModel, tensors: dict[str, Tensor]) -> Tensor:
     """The inverse of `_by_name`."""
-    buffer = torch.empty_like(flat.values)
+    buffer = torch.zeros_like(flat.values)
     for name, p in flat.model.named_parameters():
         buffer.as_strided(p.shape, p.stride(), p.storage_offset()).copy_(tensors[name])
     return buffer

@@ -2,8 +2,7 @@
 
 cuDNN's kernels for these sizes fill a fraction of their tiles: a step of ResNet-20 at batch 32 has
 62 of them, of 4 to 10 us each on an H100. Here a program multiplies a tile of pixels by the
-filters, tap by tap, and leaves the sums that BatchNorm needs; those of weight gradients are added
-up by whichever program comes last, in a fixed order, so that equal inputs give equal bits.
+filters and leaves the sums that BatchNorm needs. No atomic operation: equal inputs give equal bits.
 
 Shapes: R replicas of N images; x is (R N, C, H, W) and z (R N, K, H', W') in channels-last order,
 the weight (K, C, S, S) likewise.
@@ -21,7 +20,9 @@ from dist_resnet.kernels import norm_act
 TYPES = (torch.bfloat16, torch.float16)
 MAX_CHANNELS = 128
 _PROGRAMS = 256  # of a convolution, about
-_TAP_PROGRAMS = 256  # of a weight gradient, over all taps
+_FACTORS = 64  # of a result that are multiplied at a time
+_PARTS = 264  # of a weight gradient, about: programs over pixels and factors
+_CELLS = 4096  # values that a program adds up
 
 
 def accepts(conv: nn.Conv2d, x: Tensor, shortcut: Tensor | None, replicas: int) -> bool:
@@ -41,6 +42,8 @@ def accepts(conv: nn.Conv2d, x: Tensor, shortcut: Tensor | None, replicas: int) 
         and conv.weight.dtype in TYPES
         and x.shape[0] % replicas == 0
         and rows > replicas
+        and x.numel() < 2**31
+        and rows * filters < 2**31  # offsets are of 32 bits
         and (shortcut is None or shortcut.dtype == conv.weight.dtype)
     )
 
@@ -52,18 +55,20 @@ def conv_norm_act(
     shortcut: Tensor | None,
     relu: bool,
     replicas: int,
-) -> Tensor:
-    """relu(norm(conv(x)) + shortcut), as `norm_act.norm_act` of the convolution.
+) -> tuple[Tensor, Tensor]:
+    """relu(norm(conv(x)) + shortcut), as `norm_act.norm_act` of the convolution; and x.
+
+    Whoever else uses x takes the one returned: its gradient is then added within our kernel.
 
     Args:
         x, shortcut: what `accepts` takes; x is cast to the weight's type.
 
     Returns:
-        (R N, K, H', W'), channels-last, of the weight's type.
+        (R N, K, H', W') and x, channels-last, of the weight's type.
     """
     settings = (norm.running_mean, norm.running_var, norm.momentum, norm.eps, relu, replicas)
-    x = x.to(conv.weight.dtype)
-    result: Tensor = _ConvNormAct.apply(
+    x = x.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
+    result: tuple[Tensor, Tensor] = _ConvNormAct.apply(
         x, shortcut, conv.weight, conv.stride[0], norm.weight, norm.bias, *settings
     )
     return result
@@ -85,8 +90,7 @@ class _ConvNormAct(torch.autograd.Function):
         eps: float,
         relu: bool,
         replicas: int,
-    ) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+    ) -> tuple[Tensor, Tensor]:
         weight = weight.contiguous(memory_format=torch.channels_last)
         z, parts, geometry = convolve(x, weight, stride, running_mean, replicas)
         if shortcut is not None:
@@ -97,15 +101,20 @@ class _ConvNormAct(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(x, weight, z, y if shortcut is not None else None, gamma, beta, batch)
         ctx.stride, ctx.relu, ctx.replicas = stride, relu, replicas
-        return y
+        ctx.set_materialize_grads(False)
+        return y, x
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, dx_elsewhere: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, z, y, gamma, beta, batch = ctx.saved_tensors
         dz, dshortcut, dbeta, dgamma = norm_act.gradients(
             dy, z, y, gamma, beta, batch, ctx.relu, ctx.replicas
         )
-        dx = input_gradient(dz, weight, x, ctx.stride) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            if dx_elsewhere is not None:
+                dx_elsewhere = dx_elsewhere.contiguous(memory_format=torch.channels_last)
+            dx = input_gradient(dz, weight, x, ctx.stride, dx_elsewhere)
         dw = weight_gradient(dz, x, weight, ctx.stride) if ctx.needs_input_grad[2] else None
         return dx, dshortcut, dw, None, dgamma, dbeta, *([None] * 6)
 
@@ -146,23 +155,26 @@ def convolve(
     block_m, block_n, span, programs = _tiles(rows, filters, replicas)
     parts = torch.empty(replicas, programs, 2, filters, device=x.device)
     _convolve[(programs, triton.cdiv(filters, block_n), replicas)](
-        x, weight, z, origin, parts, rows, span, programs, height, width, out_height, out_width,
-        CHANNELS=channels, PADDED=max(16, triton.next_power_of_2(channels)), FILTERS=filters,
-        SIZE=size, STRIDE=stride, TRANSPOSED=False, MOMENTS=True, BLOCK_M=block_m, BLOCK_N=block_n,
+        x, weight, z, origin, parts, None, rows, span, programs, height, width, out_height,
+        out_width, CHANNELS=channels, FILTERS=filters, SIZE=size, STRIDE=stride, TRANSPOSED=False,
+        MOMENTS=True, ADD=False, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=_FACTORS,
     )  # fmt: skip
     return z, parts, (span, programs)
 
 
-def input_gradient(dz: Tensor, weight: Tensor, x: Tensor, stride: int) -> Tensor:
-    """The gradient of the convolution's input, like `x`."""
+def input_gradient(
+    dz: Tensor, weight: Tensor, x: Tensor, stride: int, added: Tensor | None
+) -> Tensor:
+    """The gradient of the convolution's input, like `x`, plus `added`."""
     count, channels, height, width = x.shape
     filters, _, size, _ = weight.shape
     dx, rows = torch.empty_like(x), count * height * width
     block_m, block_n, span, programs = _tiles(rows, channels, 1)
     _convolve[(programs, triton.cdiv(channels, block_n), 1)](
-        dz, weight, dx, None, None, rows, span, programs, dz.shape[2], dz.shape[3], height, width,
-        CHANNELS=filters, PADDED=max(16, triton.next_power_of_2(filters)), FILTERS=channels,
-        SIZE=size, STRIDE=stride, TRANSPOSED=True, MOMENTS=False, BLOCK_M=block_m, BLOCK_N=block_n,
+        dz, weight, dx, None, None, added, rows, span, programs, dz.shape[2], dz.shape[3], height,
+        width, CHANNELS=filters, FILTERS=channels, SIZE=size, STRIDE=stride, TRANSPOSED=True,
+        MOMENTS=False, ADD=added is not None, BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_K=_FACTORS,
     )  # fmt: skip
     return dx
 
@@ -172,45 +184,40 @@ def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tenso
     count, channels, height, width = x.shape
     filters, _, size, _ = weight.shape
     out_height, out_width = dz.shape[2:]
-    rows, taps = count * out_height * out_width, size * size
-    block = 64
-    blocks = triton.cdiv(rows, block)
-    span = triton.cdiv(blocks, max(1, min(blocks, _TAP_PROGRAMS // taps))) * block
+    rows, factors = count * out_height * out_width, size * size * channels
+    block_m, block_k = 128, 64 if factors <= 192 else 128
+    chunks, blocks = triton.cdiv(factors, block_k), triton.cdiv(rows, block_m)
+    span = triton.cdiv(blocks, max(1, min(blocks, 128, _PARTS // chunks))) * block_m
     programs = triton.cdiv(rows, span)
-    padded = max(16, triton.next_power_of_2(channels))
-    padded_filters = max(16, triton.next_power_of_2(filters))
-    parts = torch.empty(taps, programs, padded_filters, padded, device=x.device)
-    dw = torch.empty_like(weight)
-    _weight_gradient[(programs, taps)](
-        dz, x, dw, parts, _counters(x.device), rows, span, programs, height, width, out_height,
-        out_width, CHANNELS=channels, PADDED=padded, FILTERS=filters,
-        PADDED_FILTERS=padded_filters, SIZE=size, STRIDE=stride, BLOCK=block,
+    parts = torch.empty(programs, weight.numel(), device=x.device)
+    _weight_gradient[(programs, chunks)](
+        dz, x, parts, rows, span, height, width, out_height, out_width, CHANNELS=channels,
+        FILTERS=filters, PADDED_FILTERS=max(16, triton.next_power_of_2(filters)), SIZE=size,
+        STRIDE=stride, BLOCK_M=block_m, BLOCK_K=block_k,
     )  # fmt: skip
+    dw = torch.empty_like(weight)
+    padded = triton.next_power_of_2(programs)
+    block = max(16, _CELLS // padded)
+    _add_up[(triton.cdiv(weight.numel(), block),)](
+        parts, dw, programs, weight.numel(), PARTS=padded, BLOCK=block
+    )
     return dw
-
-
-_KEPT_COUNTERS: dict[torch.device, Tensor] = {}
-
-
-def _counters(device: torch.device) -> Tensor:
-    """int32 (9,): programs that have left their part, by tap; each launch leaves zeros."""
-    if device not in _KEPT_COUNTERS:
-        _KEPT_COUNTERS[device] = torch.zeros(9, dtype=torch.int32, device=device)
-    return _KEPT_COUNTERS[device]
 
 
 @triton.jit
 def _convolve(
-    x, weight, z, origin, parts, rows, span, programs, height, width, out_height, out_width,
-    CHANNELS: tl.constexpr, PADDED: tl.constexpr, FILTERS: tl.constexpr, SIZE: tl.constexpr,
-    STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr, MOMENTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, weight, z, origin, parts, added, rows, span, programs, height, width, out_height, out_width,
+    CHANNELS: tl.constexpr, FILTERS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, MOMENTS: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """z = conv(x), or, TRANSPOSED, the gradient of x from that of z, with the names exchanged."""
+    """z = conv(x), or, TRANSPOSED, the gradient of x from that of z, with the names exchanged.
+
+    Factors of a result are numbered tap by tap, channel by channel, and taken BLOCK_K at a time.
+    """
     program, replica = tl.program_id(0), tl.program_id(2)
-    channel = tl.arange(0, PADDED)
     filter_ = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    known, wanted = channel < CHANNELS, filter_ < FILTERS
+    wanted = filter_ < FILTERS
     first, last = program * span, tl.minimum(program * span + span, rows)
     if MOMENTS:
         shift = tl.load(origin + filter_, mask=wanted, other=0.0)
@@ -222,31 +229,36 @@ def _convolve(
         column, line = place % out_width, place // out_width % out_height
         image = place // (out_width * out_height)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for tap in range(SIZE * SIZE):
+        for chunk in range(0, SIZE * SIZE * CHANNELS, BLOCK_K):
+            factor = chunk + tl.arange(0, BLOCK_K)
+            known = factor < SIZE * SIZE * CHANNELS
+            tap, channel = factor // CHANNELS, factor % CHANNELS
             if TRANSPOSED:
-                down = line + SIZE // 2 - tap // SIZE
-                across = column + SIZE // 2 - tap % SIZE
-                inside = there & (down % STRIDE == 0) & (across % STRIDE == 0)
-                inside = inside & (down >= 0) & (across >= 0)
-                down, across = down // STRIDE, across // STRIDE
-                taken = channel[:, None] * (SIZE * SIZE * FILTERS) + filter_[None, :]
-                taken += tap * FILTERS
+                down = line[:, None] + (SIZE // 2 - tap // SIZE)[None, :]
+                across = column[:, None] + (SIZE // 2 - tap % SIZE)[None, :]
+                inside = (down >= 0) & (across >= 0)
+                if STRIDE > 1:
+                    inside = inside & (down % STRIDE == 0) & (across % STRIDE == 0)
+                    down, across = down // STRIDE, across // STRIDE
+                taken = (channel * (SIZE * SIZE) + tap)[:, None] * FILTERS + filter_[None, :]
             else:
-                down = line * STRIDE - SIZE // 2 + tap // SIZE
-                across = column * STRIDE - SIZE // 2 + tap % SIZE
-                inside = there & (down >= 0) & (across >= 0)
-                taken = filter_[None, :] * (SIZE * SIZE * CHANNELS) + channel[:, None]
-                taken += tap * CHANNELS
+                down = line[:, None] * STRIDE + (tap // SIZE - SIZE // 2)[None, :]
+                across = column[:, None] * STRIDE + (tap % SIZE - SIZE // 2)[None, :]
+                inside = (down >= 0) & (across >= 0)
+                taken = filter_[None, :] * (SIZE * SIZE * CHANNELS) + factor[:, None]
             inside = inside & (down < height) & (across < width)
-            at = ((image * height + down) * width + across).to(tl.int64) * CHANNELS
-            pixels = tl.load(
-                x + at[:, None] + channel[None, :], mask=inside[:, None] & known[None, :], other=0.0
-            )
-            factors = tl.load(weight + taken, mask=known[:, None] & wanted[None, :], other=0.0)
+            inside = inside & there[:, None] & known[None, :]
+            at = ((image[:, None] * height + down) * width + across) * CHANNELS + channel[None, :]
+            pixels = tl.load(x + at, mask=inside, other=0.0)
+            mask = known[:, None] & wanted[None, :]
+            factors = tl.load(weight + taken, mask=mask, other=0.0)
             total = tl.dot(pixels, factors, total, input_precision="ieee")
-        values = total.to(z.dtype.element_ty)
         mask = there[:, None] & wanted[None, :]
-        tl.store(z + place.to(tl.int64)[:, None] * FILTERS + filter_[None, :], values, mask=mask)
+        at = place[:, None] * FILTERS + filter_[None, :]
+        if ADD:
+            total += tl.load(added + at, mask=mask, other=0.0).to(tl.float32)
+        values = total.to(z.dtype.element_ty)
+        tl.store(z + at, values, mask=mask)
         if MOMENTS:
             deviation = tl.where(mask, values.to(tl.float32) - shift[None, :], 0.0)
             sums += tl.sum(deviation, 0)
@@ -260,42 +272,44 @@ def _convolve(
 
 @triton.jit
 def _weight_gradient(
-    dz, x, dw, parts, counters, rows, span, programs, height, width, out_height, out_width,
-    CHANNELS: tl.constexpr, PADDED: tl.constexpr, FILTERS: tl.constexpr,
-    PADDED_FILTERS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    dz, x, parts, rows, span, height, width, out_height, out_width,
+    CHANNELS: tl.constexpr, FILTERS: tl.constexpr, PADDED_FILTERS: tl.constexpr,
+    SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tap's gradient over one program's pixels; the last program adds all programs' up."""
-    program, tap = tl.program_id(0), tl.program_id(1)
-    channel, filter_ = tl.arange(0, PADDED), tl.arange(0, PADDED_FILTERS)
-    known, wanted = channel < CHANNELS, filter_ < FILTERS
+    """The gradient of BLOCK_K factors of every filter over one program's pixels."""
+    program = tl.program_id(0)
+    filter_ = tl.arange(0, PADDED_FILTERS)
+    factor = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    known, wanted = factor < SIZE * SIZE * CHANNELS, filter_ < FILTERS
+    tap, channel = factor // CHANNELS, factor % CHANNELS
     first, last = program * span, tl.minimum(program * span + span, rows)
-    total = tl.zeros((PADDED_FILTERS, PADDED), tl.float32)
-    for start in range(first, last, BLOCK):
-        place = start + tl.arange(0, BLOCK)
+    total = tl.zeros((PADDED_FILTERS, BLOCK_K), tl.float32)
+    for start in range(first, last, BLOCK_M):
+        place = start + tl.arange(0, BLOCK_M)
         there = place < last
         column, line = place % out_width, place // out_width % out_height
         image = place // (out_width * out_height)
-        down = line * STRIDE - SIZE // 2 + tap // SIZE
-        across = column * STRIDE - SIZE // 2 + tap % SIZE
-        inside = there & (down >= 0) & (across >= 0) & (down < height) & (across < width)
-        at = ((image * height + down) * width + across).to(tl.int64) * CHANNELS
-        pixels = tl.load(
-            x + at[:, None] + channel[None, :], mask=inside[:, None] & known[None, :], other=0.0
-        )
+        down = line[:, None] * STRIDE + (tap // SIZE - SIZE // 2)[None, :]
+        across = column[:, None] * STRIDE + (tap % SIZE - SIZE // 2)[None, :]
+        inside = (down >= 0) & (across >= 0) & (down < height) & (across < width)
+        inside = inside & there[:, None] & known[None, :]
+        at = ((image[:, None] * height + down) * width + across) * CHANNELS + channel[None, :]
+        pixels = tl.load(x + at, mask=inside, other=0.0)
         slopes = tl.load(
-            dz + place.to(tl.int64)[None, :] * FILTERS + filter_[:, None],
-            mask=there[None, :] & wanted[:, None], other=0.0,
+            dz + place[:, None] * FILTERS + filter_[None, :],
+            mask=there[:, None] & wanted[None, :], other=0.0,
         )  # fmt: skip
-        total = tl.dot(slopes, pixels, total, input_precision="ieee")
-    cell = filter_[:, None] * PADDED + channel[None, :]
-    parts += tap * programs * PADDED_FILTERS * PADDED
-    tl.store(parts + program * PADDED_FILTERS * PADDED + cell, total)
-    tl.debug_barrier()  # all of the program's values are out before it is counted
-    if tl.atomic_add(counters + tap, 1, sem="acq_rel") == programs - 1:
-        total = tl.zeros((PADDED_FILTERS, PADDED), tl.float32)
-        for other in range(0, programs):
-            total += tl.load(parts + other * PADDED_FILTERS * PADDED + cell, cache_modifier=".cg")
-        at = (filter_[:, None] * (SIZE * SIZE) + tap) * CHANNELS + channel[None, :]
-        values = total.to(dw.dtype.element_ty)
-        tl.store(dw + at, values, mask=wanted[:, None] & known[None, :])
-        tl.store(counters + tap, 0)
+        total = tl.dot(tl.trans(slopes), pixels, total, input_precision="ieee")
+    cell = filter_[:, None] * (SIZE * SIZE * CHANNELS) + factor[None, :]
+    parts += program * FILTERS * SIZE * SIZE * CHANNELS
+    tl.store(parts + cell, total, mask=wanted[:, None] & known[None, :])
+
+
+@triton.jit
+def _add_up(parts, total, programs, count, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum the programs' parts of each value, in a fixed order."""
+    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.arange(0, PARTS)
+    mask = (program < programs)[:, None] & (cell < count)[None, :]
+    values = tl.load(parts + program[:, None] * count + cell[None, :], mask=mask, other=0.0)
+    tl.store(total + cell, tl.sum(values, 0).to(total.dtype.element_ty), mask=cell < count)

@@ -115,11 +115,14 @@ def normalise(
     """
     cut = _Cut(x, replicas)
     y, batch = torch.empty_like(x), torch.empty(replicas, 2, cut.channels, device=x.device)
+    moved = torch.empty_like(batch)
     _normalise[cut.grid](
-        x, shortcut, y, parts, weight, bias, running_mean, running_var, batch,
+        x, shortcut, y, parts, weight, bias, running_mean, running_var, batch, moved,
         momentum, eps, *cut.sizes, *geometry, RELU=relu, ADD=shortcut is not None,
-        **cut.constants, PARTS=triton.next_power_of_2(geometry[1]),
+        **cut.constants, PARTS=triton.next_power_of_2(geometry[1]), ALONE=replicas == 1,
     )  # fmt: skip
+    if replicas > 1:
+        _add_replicas(moved, running_mean, running_var)
     return y, batch
 
 
@@ -137,16 +140,28 @@ def gradients(
     dy = dy.contiguous(memory_format=torch.channels_last)
     cut, add = _Cut(x, replicas), y is not None
     parts = torch.empty(replicas, cut.programs, 2, cut.channels, device=x.device)
-    dx, dparameters = torch.empty_like(x), torch.empty_like(batch[0])
+    dx, each = torch.empty_like(x), torch.empty_like(batch)
     dshortcut = torch.empty_like(x) if add else None
     _gradient_sums[cut.grid](
         dy, x, y, weight, bias, batch, parts, *cut.sizes, RELU=relu, ADD=add, **cut.constants
     )
     _gradients[cut.grid](
-        dy, x, y, weight, bias, batch, parts, dx, dshortcut, dparameters, *cut.sizes,
+        dy, x, y, weight, bias, batch, parts, dx, dshortcut, each, *cut.sizes,
         RELU=relu, ADD=add, **cut.constants, PROGRAMS=triton.next_power_of_2(cut.programs),
     )  # fmt: skip
-    return dx, dshortcut, dparameters[0], dparameters[1]
+    total = each[0]
+    if replicas > 1:
+        total = torch.empty_like(total)
+        _add_replicas(each, total[0], total[1])
+    return dx, dshortcut, total[0], total[1]
+
+
+def _add_replicas(each: Tensor, first: Tensor, second: Tensor) -> None:
+    """Sum both rows of float32 (R, 2, C) over the replicas, into float32 (C,) each."""
+    replicas, _, channels = each.shape
+    _sum_rows[(triton.cdiv(channels, 16), 2)](
+        each, first, second, replicas, channels, REPLICAS=triton.next_power_of_2(replicas), BLOCK=16
+    )
 
 
 class _Cut:
@@ -218,12 +233,12 @@ def _combined(
 
 @triton.jit
 def _normalise(
-    x, shortcut, y, parts, weight, bias, running_mean, running_var, batch,
+    x, shortcut, y, parts, weight, bias, running_mean, running_var, batch, moved,
     momentum, eps, rows, span, programs, replicas, part_span, part_count,
     RELU: tl.constexpr, ADD: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
-    """The forward pass's second half; its first program moves the running statistics."""
+    """The forward pass's second half; each replica's first program moves the running statistics."""
     program, replica = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, PADDED)
     inside = channel < CHANNELS
@@ -233,19 +248,16 @@ def _normalise(
     if program == 0:
         tl.store(batch + replica * 2 * CHANNELS + channel, mean, mask=inside)
         tl.store(batch + replica * 2 * CHANNELS + CHANNELS + channel, inverse, mask=inside)
-    if program + replica == 0:
-        means, variances = mean, variance
-        for other in range(1, replicas):
-            part = parts + other * part_count * 2 * CHANNELS
-            m, v = _combined(part, rows, part_span, part_count, channel, inside, CHANNELS, PARTS)
-            means += m
-            variances += v
-        kept = (1 - momentum) * replicas
-        old = tl.load(running_mean + channel, mask=inside)
-        tl.store(running_mean + channel, kept * old + momentum * means, mask=inside)
-        old = tl.load(running_var + channel, mask=inside)
-        unbiased = variances * (rows / (rows - 1))
-        tl.store(running_var + channel, kept * old + momentum * unbiased, mask=inside)
+        old_mean = tl.load(running_mean + channel, mask=inside)
+        old_variance = tl.load(running_var + channel, mask=inside)
+        new_mean = (1 - momentum) * old_mean + momentum * mean
+        new_variance = (1 - momentum) * old_variance + momentum * variance * (rows / (rows - 1))
+        if ALONE:
+            tl.store(running_mean + channel, new_mean, mask=inside)
+            tl.store(running_var + channel, new_variance, mask=inside)
+        else:  # summed afterwards: the other replicas start from the old ones
+            tl.store(moved + replica * 2 * CHANNELS + channel, new_mean, mask=inside)
+            tl.store(moved + replica * 2 * CHANNELS + CHANNELS + channel, new_variance, mask=inside)
     scale = inverse * tl.load(weight + channel, mask=inside, other=0.0)
     offset = tl.load(bias + channel, mask=inside, other=0.0)
     first, last = program * span, tl.minimum(program * span + span, rows)
@@ -327,21 +339,15 @@ def _gradients(
     RELU: tl.constexpr, ADD: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """The backward pass's second half; its first program writes the parameters' gradients."""
+    """The backward pass's second half; each replica's first program writes its parameters' gradients."""
     program, replica = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, PADDED)
     inside = channel < CHANNELS
     own = parts + replica * programs * 2 * CHANNELS
     sums, products = _summed(own, programs, channel, inside, CHANNELS, PROGRAMS)
-    if program + replica == 0:
-        all_sums, all_products = sums, products
-        for other in range(1, replicas):
-            part = parts + other * programs * 2 * CHANNELS
-            s, p = _summed(part, programs, channel, inside, CHANNELS, PROGRAMS)
-            all_sums += s
-            all_products += p
-        tl.store(dparameters + channel, all_sums, mask=inside)
-        tl.store(dparameters + CHANNELS + channel, all_products, mask=inside)
+    if program == 0:
+        tl.store(dparameters + replica * 2 * CHANNELS + channel, sums, mask=inside)
+        tl.store(dparameters + replica * 2 * CHANNELS + CHANNELS + channel, products, mask=inside)
     mean = tl.load(batch + replica * 2 * CHANNELS + channel, mask=inside, other=0.0)
     inverse = tl.load(batch + replica * 2 * CHANNELS + CHANNELS + channel, mask=inside, other=0.0)
     scale = inverse * tl.load(weight + channel, mask=inside, other=0.0)
@@ -357,3 +363,16 @@ def _gradients(
         tl.store(dx + at, (result * scale[None, :]).to(dx.dtype.element_ty), mask=mask)
         if ADD:
             tl.store(dshortcut + at, gradient.to(dshortcut.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_rows(each, first, second, replicas, channels, REPLICAS: tl.constexpr, BLOCK: tl.constexpr):
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    replica = tl.arange(0, REPLICAS)
+    mask = (replica < replicas)[:, None] & (channel < channels)[None, :]
+    at = (replica * 2 + tl.program_id(1))[:, None] * channels + channel[None, :]
+    total = tl.sum(tl.load(each + at, mask=mask, other=0.0), 0)
+    if tl.program_id(1) == 0:
+        tl.store(first + channel, total, mask=channel < channels)
+    else:
+        tl.store(second + channel, total, mask=channel < channels)

@@ -63,11 +63,15 @@ class NormAct(nn.BatchNorm2d):
 
 def conv_norm_act(
     conv: nn.Conv2d, norm: NormAct, x: Tensor, shortcut: Tensor | None = None
-) -> Tensor:
-    """norm(conv(x), shortcut), as one operation where our kernels are made for both."""
+) -> tuple[Tensor, Tensor]:
+    """norm(conv(x), shortcut), as one operation where our kernels are made for it; and x.
+
+    Whoever else uses x takes the one returned: where both gradients meet, they are then added
+    within our kernel.
+    """
     if norm.fused and norm.training and support.usable(x.device):
         from dist_resnet.kernels import conv as triton  # Triton is not everywhere
 
         if triton.accepts(conv, x, shortcut, norm.replicas):
             return triton.conv_norm_act(conv, norm, x, shortcut, norm.relu, norm.replicas)
-    return norm(conv(x), shortcut)
+    return norm(conv(x), shortcut), x

@@ -52,7 +52,7 @@ class Projection(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C', H / stride, W / stride)."""
         conv, norm = self
-        return conv_norm_act(conv, norm, x)
+        return conv_norm_act(conv, norm, x)[0]
 
 
 def _shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -77,8 +77,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C', H / stride, W / stride)."""
-        y = conv_norm_act(self.conv1, self.bn1, x)
-        return conv_norm_act(self.conv2, self.bn2, y, self.shortcut(x))
+        y, x = conv_norm_act(self.conv1, self.bn1, x)
+        return conv_norm_act(self.conv2, self.bn2, y, self.shortcut(x))[0]
 
 
 class ResNet(nn.Module):
@@ -111,7 +111,8 @@ class ResNet(nn.Module):
         Returns:
             (N, K).
         """
-        features = self.stages(conv_norm_act(self.stem, self.bn, images)).mean(dim=(2, 3))
+        x, _ = conv_norm_act(self.stem, self.bn, images)
+        features = self.stages(x).mean(dim=(2, 3))
         if keep is not None:
             features = features * keep
         return self.head(features)
