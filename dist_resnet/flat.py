@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from dist_resnet.models.resnet import ResNet
 
-# Values: 64 bytes of float32, 32 of bfloat16. cuDNN's BatchNorm fails where weights or statistics do
-# not begin at a multiple of 16 bytes.
+# Values: 64 bytes of float32, 32 of bfloat16. cuDNN's BatchNorm fails where weights or statistics
+# do not begin at a multiple of 16 bytes.
 _ALIGNED = 16
 
 

@@ -339,7 +339,7 @@ def _gradients(
     RELU: tl.constexpr, ADD: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """The backward pass's second half; each replica's first program writes its parameters' gradients."""
+    """The backward pass's second half; each replica's first program writes sums of its own."""
     program, replica = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, PADDED)
     inside = channel < CHANNELS
