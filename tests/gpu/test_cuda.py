@@ -71,7 +71,7 @@ def _reference(*keys: str, replicas: int = 1) -> TrainStep:
     return step
 
 
-MODES = ("fused", "graph", "compile")
+MODES = ("graph", "fused", "compile")
 RECIPES = {
     "recipe": (),
     "average": ("train.ema_decay=0.9", "augment.cutout=4", "optim.label_smoothing=0.1"),
