@@ -186,7 +186,7 @@ class TestTrainJob:
         assert_meets(call, "2", endpoint, index)
         assert "--nproc-per-node=8" in call.split()
         environment = (tmp_path / "environment").read_text()
-        assert "\nPET_" not in environment
+        assert environment.count("\nPET_") == environment.count("\nPET_SIGNALS_TO_HANDLE=") == 1
 
 
 def test_dockerfile() -> None:
@@ -210,7 +210,8 @@ def test_dockerfile() -> None:
 def test_sbatch_options() -> None:
     text = (LAUNCH / "slurm.sbatch").read_text()
     options = re.findall(r"^#SBATCH (\S+)$", text, re.M)
-    assert {"--requeue", "--open-mode=append", "--ntasks-per-node=1"} <= set(options)
+    wanted = {"--requeue", "--open-mode=append", "--ntasks-per-node=1", "--exclusive"}
+    assert wanted <= set(options)
     first_command = text.index("\nset -euo")
     assert text.rindex("#SBATCH") < first_command, "sbatch stops reading at the first command"
 
