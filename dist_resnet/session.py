@@ -17,7 +17,7 @@ from dist_resnet.distributed import World, from_all, from_main, on_main, togethe
 from dist_resnet.errors import UserError
 from dist_resnet.evaluation import BATCH_SIZE, Evaluator
 from dist_resnet.launcher import environment_int, environment_rank
-from dist_resnet.precision import choose_dtype, choose_precision, make_deterministic
+from dist_resnet.precision import choose_dtype, choose_precision, make_deterministic, set_up_cuda
 from dist_resnet.schema import Config
 from dist_resnet.step_mode import choose_step_mode
 
@@ -75,9 +75,9 @@ def open_session(config: Config, world: World) -> Session:
     if config.precision.deterministic:
         make_deterministic()
     precision, reason = together(lambda: choose_dtype(config.precision, world.device))
-    if precision == torch.float32:
-        # cuDNN's default for float32 convolutions is TF32, with a mantissa of 10 bits.
-        torch.backends.cudnn.allow_tf32 = False
+    if world.device.type == "cuda":
+        exact = config.parallel.reduction == "exact"
+        reason = f"{reason}, {set_up_cuda(exact or config.precision.deterministic)}"
     dataset = _open_dataset(config)
     held_out = config.data.val_split
     if held_out >= dataset.num_train:
