@@ -203,7 +203,7 @@ def test_dockerfile() -> None:
     assert (ROOT / config).exists()
     # The names are Debian 12's, with the libraries that FFCV's extension is linked to.
     assert set(re.findall(r"FROM (\S+)", text)) == {"python:3.12-slim-bookworm"}
-    for package in ("libopencv-core406", "libopencv-imgproc406", "libturbojpeg0"):
+    for package in ("libopencv-core406", "libopencv-imgproc406", "libturbojpeg0", "numactl"):
         assert f" {package} " in text
 
 
