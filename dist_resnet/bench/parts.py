@@ -111,7 +111,7 @@ def operators_of_step(
     named = record_function("augment")(augment) if step.device.type == "cpu" else augment
     with (
         mock.patch.object(step_module, "augment", named),
-        profile(activities=activities) as profiler,
+        profile(activities=activities, acc_events=True) as profiler,  # else torch 2.11 warns
     ):
         for _ in range(steps):
             step(draw())
