@@ -8,7 +8,7 @@ import psutil
 import pytest
 from torch.distributed import run as torchrun
 
-from tests.launching import LAUNCH, Stage, end, wait_until
+from tests.launching import LAUNCH, Stage, end, start, wait_until
 
 CRASH = "status running 5; exit 1"
 DONE = "status done 40 0; exit 0"
@@ -265,3 +265,23 @@ def test_node_0_says_how_it_ended(tmp_path: Path) -> None:
     )
     assert stage.play() == 3
     assert (stage.run / ".word").read_text().startswith("exit 3 ")
+
+
+def test_gpus_that_torch_cannot_use_start_no_cpu_ranks(tmp_path: Path) -> None:
+    """With the real Python: its torch sees no CUDA, and NVML counts eight GPUs."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch\ntorch.cuda.is_available = lambda: False\n"
+        "torch.cuda.device_count = lambda: 8\n"
+    )
+    log, runs = tmp_path / "log", tmp_path / "runs"
+    environment = {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "0"}
+    arguments = ["configs/digits.yaml", f"run.dir={runs}"]
+    job = start([str(LAUNCH / "single_node.sh"), *arguments], log, environment)
+    try:
+        assert job.wait(60) == 2, log.read_text()
+    finally:
+        end(job)
+    (line,) = log.read_text().splitlines()
+    assert line.startswith("dist_resnet: parallel.device=auto: there are GPUs, but")
+    assert line.endswith("or set parallel.device=cpu")
+    assert not runs.exists()
