@@ -47,7 +47,8 @@ def findings(tmp_path: Path, digits: Dataset, *extra: str, ranks: int = 1) -> di
 
 def test_a_sound_machine(tmp_path: Path, digits: Dataset) -> None:
     found = findings(tmp_path, digits)
-    assert {finding.level for finding in found.values()} == {"ok"}, found
+    # Of a torch before 2.10 the doctor has something to note.
+    assert {f.level for subject, f in found.items() if subject != "torch"} == {"ok"}, found
     assert torch.__version__ in found["torch"].text
     assert "written and read back" in found["ffcv"].text
     assert digits.fingerprint[:12] in found["dataset"].text
