@@ -1,11 +1,16 @@
 """A full GPU is one line that names a batch which would fit; CUDA's figures are played."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from dist_resnet import run
 from dist_resnet.config import load_config
+from dist_resnet.distributed import World
 from dist_resnet.errors import EXIT_USER, OutOfMemory
 from dist_resnet.gpu_memory import GIB, batch_that_fits, explaining_memory, requested_bytes
+from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
 
 MESSAGE = (
@@ -52,6 +57,18 @@ def test_a_batch_that_fits_is_named(held: dict[str, float]) -> None:
         "data.batch_size_per_replica=8192", "data.loader=resident"
     )
     assert "smaller model" in line("data.batch_size_per_replica=1")
+
+
+def test_so_ends_a_run(
+    held: dict[str, float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError(MESSAGE)
+
+    monkeypatch.setattr(run, "find_checkpoint", full)  # what a run does first stands for all of it
+    alone = World(0, 1, 0, 1, torch.device("cpu"))
+    with pytest.raises(OutOfMemory, match=r"data\.batch_size_per_replica=16 would fit"):
+        run._run_in(load_config([]), alone, RunFolder(tmp_path))
 
 
 def test_memory_of_others_is_no_reason_for_a_smaller_batch(held: dict[str, float]) -> None:
