@@ -26,15 +26,10 @@ help:
 setup:
 	@bash launch/setup.sh
 
-# The embedded run always starts anew; any other goes on from its last checkpoint.
-# Without the second variable, torchrun's restarts fail where the backend is gloo; the first
-# only silences a warning (the trainer sets its own thread count).
+# The embedded run always starts anew; any other goes on from its last checkpoint. The launcher counts
+# the GPUs as the trainer does; PYTHON is the one that .venv was made of.
 train: setup
-	@nproc='$(NPROC)'; \
-	if [ -z "$$nproc" ]; then nproc=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); fi; \
-	if [ "$$nproc" = 0 ]; then nproc=2; fi; \
-	export OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; \
-	exec .venv/bin/torchrun --standalone --nproc_per_node="$$nproc" -m dist_resnet.train \
+	@PYTHON=.venv/bin/python NPROC='$(NPROC)' exec launch/single_node.sh \
 	  $(if $(CONFIG),'$(CONFIG)',configs/digits.yaml run.overwrite=true) $(ARGS)
 
 test: setup

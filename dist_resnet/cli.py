@@ -2,6 +2,8 @@
 
 import argparse
 import atexit
+import contextlib
+import json
 import os
 import signal
 import sys
@@ -9,7 +11,16 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from dist_resnet.errors import EXIT_PREEMPTED, DistResnetError, PeerLost, Preempted, UserError
+from dist_resnet.errors import (
+    EXIT_PREEMPTED,
+    DistResnetError,
+    OutOfMemory,
+    PeerLost,
+    Preempted,
+    UserError,
+    first_line,
+    one_line,
+)
 from dist_resnet.launcher import environment_int
 
 # torchrun ends all ranks as soon as one has left: the others let the node's first speak first.
@@ -29,20 +40,44 @@ def run_command(action: Callable[[], int]) -> NoReturn:
     try:
         code = action()
     except (DistResnetError, Preempted) as error:
-        _reset_signals()
-        code = error.exit_code
-        first = environment_int("LOCAL_RANK", 0) == 0
-        if first or isinstance(error, PeerLost):
-            print(f"dist_resnet: {error}", file=sys.stderr, flush=True)
-        elif not isinstance(error, Preempted):
-            time.sleep(_PATIENCE_SECONDS)
+        code = _say_once(error)
     except KeyboardInterrupt:
         code = EXIT_PREEMPTED
         print("dist_resnet: interrupted", file=sys.stderr)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except Exception as error:
+        # torch is not imported here: a command that has not needed it so far does not.
+        if not isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
+            _tell_torchrun(one_line(error))
+            raise
+        code = _say_once(OutOfMemory(f"{first_line(error)}; free the GPU, or use a larger one"))
     _leave(code)
+
+
+def _say_once(error: DistResnetError | Preempted) -> int:
+    """Print the error's line, from one rank of this machine where all have it; its exit code."""
+    _reset_signals()
+    first = environment_int("LOCAL_RANK", 0) == 0
+    if not (first or isinstance(error, PeerLost | Preempted)):
+        time.sleep(_PATIENCE_SECONDS)
+    if first or (isinstance(error, DistResnetError) and error.of_one_rank):
+        print(f"dist_resnet: {error}", file=sys.stderr, flush=True)
+    if not isinstance(error, Preempted):
+        _tell_torchrun(str(error))
+    return error.exit_code
+
+
+def _tell_torchrun(line: str) -> None:
+    """Write `line` to where torchrun looks for the reason that its report of a failure gives."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return
+    # The format of torch.distributed.elastic's ErrorHandler, without a traceback.
+    message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+    with contextlib.suppress(OSError), open(file, "w") as out:
+        json.dump({"message": message}, out)
 
 
 def _leave(code: int) -> NoReturn:

@@ -65,6 +65,7 @@ SECTIONS = (
             Panel("Milliseconds a step", ("perf/step_ms",), log_y=True),
             Panel("Share of time waiting for data", ("perf/data_wait_fraction",)),
             Panel("GPU memory in MiB", ("perf/gpu_memory_mb",), only_with="a GPU"),
+            Panel("GPU utilisation", ("perf/gpu_utilisation",), only_with="a GPU"),
         ),
     ),
     Section(

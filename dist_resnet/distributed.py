@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_resnet import signals
+from dist_resnet.devices import cuda_count, take
 from dist_resnet.errors import PeerLost, Preempted, UserError, first_line
 from dist_resnet.launcher import (
     PARENT,
@@ -212,21 +213,15 @@ def _attempt(action: Callable[[], T]) -> tuple[tuple[T] | None, str | None]:
 
 
 def _choose_device(wanted: str, local_rank: int, local_size: int) -> torch.device:
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    count = cuda_count(wanted)
+    if count == 0:
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError(
-            "parallel.device=cuda: no CUDA device here; use parallel.device=cpu or auto"
-        )
-    count = torch.cuda.device_count()
     if local_size > count:
         raise UserError(
             f"{local_size} processes for {count} GPUs on {socket.gethostname()}: start "
             f"--nproc_per_node={count} and set parallel.replicas={local_size} for the same training"
         )
-    # Before any other CUDA call, or every rank opens a context on GPU 0.
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    return take(local_rank)
 
 
 def _die_with_parent() -> None:

@@ -22,6 +22,8 @@ class DistResnetError(Exception):
     """Ends the process with `exit_code` and one line on stderr, never a traceback."""
 
     exit_code = 1
+    of_one_rank = False
+    """Whether the other ranks need not have it too: each that has it says so."""
 
 
 class UserError(DistResnetError):
@@ -47,3 +49,11 @@ class Preempted(BaseException):
 
 class PeerLost(DistResnetError):
     """Another rank died or hung: the job ends here, its last checkpoint is what counts."""
+
+    of_one_rank = True
+
+
+class OutOfMemory(UserError):
+    """A GPU is full. It says what would fit."""
+
+    of_one_rank = True

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,7 +38,10 @@ def main(arguments: Sequence[str]) -> int:
     path = options.output / name
     temporary = path.with_name(f".tmp.{os.getpid()}.{name}")
     try:
-        again = write(model, temporary)
+        with warnings.catch_warnings():
+            # Of torch's exporters about themselves (2.11): nothing that a user could mend.
+            warnings.filterwarnings("ignore", "(?s).*(treespec|buffer is not writable)")
+            again = write(model, temporary)
         error = _compare(model, again, images)
         temporary.chmod(0o644)  # safetensors makes it private
         os.replace(temporary, path)

@@ -12,6 +12,7 @@ from dist_resnet.environment import git_commit, hardware, versions
 from dist_resnet.errors import EXIT_DONE, DistResnetError, Diverged, Preempted, UserError
 from dist_resnet.evaluation import Evaluator
 from dist_resnet.gallery import Gallery
+from dist_resnet.gpu_memory import explaining_memory
 from dist_resnet.loop import Trainer
 from dist_resnet.plan import Plan, explain, make_plan, rates
 from dist_resnet.recording import Recording, open_recording
@@ -62,6 +63,7 @@ def run(config: Config) -> None:
         stop(orderly)
 
 
+@explaining_memory
 def _run_in(wanted: Config, world: World, folder: RunFolder) -> None:
     saved = find_checkpoint(wanted, folder)
     config = together(lambda: settle(wanted, world, saved))

@@ -13,11 +13,11 @@ from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.order import split_indices
 from dist_resnet.data.prepare import prepare_builtin
 from dist_resnet.data.stream import open_loader
-from dist_resnet.distributed import World, from_main, on_main, together
+from dist_resnet.distributed import World, from_all, from_main, on_main, together
 from dist_resnet.errors import UserError
 from dist_resnet.evaluation import BATCH_SIZE, Evaluator
-from dist_resnet.launcher import environment_rank
-from dist_resnet.precision import choose_dtype, choose_precision, make_deterministic
+from dist_resnet.launcher import environment_int, environment_rank
+from dist_resnet.precision import choose_dtype, choose_precision, make_deterministic, set_up_cuda
 from dist_resnet.schema import Config
 from dist_resnet.step_mode import choose_step_mode
 
@@ -70,14 +70,14 @@ def open_session(config: Config, world: World) -> Session:
     Raises:
         UserError: on all ranks alike, whichever met it.
     """
-    threads = choose_threads(config, world.local_size)
+    threads = choose_threads(config, sharing_cores(world))
     torch.set_num_threads(threads)
     if config.precision.deterministic:
         make_deterministic()
     precision, reason = together(lambda: choose_dtype(config.precision, world.device))
-    if precision == torch.float32:
-        # cuDNN's default for float32 convolutions is TF32, with a mantissa of 10 bits.
-        torch.backends.cudnn.allow_tf32 = False
+    if world.device.type == "cuda":
+        exact = config.parallel.reduction == "exact"
+        reason = f"{reason}, {set_up_cuda(exact or config.precision.deterministic)}"
     dataset = _open_dataset(config)
     held_out = config.data.val_split
     if held_out >= dataset.num_train:
@@ -88,8 +88,16 @@ def open_session(config: Config, world: World) -> Session:
     return Session(config, world, dataset, precision, reason, threads, kept, out)
 
 
-def choose_threads(config: Config, local_size: int) -> int:
-    """CPU threads of a rank.
+def sharing_cores(world: World) -> int:
+    """How many ranks may use the cores of this one: all of the machine, unless each was bound."""
+    mine = os.sched_getaffinity(0)
+    machine = environment_int("GROUP_RANK", 0)
+    everyone = from_all((machine, mine))
+    return sum(1 for other, cores in everyone if other == machine and cores & mine)
+
+
+def choose_threads(config: Config, sharing: int) -> int:
+    """CPU threads of one of `sharing` ranks that use the same cores.
 
     One with parallel.reduction=exact: oneDNN's weight gradients depend on the number of threads,
     which must not follow the number of ranks.
@@ -98,7 +106,7 @@ def choose_threads(config: Config, local_size: int) -> int:
         return config.parallel.threads
     if config.parallel.reduction == "exact":
         return 1
-    return max(1, len(os.sched_getaffinity(0)) // local_size)
+    return max(1, len(os.sched_getaffinity(0)) // sharing)
 
 
 def settle(config: Config, world: World, saved: dict[str, Any] | None) -> Config:

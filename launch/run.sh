@@ -13,13 +13,15 @@
 #   NPROC               processes on this node (default: one for each visible GPU, else 2)
 #   RUN_DIR, RUN_NAME   run.dir and run.name; all nodes must see the folder
 #   MAX_RESTARTS=3      restarts without progress before giving up
-#   SHUTDOWN_TIMEOUT=60 seconds the processes get to save after a signal
+#   SHUTDOWN_TIMEOUT=60 seconds the processes get to save after a signal (torch before 2.12: 30)
 #   JOIN_TIMEOUT=600    seconds to wait for other nodes
 #   LAST_CALL=30        seconds to wait for more nodes once MIN are there
 #   IFNAME              network interface of the job, where a host has several
+#   NUMA_BINDING=node   torchrun's --numa-binding on GPUs, or none
 #   LOCK_WAIT=20        seconds to wait for another job to leave the run folder
 #   BACKOFF=1, REJOIN=20   seconds before a restart, times the failures; and before joining unasked
 #   PYTHON              the interpreter (default: .venv/bin/python, else python3)
+# CUDA_VISIBLE_DEVICES, NCCL_* and all else reach the processes as they are.
 #
 # Exit codes: 0 finished; 2 the user's to mend; 3 diverged; 75 stopped by a signal, start it again;
 # 1 it crashed MAX_RESTARTS times without progress. TERM, INT, HUP and USR1 are passed on.
@@ -27,7 +29,7 @@ set -euo pipefail
 
 : "${NNODES:=1}" "${NODE_RANK:=0}" "${RDZV_ENDPOINT:=}" "${NPROC:=}" "${MAX_RESTARTS:=3}"
 : "${SHUTDOWN_TIMEOUT:=60}" "${JOIN_TIMEOUT:=600}" "${LAST_CALL:=30}" "${IFNAME:=}"
-: "${LOCK_WAIT:=20}" "${RDZV_ID:=none}" "${BACKOFF:=1}" "${REJOIN:=20}"
+: "${LOCK_WAIT:=20}" "${RDZV_ID:=none}" "${BACKOFF:=1}" "${REJOIN:=20}" "${NUMA_BINDING:=node}"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 if [[ -z ${PYTHON:-} ]]; then
@@ -65,29 +67,35 @@ except ImportError as error:
     sys.exit(print(f"launch: {error} ({sys.executable}); run make setup, or set PYTHON", file=sys.stderr) or 2)
 from dist_resnet.cli import run_command
 from dist_resnet.config import load_config
+from dist_resnet.devices import cuda_count
+from dist_resnet.numa import why_not_bound
 from dist_resnet.resume import run_name
 def tell():
     config = load_config(sys.argv[1:])
     print(f"{config.run.dir}/{run_name(config)}")
-    print(0 if config.parallel.device == "cpu" else torch.cuda.device_count())
+    gpus = cuda_count(config.parallel.device)
+    print(gpus)
+    print(why_not_bound(gpus))
     return 0
 run_command(tell)
 PY
 ) || { code=$?; [[ -z $stop ]] || code=75; exit "$code"; }
-{ read -r run; read -r gpus; } <<<"$facts"
+{ read -r run; read -r gpus; read -r unbound || true; } <<<"$facts"
 if [[ -n $only_folder ]]; then echo "$run"; exit 0; fi
 [[ -n $NPROC ]] || NPROC=$((gpus > 0 ? gpus : 2))
+(($(nproc) >= NPROC)) || say "$(nproc) cores for $NPROC processes: they will wait for each other"
 
 unset "${!PET_@}"  # Kubeflow's defaults for torchrun; they choose a rendezvous that cannot restart
 # Without it a second rendezvous with the same agent reads the addresses of dead gloo workers.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Not as options, which torch before 2.9 and before 2.12 does not know. Of the first torchrun
+# overwrites its own TORCHELASTIC_SIGNALS_TO_HANDLE.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$SHUTDOWN_TIMEOUT
 # torchrun's own default is one thread a process, which leaves most of a CPU node idle.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > NPROC ? $(nproc) / NPROC : 1))}
 
-# shellcheck disable=SC2054  # the commas are torchrun's
-torchrun=("$PYTHON" -m torch.distributed.run "--nproc-per-node=$NPROC" --max-restarts=0
-    "--shutdown-timeout=$SHUTDOWN_TIMEOUT"
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
+torchrun=("$PYTHON" -m torch.distributed.run "--nproc-per-node=$NPROC" --max-restarts=0)
 if [[ $NNODES == 1 ]]; then
     torchrun+=(--standalone)
 else
@@ -97,7 +105,8 @@ else
     torchrun+=("--nnodes=$NNODES" --rdzv-backend=c10d "--rdzv-endpoint=$RDZV_ENDPOINT"
         "--rdzv-id=$RDZV_ID" "--rdzv-conf=$conf")
     if [[ -n $IFNAME ]]; then
-        export GLOO_SOCKET_IFNAME=$IFNAME NCCL_SOCKET_IFNAME=$IFNAME
+        export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$IFNAME}
+        export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$IFNAME}
         address=$(ip -o addr show dev "$IFNAME" scope global | sed -n '1s/.*inet6* \([^/ ]*\).*/\1/p')
         [[ -z $address ]] || torchrun+=("--local-addr=$address")
     fi
@@ -108,6 +117,15 @@ if [[ -n ${DOCTOR:-} ]]; then
     code=$(<"$verdict")
     rm -f "$verdict"
     exit "${code:-2}"
+fi
+
+if ((gpus == 0 || NPROC > gpus)) || [[ $NUMA_BINDING == none || $unbound == unneeded ]]; then
+    :
+elif [[ -n $unbound ]]; then
+    say "no NUMA binding: $unbound"
+else
+    say "NUMA binding: $NUMA_BINDING, each process beside its GPU"
+    torchrun+=("--numa-binding=$NUMA_BINDING")
 fi
 
 status=$run/status.json

@@ -26,10 +26,14 @@ _MARK = "DIST_RESNET_TEST_JOB"
 _numbers = itertools.count()
 _marks: dict[int, str] = {}
 
-# $PYTHON of run.sh: answers where the run folder is; as torchrun it plays the next line of the
-# scenario, or the last one again.
+# $PYTHON of run.sh: answers where the run folder is, $GPUS and $UNBOUND; as torchrun it plays the
+# next line of the scenario, or the last one again.
 _FAKE_PYTHON = r"""#!/usr/bin/env bash
-if [[ $1 == - ]]; then cat >/dev/null; printf '%s\n0\n' "$RUN"; exit; fi
+if [[ $1 == - ]]; then
+    cat >/dev/null
+    printf '%s\n%s\n%s\n' "$RUN" "${GPUS:-0}" "${UNBOUND:-}"
+    exit
+fi
 printf '%s\n' "$*" >>"$FAKE/calls"
 env >"$FAKE/environment"
 status() {  # STATE STEP [CODE]

@@ -87,7 +87,9 @@ def _work(epoch: Epoch, settings: Settings) -> Callable[[int], None]:
     """Draw batches and wait for the device."""
     import torch
 
-    use_cuda = settings.config.parallel.device != "cpu" and torch.cuda.is_available()
+    from dist_resnet.devices import cuda_count
+
+    use_cuda = cuda_count(settings.config.parallel.device) > 0
 
     def work(batches: int) -> None:
         taken = sum(1 for _ in epoch(batches))

@@ -99,7 +99,7 @@ def operators_of_step(
     named = record_function("augment")(step.replica_pass.inputs)
     with (
         mock.patch.object(step.replica_pass, "inputs", named),
-        profile(activities=activities) as profiler,
+        profile(activities=activities, acc_events=True) as profiler,  # else torch 2.11 warns
     ):
         for _ in range(steps):
             step(draw())

@@ -18,7 +18,7 @@ from dist_resnet.bench.reference_loop import as_torch_makes_it
 from dist_resnet.distributed import World
 from dist_resnet.precision import choose_dtype
 from dist_resnet.schema import Config
-from dist_resnet.session import choose_threads
+from dist_resnet.session import choose_threads, sharing_cores
 
 FEATURES, CLASSES, KEPT = 32, 10, 8
 _LIGHTNING = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
@@ -53,7 +53,7 @@ def train(config: Config, world: World, gate: Gate, framework: str, steps: int, 
     Raises:
         Finished: it has.
     """
-    torch.set_num_threads(choose_threads(config, world.local_size))
+    torch.set_num_threads(choose_threads(config, sharing_cores(world)))
     if framework == "ours":
         from dist_resnet.bench.tiny import train_ours
 

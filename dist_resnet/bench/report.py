@@ -71,11 +71,11 @@ def gather_facts(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
     """Versions, hardware, commit and command; no path, no date, no name of a machine or user."""
     import torch
 
+    from dist_resnet.devices import cuda_count
     from dist_resnet.environment import git_commit, hardware, versions
     from dist_resnet.session import choose_threads
 
-    wants_cpu = config.parallel.device == "cpu" or not torch.cuda.is_available()
-    device = torch.device("cpu" if wants_cpu else "cuda")
+    device = torch.device("cuda" if cuda_count(config.parallel.device) else "cpu")
     return {
         "command": " ".join(["python -m dist_resnet.bench", *map(_without_path, arguments)]),
         "commit": git_commit(),

@@ -74,15 +74,16 @@ _NOTES = [
 
 def _modes(settings: Settings) -> list[tuple[str, str, bool]]:
     """(step_mode, dtype, channels_last); compiling takes a minute or more: all with --full."""
-    import torch
+    from dist_resnet.devices import cuda_count
 
+    on_gpu = cuda_count(settings.config.parallel.device) > 0
     modes = [("eager", *band) for band in BANDS]
-    if settings.config.parallel.device == "cpu" or not torch.cuda.is_available():
+    if not on_gpu:
         modes += [("fused", *band) for band in BANDS if band[1]]
     compiled = BANDS if settings.full else BANDS[:1]
     if not settings.quick:
         modes += [("compile", *band) for band in compiled]
-    if settings.config.parallel.device != "cpu" and torch.cuda.is_available():
+    if on_gpu:
         modes += [("eager", "fp16", True), ("compile", "fp16", True)]
         modes += [("graph", "bf16", True), ("graph", "fp16", True)]
     return modes

@@ -20,7 +20,7 @@ from dist_resnet.data.ffcv_import import import_ffcv
 import_ffcv()
 
 from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder  # noqa: E402
-from ffcv.loader import Loader, OrderOption  # noqa: E402
+from ffcv.loader import Loader, OrderOption, epoch_iterator  # noqa: E402
 from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
 from ffcv.pipeline import Compiler  # noqa: E402
 from ffcv.transforms import Squeeze, ToDevice, ToTensor  # noqa: E402
@@ -34,6 +34,7 @@ class FfcvLoader:
 
     def __init__(self, path: Path, batch_size: int, device: torch.device) -> None:
         self.batch_size = batch_size
+        self._device = device
         threads = torch.get_num_threads()
         images: list[Any] = [SimpleRGBImageDecoder(), ToTensor()]
         labels: list[Any] = [IntDecoder(), ToTensor()]
@@ -72,7 +73,7 @@ class FfcvLoader:
             raise IndexError(f"sample {int(order.max())} of a dataset of {len(self)}")
         threads = torch.get_num_threads()
         Compiler.set_num_threads(1)
-        iterator = _SafeIterator(self._loader, order)
+        iterator = _SafeIterator(self._loader, order, self._device)
         torch.set_num_threads(threads)
         try:
             yield from iterator
@@ -85,8 +86,17 @@ class _SafeIterator(EpochIterator):
 
     error: BaseException | None = None
 
+    def __init__(self, loader: Loader, order: np.ndarray, device: torch.device) -> None:
+        self._device = device
+        # FFCV asks for GPUs, not for ours: on a CPU beside one it would open a context there.
+        epoch_iterator.IS_CUDA = device.type == "cuda"
+        super().__init__(loader, order)
+
     def run(self) -> None:
         try:
+            if self._device.type == "cuda":
+                # Every thread starts on GPU 0: without this all ranks would open a context there.
+                torch.cuda.set_device(self._device)
             super().run()
         except BaseException as error:
             self.error = error

@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import os
 import shutil
 import socket
 import sys
+import tarfile
 import threading
 import urllib.request
 import warnings
@@ -68,18 +70,32 @@ def _find(kind: Any, input_root: Path, extract_root: Path) -> Path:
             f"{input_root}: holds neither {kind.base_folder} nor {kind.filename}; "
             "check --input, or leave it out to download"
         )
-    from torchvision.datasets.utils import (
-        check_integrity,
-        extract_archive,
-    )
+    from torchvision.datasets.utils import check_integrity
 
     if not check_integrity(str(archive), kind.tgz_md5):
         raise UserError(f"{archive}: its MD5 sum is wrong; download it again")
-    extract_archive(str(archive), str(extract_root))
+    _extract(kind, archive, extract_root)
     return extract_root
 
 
+def _extract(kind: Any, archive: Path, root: Path) -> None:
+    """The files of the data set's folder, and nothing anywhere else.
+
+    torchvision's extractall would follow any path, and warns of that from Python 3.12 on.
+    """
+    folder = root / kind.base_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive) as members:
+        for member in members:
+            place, name = os.path.split(member.name)
+            content = members.extractfile(member) if place == kind.base_folder else None
+            if content is not None:
+                (folder / name).write_bytes(content.read())
+
+
 def _download(kind: Any, name: str, root: Path) -> Path:
+    from torchvision.datasets.utils import download_url
+
     archive = root / kind.filename
     with _patience():
         try:
@@ -87,7 +103,8 @@ def _download(kind: Any, name: str, root: Path) -> Path:
             if not sys.stderr.isatty():
                 print(f"downloading {kind.url} ...", file=sys.stderr, flush=True)
             with _quiet():
-                kind(root, train=True, download=True)
+                download_url(kind.url, str(root), kind.filename, kind.tgz_md5)
+                _extract(kind, archive, root)
         except (OSError, RuntimeError, HTTPException) as error:
             shutil.rmtree(root / kind.base_folder, ignore_errors=True)
             archive.unlink(missing_ok=True)

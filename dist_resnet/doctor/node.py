@@ -18,6 +18,7 @@ from dist_resnet.data.sources import load_synthetic
 from dist_resnet.data.stream import open_loader
 from dist_resnet.distributed import backends
 from dist_resnet.doctor import Examination, Finding, examine
+from dist_resnet.doctor.gpu import device_finding, gpu_examinations, usable_gpus
 from dist_resnet.environment import versions
 from dist_resnet.launcher import under_torchrun
 from dist_resnet.precision import choose_dtype
@@ -26,23 +27,27 @@ from dist_resnet.session import choose_threads
 from dist_resnet.tracking.reach import wanted_mode
 
 MIB = 1 << 20
-_TORCH = (2, 14)
+OLDEST_TORCH = (2, 6)
+"""As in pyproject.toml. What was run with which torch: README, "Versions"."""
+_SAFE_TORCH = (2, 10)
 _BUILTIN = ("cifar10", "cifar100", "digits")
 _PREPARE = "python -m dist_resnet.data.prepare"
 
 
 def node_findings(config: Config, local_size: int) -> Iterator[Finding]:
     """Examine this machine for `local_size` processes."""
+    gpus = usable_gpus(config)
     examinations: dict[str, Examination] = {
         "torch": _torch,
-        "device": lambda: _device(config, local_size),
-        "precision": lambda: _precision(config),
-        "collectives": _collectives,
+        "device": lambda: device_finding(config, local_size),
+        **(gpu_examinations(gpus) if gpus else {}),
+        "precision": lambda: _precision(config, gpus),
+        "collectives": lambda: _collectives(gpus),
         "ffcv": _ffcv,
         "dataset": lambda: _dataset(config),
         "wandb": lambda: _wandb(config),
         "disk": lambda: _disk(Path(config.run.dir)),
-        "shared memory": lambda: _shared_memory(config, local_size),
+        "shared memory": lambda: _shared_memory(gpus, local_size),
         "threads": lambda: _threads(config, local_size),
     }
     for subject, action in examinations.items():
@@ -53,46 +58,26 @@ def _torch() -> Finding:
     found = versions()
     text = f"{torch.__version__}, Python {found['python']}"
     numbers = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if numbers < _TORCH:
-        wanted = ".".join(map(str, _TORCH))
+    if numbers < OLDEST_TORCH:
+        wanted = ".".join(map(str, OLDEST_TORCH))
         return Finding("FAIL", "torch", text, f"needs {wanted} or newer: run `make setup`")
+    if numbers < _SAFE_TORCH:  # CVE-2026-24747
+        text += ": a manipulated checkpoint can take over the process that reads it"
+        return Finding("note", "torch", text, "read only your own, or install 2.10 or newer")
     return Finding("ok", "torch", text)
 
 
-def _device(config: Config, local_size: int) -> Finding:
-    count = torch.cuda.device_count() if config.parallel.device != "cpu" else 0
-    if count == 0:
-        if config.parallel.device == "cuda":
-            remedy = "use parallel.device=cpu, or see why `nvidia-smi` shows none"
-            return Finding("FAIL", "device", "parallel.device=cuda, but no CUDA device", remedy)
-        if config.parallel.device == "auto" and Path("/dev/nvidiactl").exists():
-            remedy = "is the driver newer than that? compare `nvidia-smi`; or parallel.device=cpu"
-            text = f"a GPU driver, but no CUDA device for torch (CUDA {torch.version.cuda})"
-            return Finding("FAIL", "device", text, remedy)
-        return Finding("ok", "device", f"CPU, {os.cpu_count()} cores")
-    if local_size > count:
-        remedy = f"start {count} and set parallel.replicas={local_size} for the same training"
-        return Finding("FAIL", "device", f"{local_size} processes for {count} GPUs", remedy)
-    for number in range(count):
-        probe = torch.ones(64, 64, device=torch.device("cuda", number))
-        if (probe @ probe).sum().item() != 64**3:
-            return Finding("FAIL", "device", f"GPU {number} computes wrongly", "replace it")
-    names = {torch.cuda.get_device_name(number) for number in range(count)}
-    text = f"{count} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}"
-    return Finding("ok", "device", text)
-
-
-def _precision(config: Config) -> Finding:
-    use_gpu = torch.cuda.is_available() and config.parallel.device != "cpu"
-    dtype, reason = choose_dtype(config.precision, torch.device("cuda" if use_gpu else "cpu"))
-    del dtype
+def _precision(config: Config, gpus: int) -> Finding:
+    _, reason = choose_dtype(config.precision, torch.device("cuda" if gpus else "cpu"))
     return Finding("ok", "precision", reason)
 
 
-def _collectives() -> Finding:
+def _collectives(gpus: int) -> Finding:
     found = backends()
-    needed = "nccl" if torch.cuda.is_available() else "gloo"
+    needed = "nccl" if gpus else "gloo"
     text = f"torch was built with {' and '.join(found) or 'none'}"
+    if gpus and needed in found:
+        text += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
     if needed not in found:
         return Finding("FAIL", "collectives", text, f"install a torch that has {needed}")
     if under_torchrun() and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
@@ -180,15 +165,14 @@ def _why_not_writable(folder: Path) -> str | None:
     return None
 
 
-def _shared_memory(config: Config, local_size: int) -> Finding:
+def _shared_memory(gpus: int, local_size: int) -> Finding:
     place = Path("/dev/shm")
     if not place.is_dir():
         return Finding("note", "shared memory", "no /dev/shm", "ranks talk more slowly without it")
     size = shutil.disk_usage(place).free
     text = f"{size / MIB:,.0f} MiB free in /dev/shm"
-    use_gpu = torch.cuda.is_available() and config.parallel.device != "cpu"
     # NCCL takes about 10 MiB for each pair of neighbours and channel; Docker gives 64 MiB in all.
-    if use_gpu and local_size > 1 and size < 64 * MIB * local_size:
+    if gpus and local_size > 1 and size < 64 * MIB * local_size:
         remedy = "docker run --shm-size=1g; Kubernetes: an emptyDir of medium Memory at /dev/shm"
         return Finding("FAIL", "shared memory", text, remedy)
     return Finding("ok", "shared memory", text)

@@ -306,6 +306,9 @@ def test_user_errors_are_said_once_by_two_ranks(
     assert outcome.code == 1  # torchrun's
     assert "exitcode  : 2" in outcome.output
     assert_one_line(outcome.output, 2, *texts)
+    (said,) = [line for line in outcome.output.splitlines() if line.startswith("dist_resnet: ")]
+    _, root = outcome.output.split("Root Cause")
+    assert root.count(said.removeprefix("dist_resnet: ")) == 1
 
 
 def assert_one_line(output: str, code: int, *texts: str) -> None:

@@ -191,17 +191,15 @@ def test_missing_system_packages_without_root_are_one_command_to_run(
 
 def test_train_starts_the_embedded_run_anew_and_continues_any_other(checkout: Checkout) -> None:
     assert checkout.make("setup")[0] == 0
-    torchrun = checkout.root / ".venv" / "bin" / "torchrun"
-    torchrun.write_text('#!/usr/bin/env bash\necho "$OMP_NUM_THREADS" "$@"\n')
-    torchrun.chmod(0o755)
-    command = "1 --standalone --nproc_per_node=3 -m dist_resnet.train "
+    # Which counts the GPUs, and restarts what dies: tests/unit/test_launch_run.py.
+    launcher = checkout.root / "launch" / "single_node.sh"
+    launcher.write_text('#!/usr/bin/env bash\necho "$PYTHON, $NPROC:" "$@"\n')
+    launcher.chmod(0o755)
     code, output = checkout.make("train", "NPROC=3", "ARGS=train.epochs=1")
-    assert (code, output) == (
-        0,
-        command + "configs/digits.yaml run.overwrite=true train.epochs=1\n",
-    )
-    code, output = checkout.make("train", "NPROC=3", "CONFIG=my runs/a.yaml")
-    assert (code, output) == (0, command + "my runs/a.yaml\n")
+    told = ".venv/bin/python, 3: configs/digits.yaml run.overwrite=true train.epochs=1\n"
+    assert (code, output) == (0, told)
+    code, output = checkout.make("train", "CONFIG=my runs/a.yaml")
+    assert (code, output) == (0, ".venv/bin/python, : my runs/a.yaml\n")
 
 
 def test_every_declared_dependency_is_pinned_and_this_python_is_in_range() -> None:

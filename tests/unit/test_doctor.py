@@ -1,15 +1,17 @@
 """What the doctor says of one machine, and how it judges several."""
 
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
+from dist_resnet import devices
 from dist_resnet.config import load_config
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.distributed import World
-from dist_resnet.doctor import Finding, examine
+from dist_resnet.doctor import Finding, examine, gpu
 from dist_resnet.doctor.network import (
     SKEW_SECONDS,
     Facts,
@@ -21,8 +23,9 @@ from dist_resnet.doctor.network import (
     skew_finding,
     versions_finding,
 )
-from dist_resnet.doctor.node import cpu_quota, node_findings
+from dist_resnet.doctor.node import OLDEST_TORCH, cpu_quota, node_findings
 from dist_resnet.errors import UserError
+from tests.jobs import ROOT
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -44,7 +47,8 @@ def findings(tmp_path: Path, digits: Dataset, *extra: str, ranks: int = 1) -> di
 
 def test_a_sound_machine(tmp_path: Path, digits: Dataset) -> None:
     found = findings(tmp_path, digits)
-    assert {finding.level for finding in found.values()} == {"ok"}, found
+    # Of a torch before 2.10 the doctor has something to note.
+    assert {f.level for subject, f in found.items() if subject != "torch"} == {"ok"}, found
     assert torch.__version__ in found["torch"].text
     assert "written and read back" in found["ffcv"].text
     assert digits.fingerprint[:12] in found["dataset"].text
@@ -176,3 +180,86 @@ def test_one_process_measures_itself(tmp_path: Path, digits: Dataset) -> None:
     config = load_config([f"data.root={digits.folder.parent}", "data.dataset=digits"])
     assert {f.level for f in network_findings(config, ALONE)} == {"ok"}
     assert os.environ.get("RANK") is None
+
+
+class TestGpus:
+    """On a machine whose CUDA is played: two H100 of which a stub tells the facts."""
+
+    @pytest.fixture(autouse=True)
+    def gpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.free, self.peers, self.driver = [70 << 30, 60 << 30], True, (13, 2)
+        monkeypatch.setattr(gpu, "driver", lambda: "580.65.06 (CUDA 13.2)")
+        monkeypatch.setattr(gpu, "driver_cuda", lambda: self.driver)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        cuda = torch.cuda
+        monkeypatch.setattr(cuda, "mem_get_info", lambda n: (self.free[n], 80 << 30))
+        monkeypatch.setattr(cuda, "can_device_access_peer", lambda a, b: self.peers or a + b != 1)
+        monkeypatch.setattr(cuda, "get_device_capability", lambda *_: (7, 0))
+        monkeypatch.setattr(cuda, "get_arch_list", lambda: ["sm_75", "sm_90"])
+        monkeypatch.setattr(gpu, "cuda_count", lambda _: 2)
+
+    def test_driver(self) -> None:
+        assert gpu.driver_finding() == Finding(
+            "ok", "driver", "580.65.06 (CUDA 13.2), torch was built for CUDA 13.0"
+        )
+        self.driver = (12, 8)
+        found = gpu.driver_finding()
+        assert (found.level, "CUDA 13.0" in found.remedy) == ("note", True)
+
+    @pytest.mark.parametrize(("free", "level"), [(60, "ok"), (30, "note"), (1, "FAIL")])
+    def test_free_memory_of_the_fullest(self, free: int, level: str) -> None:
+        self.free[1] = free << 30
+        found = gpu.memory_finding(2)
+        assert (found.level, found.subject) == (level, "GPU memory")
+        assert f"{free}.0 of 80.0 GiB free on GPU 1" in found.text
+        assert ("CUDA_VISIBLE_DEVICES" in found.remedy) == (level != "ok")
+
+    def test_peer_access(self) -> None:
+        assert gpu.peer_finding(2) == Finding("ok", "peer access", "between all 2 GPUs")
+        self.peers = False
+        found = gpu.peer_finding(3)
+        assert found.level == "note"
+        assert "2 of 6 pairs, such as GPUs 0 and 1" in found.text
+        assert "nvidia-smi topo -m" in found.remedy
+
+    def test_a_gpu_that_torch_has_no_code_for(self) -> None:
+        found = gpu.device_finding(load_config([]), 1)
+        assert found.level == "FAIL"
+        assert "GPU 0: this GPU is sm_70" in found.text
+        assert "sm_75 sm_90" in found.text
+        assert "whl/cu126" in found.remedy
+
+    def test_all_of_it_is_examined(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        subjects = list(gpu.gpu_examinations(2))
+        assert subjects == ["driver", "GPU memory", "peer access"]
+        for level in [action().level for action in gpu.gpu_examinations(2).values()]:
+            assert level == "ok"
+
+
+def test_gpus_that_torch_cannot_use(
+    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver is too old: one FAIL with a remedy, whatever else would ask for the GPUs."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(devices, "driver_cuda", lambda: (12, 2))
+    found = findings(tmp_path, digits, "parallel.device=auto")
+    assert [s for s, f in found.items() if f.level == "FAIL"] == ["device"]
+    assert "(CUDA 12.2) is too old for torch" in found["device"].text
+    assert "update the driver" in found["device"].remedy
+
+
+@pytest.mark.parametrize(
+    ("version", "level"),
+    [("2.5.1", "FAIL"), ("2.6.0+cu124", "note"), ("2.11.0+cu130", "ok"), ("2.14.1", "ok")],
+)
+def test_torch_of_any_version_that_the_trainer_runs_on(
+    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch, version: str, level: str
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    found = findings(tmp_path, digits)["torch"]
+    assert (found.level, bool(found.remedy)) == (level, level != "ok")
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert f"torch>={'.'.join(map(str, OLDEST_TORCH))}" in declared

@@ -186,7 +186,7 @@ class TestTrainJob:
         assert_meets(call, "2", endpoint, index)
         assert "--nproc-per-node=8" in call.split()
         environment = (tmp_path / "environment").read_text()
-        assert "\nPET_" not in environment
+        assert environment.count("\nPET_") == environment.count("\nPET_SIGNALS_TO_HANDLE=") == 1
 
 
 def test_dockerfile() -> None:
@@ -203,14 +203,15 @@ def test_dockerfile() -> None:
     assert (ROOT / config).exists()
     # The names are Debian 12's, with the libraries that FFCV's extension is linked to.
     assert set(re.findall(r"FROM (\S+)", text)) == {"python:3.12-slim-bookworm"}
-    for package in ("libopencv-core406", "libopencv-imgproc406", "libturbojpeg0"):
+    for package in ("libopencv-core406", "libopencv-imgproc406", "libturbojpeg0", "numactl"):
         assert f" {package} " in text
 
 
 def test_sbatch_options() -> None:
     text = (LAUNCH / "slurm.sbatch").read_text()
     options = re.findall(r"^#SBATCH (\S+)$", text, re.M)
-    assert {"--requeue", "--open-mode=append", "--ntasks-per-node=1"} <= set(options)
+    wanted = {"--requeue", "--open-mode=append", "--ntasks-per-node=1", "--exclusive"}
+    assert wanted <= set(options)
     first_command = text.index("\nset -euo")
     assert text.rindex("#SBATCH") < first_command, "sbatch stops reading at the first command"
 

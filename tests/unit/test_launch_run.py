@@ -6,8 +6,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed import run as torchrun
 
-from tests.launching import Stage, end, wait_until
+from tests.launching import LAUNCH, Stage, end, start, wait_until
 
 CRASH = "status running 5; exit 1"
 DONE = "status done 40 0; exit 0"
@@ -129,24 +130,69 @@ def test_what_cannot_be_started_is_refused(tmp_path: Path) -> None:
 
 
 def test_torchrun_gets_what_restarts_need(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, [DONE], PET_NNODES="7", PET_MASTER_ADDR="x", NPROC="3")
+    stage = Stage(
+        tmp_path, [DONE], PET_NNODES="7", PET_MASTER_ADDR="x", NPROC="3", SHUTDOWN_TIMEOUT="77",
+        NCCL_IB_HCA="mlx5", CUDA_VISIBLE_DEVICES="1,3",
+    )  # fmt: skip
     assert stage.play("single_node.sh", "seed=1") == 0
     (call,) = stage.calls()
     for option in (
         "--standalone",
         "--nproc-per-node=3",
         "--max-restarts=0",
-        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     ):
         assert option in call.split()
     environment = (tmp_path / "environment").read_text().splitlines()
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in environment
-    assert [line for line in environment if line.startswith("PET_")] == []
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=77" in environment
+    assert {"NCCL_IB_HCA=mlx5", "CUDA_VISIBLE_DEVICES=1,3"} <= set(environment)
+    (setting,) = [line for line in environment if line.startswith("PET_")]
+    assert setting == "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+
+
+def test_torchrun_takes_its_options_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No option of 2.9 or 2.12 is needed; what an older torch does not know it does not read."""
+    text = (LAUNCH / "run.sh").read_text()
+    assert not [o for o in ("--shutdown-timeout", "--signals-to-handle") if o in text]
+    monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGUSR1")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "77")
+    arguments = torchrun.get_args_parser().parse_args(["--standalone", "script.py"])
+    config, _, _ = torchrun.config_from_args(arguments)
+    if hasattr(arguments, "signals_to_handle"):  # torch 2.9
+        assert config.signals_to_handle == "SIGTERM,SIGUSR1"
+    if hasattr(arguments, "shutdown_timeout"):  # torch 2.12
+        assert config.shutdown_timeout == 77
+
+
+@pytest.mark.parametrize(
+    ("environment", "bound", "said"),
+    [
+        ({"GPUS": "4"}, "--numa-binding=node", "NUMA binding: node, each process beside its GPU"),
+        ({"GPUS": "4", "NUMA_BINDING": "exclusive"}, "--numa-binding=exclusive", "exclusive"),
+        ({"GPUS": "4", "NUMA_BINDING": "none"}, "", ""),
+        ({"GPUS": "4", "UNBOUND": "unneeded"}, "", ""),
+        ({"GPUS": "4", "UNBOUND": "numactl is not here"}, "", "no NUMA binding: numactl is not"),
+        ({"GPUS": "2", "NPROC": "4"}, "", ""),  # the trainer says what is wrong
+        ({"GPUS": "0"}, "", ""),
+    ],
+)
+def test_processes_are_bound_beside_their_gpus(
+    tmp_path: Path, environment: dict[str, str], bound: str, said: str
+) -> None:
+    stage = Stage(tmp_path, [DONE], **environment)
+    assert stage.play() == 0
+    (call,) = stage.calls()
+    assert [option for option in call.split() if "numa" in option] == [bound] * bool(bound)
+    processes = environment.get("NPROC") or ("2" if environment["GPUS"] == "0" else "4")
+    assert f"--nproc-per-node={processes}" in call
+    lines = [line for line in stage.log().splitlines() if "NUMA" in line]
+    assert len(lines) == bool(said)
+    assert not said or said in lines[0]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_nodes_meet_at_node_0(tmp_path: Path, rank: int) -> None:
-    stage = Stage(tmp_path, [DONE], JOIN_TIMEOUT="77", IFNAME="lo")
+    stage = Stage(tmp_path, [DONE], JOIN_TIMEOUT="77", IFNAME="lo", NCCL_SOCKET_IFNAME="ib0")
     assert stage.play("multi_node.sh", str(rank), "2:4", "gpu0", "seed=1") == 0
     (call,) = stage.calls()
     for option in (
@@ -157,7 +203,8 @@ def test_the_nodes_meet_at_node_0(tmp_path: Path, rank: int) -> None:
         f"--rdzv-conf=is_host={1 - rank},join_timeout=77,last_call_timeout=30",
     ):
         assert option in call.split()
-    assert "GLOO_SOCKET_IFNAME=lo" in (tmp_path / "environment").read_text().splitlines()
+    environment = (tmp_path / "environment").read_text().splitlines()
+    assert {"GLOO_SOCKET_IFNAME=lo", "NCCL_SOCKET_IFNAME=ib0"} <= set(environment)
 
 
 @pytest.mark.parametrize("arguments", [[], ["0", "2"], ["a", "2", "host"], ["0", "2-4", "host"]])
@@ -219,3 +266,23 @@ def test_node_0_says_how_it_ended(tmp_path: Path) -> None:
     )
     assert stage.play() == 3
     assert (stage.run / ".word").read_text().startswith("exit 3 ")
+
+
+def test_gpus_that_torch_cannot_use_start_no_cpu_ranks(tmp_path: Path) -> None:
+    """With the real Python: its torch sees no CUDA, and NVML counts eight GPUs."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch\ntorch.cuda.is_available = lambda: False\n"
+        "torch.cuda.device_count = lambda: 8\n"
+    )
+    log, runs = tmp_path / "log", tmp_path / "runs"
+    environment = {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "0"}
+    arguments = ["configs/digits.yaml", f"run.dir={runs}"]
+    job = start([str(LAUNCH / "single_node.sh"), *arguments], log, environment)
+    try:
+        assert job.wait(60) == 2, log.read_text()
+    finally:
+        end(job)
+    (line,) = log.read_text().splitlines()
+    assert line.startswith("dist_resnet: parallel.device=auto: there are GPUs, but")
+    assert line.endswith("or set parallel.device=cpu")
+    assert not runs.exists()

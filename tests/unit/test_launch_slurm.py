@@ -77,3 +77,27 @@ def test_what_each_node_is_told(tmp_path: Path) -> None:
     told = (tmp_path / "environment").read_text().splitlines()
     wanted = ["NNODES=2", "RDZV_ID=slurm-31", "RDZV_ENDPOINT=10.1.2.3:20031", "RUN_NAME=seeds-s3"]
     assert [line for line in wanted if line not in told] == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "cores", "processes"),
+    [
+        # The smallest node of a job counts: srun gives each the same.
+        ({"SLURM_JOB_CPUS_PER_NODE": "128(x2),64", "SLURM_GPUS_PER_NODE": "h100:8"}, "64", "8"),
+        ({"SLURM_JOB_CPUS_PER_NODE": "16", "SLURM_CPUS_PER_TASK": "4"}, "4", "2"),
+        ({"SLURM_JOB_CPUS_PER_NODE": "16(x2)", "SLURM_GPUS_PER_NODE": "4"}, "16", "4"),
+        ({"SLURM_JOB_CPUS_PER_NODE": "9", "SLURM_GPUS_PER_NODE": "4", "NPROC": "1"}, "9", "1"),
+    ],
+)
+def test_the_one_task_of_a_node_gets_its_cores(
+    tmp_path: Path, environment: dict[str, str], cores: str, processes: str
+) -> None:
+    stage = batch(tmp_path, "status done 40 0", **environment)
+    (tmp_path / "bin" / "srun").write_text(
+        '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nSLURM_NODEID=0 exec "$@"\n'
+    )
+    command = ["bash", str(LAUNCH / "slurm.sbatch"), "a.yaml"]
+    assert stage.play_command(command) == 0, stage.log()
+    assert f"SRUN_CPUS_PER_TASK={cores}" in (tmp_path / "environment").read_text().splitlines()
+    (call,) = stage.calls()
+    assert f"--nproc-per-node={processes}" in call

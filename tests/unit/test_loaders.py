@@ -8,8 +8,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ import torch
 from PIL import Image
 
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.data.ffcv_loader import FfcvLoader, _SafeIterator
+from dist_resnet.data.ffcv_loader import FfcvLoader, _SafeIterator, epoch_iterator
 from dist_resnet.data.images import ImageSet
 from dist_resnet.data.order import rank_order
 from dist_resnet.data.resident_loader import ResidentLoader
@@ -185,6 +187,44 @@ def test_leaving_while_the_thread_fails_does_not_hang(
     start = time.monotonic()
     batches.close()
     assert time.monotonic() - start < 2
+
+
+@pytest.mark.usefixtures("no_leak")
+def test_the_thread_computes_on_its_own_gpu_from_the_start(
+    loaders: Loaders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA is played: FFCV's streams do nothing. A thread starts on GPU 0, whatever its parent."""
+    calls: list[tuple[object, ...]] = []
+
+    def note(what: str) -> Callable[..., Any]:
+        def call(*arguments: object) -> Any:
+            calls.append((what, threading.current_thread().name, *arguments[:1]))
+            return MagicMock()
+
+        return call
+
+    class Event(MagicMock):
+        def record(self, _stream: object) -> None:
+            note("event")()
+
+    monkeypatch.setattr(torch.cuda, "set_device", note("set_device"))
+    monkeypatch.setattr(torch.cuda, "Stream", note("Stream"))
+    monkeypatch.setattr(torch.cuda, "current_stream", note("current_stream"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext(note("stream")()))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    loader, gpu = loaders["ffcv"], torch.device("cuda", 3)
+    monkeypatch.setattr(loader, "_device", gpu)
+    assert len(_collect(loader, np.arange(53))) == 8
+    main = threading.current_thread().name
+    inside = [(what, *rest) for what, thread, *rest in calls if thread != main]
+    assert inside[0] == ("set_device", gpu), "before anything else that opens a context"
+    assert "stream" in [what for what, *_ in inside]
+
+    calls.clear()
+    monkeypatch.setattr(loader, "_device", CPU)
+    monkeypatch.setattr(epoch_iterator, "IS_CUDA", True)  # a GPU is here, and not used
+    assert len(_collect(loader, np.arange(53))) == 8
+    assert calls == []
 
 
 @both

@@ -1,8 +1,11 @@
 """What is left to the machine is settled once, and kept by whoever continues the run."""
 
+import os
+
 import pytest
 import torch
 
+from dist_resnet import session
 from dist_resnet.config import load_config, to_dict
 from dist_resnet.distributed import World
 from dist_resnet.errors import UserError
@@ -55,3 +58,16 @@ def test_exact_reduction_uses_one_thread_whatever_the_number_of_ranks() -> None:
     assert {choose_threads(exact, ranks) for ranks in (1, 2, 4)} == {1}
     assert choose_threads(load_config(["parallel.threads=3"]), 2) == 3
     assert choose_threads(load_config([]), 10_000) == 1
+
+
+def test_ranks_bound_to_other_cores_take_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines of four ranks; ours binds two to each half of its eight cores."""
+    halves = [set(range(4)), set(range(4, 8))]
+    ours = [(0, halves[rank // 2]) for rank in range(4)]
+    everyone = ours + [(1, set(range(8)))] * 4
+    monkeypatch.setattr(session, "from_all", lambda value: everyone)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: halves[1])
+    assert session.sharing_cores(world(4)) == 2
+    assert choose_threads(load_config([]), 2) == 2
+    monkeypatch.setattr(session, "from_all", lambda value: [(0, set(range(8)))] * 4)
+    assert session.sharing_cores(world(4)) == 4, "nobody is bound"

@@ -1,0 +1,86 @@
+"""How a command ends: its line, said once, and where torchrun looks for it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from tests.jobs import ROOT
+
+# The patience of the ranks that are not their machine's first is for torchrun to end them in.
+_COMMAND = """
+import sys
+{imports}
+from dist_resnet import cli
+from dist_resnet.errors import *
+cli._PATIENCE_SECONDS = 0
+def main():
+    raise {error}
+cli.run_command(main)
+"""
+FULL = 'torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\\nAnd so on")'
+
+
+def ended(error: str, folder: Path, rank: int = 0) -> tuple[int, list[str], Path]:
+    file = folder / "error.json"
+    environment = os.environ | {"TORCHELASTIC_ERROR_FILE": str(file), "LOCAL_RANK": str(rank)}
+    imports = "import torch" if "torch" in error else ""
+    program = _COMMAND.replace("{error}", error).replace("{imports}", imports)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stderr.splitlines(), file
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        ("UserError('seed=x: no number')", 2, "seed=x: no number"),
+        ("Diverged('diverged: at step 3')", 3, "diverged: at step 3"),
+        ("PeerLost('rank 0: lost contact')", 1, "rank 0: lost contact"),
+        ("OutOfMemory('GPU 0 is full')", 2, "GPU 0 is full"),
+        (FULL, 2, "CUDA out of memory. Tried to allocate 2 GiB.; free the GPU"),
+        ("ZeroDivisionError('by zero')", 1, "ZeroDivisionError: by zero"),
+    ],
+)
+def test_torchruns_report_gives_the_line_once(
+    tmp_path: Path, error: str, code: int, line: str
+) -> None:
+    returned, lines, file = ended(error, tmp_path)
+    assert returned == code
+    if not error.startswith("Zero"):  # a bug, which shows its traceback
+        assert len(lines) == 1
+        assert line in lines[0]
+    report = str(ChildFailedError("train", {0: ProcessFailure(0, 7, code, str(file))}))
+    _, root = report.split("Root Cause")
+    assert root.count(line) == 1
+    assert report.count(line) == 1
+    assert f"exitcode  : {code}" in root
+    assert json.loads(file.read_text())["message"]["extraInfo"].keys() == {"timestamp"}
+
+
+def test_a_run_that_goes_on_has_no_error_to_report(tmp_path: Path) -> None:
+    code, lines, file = ended("Preempted('stopped by SIGTERM')", tmp_path)
+    assert (code, lines) == (75, ["dist_resnet: stopped by SIGTERM"])
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "speaks"),
+    [
+        ("UserError('x')", False),
+        ("Diverged('x')", False),
+        ("Preempted('x')", False),
+        ("PeerLost('x')", True),
+        ("OutOfMemory('x')", True),
+        (FULL, True),
+    ],
+)
+def test_what_one_rank_alone_may_have_it_says_itself(
+    tmp_path: Path, error: str, speaks: bool
+) -> None:
+    _, lines, _ = ended(error, tmp_path, rank=1)
+    assert len(lines) == speaks
