@@ -1,6 +1,7 @@
 """Fixtures that all tests share."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,12 @@ from dist_resnet.native import build
 os.environ["WANDB_MODE"] = "offline"
 for _name in ("WANDB_API_KEY", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
     os.environ.pop(_name, None)
+
+# A signal ignored here would be ignored by all that the tests start: by `make test &` in a script
+# SIGINT and SIGQUIT are, by nohup SIGHUP. A handler that does nothing is not handed down.
+for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda number, frame: None)
 
 # The same examples in every run, and no folder of past failures.
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
