@@ -66,13 +66,8 @@ def open_recording(
     except OSError as error:
         raise UserError(f"{folder.path}: cannot be written: {error.strerror}") from None
     data, resolved = session.dataset, to_dict(config)
-    kind = machine(session.world.device, session.threads)
-    facts = {
-        "dataset": data.fingerprint,
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "machine": kind,
-    }
+    place = {"versions": versions(), "machine": machine(session.world.device, session.threads)}
+    facts = {"dataset": data.fingerprint, "git_commit": git_commit(), **place}
     wandb = start_wandb(
         config.wandb,
         folder.path,
@@ -96,8 +91,7 @@ def open_recording(
         "std": list(data.std),
         "image_size": list(session.image_size),
         "wandb_id": run_id if wandb is None else wandb.run_id,
-        "versions": versions(),
-        "machine": kind,
+        **place,
     }
     keeper = Keeper(folder, store, header, tracker, wandb)
     keeper.heartbeat(step)
