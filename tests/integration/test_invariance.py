@@ -44,12 +44,11 @@ def exact(
     return train(tmp_path_factory.mktemp("exact"), digits, 0, "one", *keys), keys
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
 def test_exact_reduction_is_bitwise_equal_on_any_number_of_ranks(
-    tmp_path: Path, digits: Dataset, exact: tuple[Path, tuple[str, str]], ranks: int
+    tmp_path: Path, digits: Dataset, exact: tuple[Path, tuple[str, str]]
 ) -> None:
     one, keys = exact
-    many = train(tmp_path, digits, ranks, "many", *keys)
+    many = train(tmp_path, digits, 4, "many", *keys)
     assert differences(one, many) == []
 
 
@@ -57,8 +56,9 @@ def test_exact_reduction_is_bitwise_equal_on_any_number_of_ranks(
 def test_exact_run_continued_on_other_numbers_of_ranks(
     tmp_path: Path, digits: Dataset, exact: tuple[Path, tuple[str, str]]
 ) -> None:
+    """Begun on two, then more and fewer; equal at the end, so that no part differed."""
     one, keys = exact
-    for ranks, steps in ((4, 11), (2, 22), (0, 33), (4, 44)):
+    for ranks, steps in ((2, 15), (4, 30), (0, STEPS)):
         switched = train(tmp_path, digits, ranks, "switched", *keys, f"train.max_steps={steps}")
     assert differences(one, switched) == []
 
