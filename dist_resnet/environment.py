@@ -64,6 +64,11 @@ def git_commit() -> str | None:
         return None
 
 
+def onednn_limit() -> str:
+    """The newest instructions that oneDNN may use; empty: all there are."""
+    return os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+
+
 def machine(device: torch.device, threads: int) -> dict[str, str | int]:
     """The kind of machine and torch: where these are equal, so are the bits of a run."""
     return {"device": device.type, **hardware(device, threads), "torch": versions()["torch"]}
@@ -83,7 +88,7 @@ def _instructions() -> str:
     names = sorted(name for name, has in torch.cpu.get_capabilities().items() if has is True)
     used = [torch.backends.cpu.get_cpu_capability()]
     used += [name for name in names if name.startswith(_FAMILIES) or name.endswith(_KINDS)]
-    if limit := os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA"):
+    if limit := onednn_limit():
         used.append(f"(oneDNN: at most {limit})")
     return " ".join(used)
 

@@ -4,10 +4,12 @@ import os
 
 import torch
 
+from dist_resnet.environment import onednn_limit
 from dist_resnet.errors import UserError
 from dist_resnet.schema import PrecisionConfig
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
 
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
@@ -39,6 +41,9 @@ def choose_dtype(config: PrecisionConfig, device: torch.device) -> tuple[torch.d
 
 
 def _cpu_has_bf16() -> bool:
+    # Below these oneDNN emulates it, ten times slower; torch asks the processor only.
+    if onednn_limit().upper() in _WITHOUT_BF16:
+        return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

@@ -12,11 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 
 from dist_resnet.checkpoint import CheckpointStore
+from dist_resnet.precision import choose_precision
 
 ROOT = Path(__file__).parents[1]
+BF16 = pytest.param(
+    "bf16",
+    marks=pytest.mark.skipif(
+        choose_precision("auto", torch.device("cpu"))[0] != "bf16",
+        reason="whole runs in bf16 take minutes where the processor emulates it",
+    ),
+)
 HELD = 12
 """The step at which `launch_held` waits."""
 

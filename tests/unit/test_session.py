@@ -45,6 +45,14 @@ def test_what_is_configured_is_never_changed() -> None:
     assert settle(wanted, world(2), began) == wanted
 
 
+def test_where_onednn_may_not_use_bf16_it_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for limit, chosen in (("", "bf16"), ("AVX512_CORE_BF16", "bf16"), ("avx2", "fp32")):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        assert choose_precision("auto", CPU)[0] == chosen
+    assert choose_precision("bf16", CPU) == ("bf16", "bf16 (this CPU emulates it: slow)")
+
+
 def test_fp16_is_refused_on_a_cpu() -> None:
     with pytest.raises(UserError, match=r"precision\.dtype=fp16"):
         choose_precision("fp16", CPU)
