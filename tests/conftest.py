@@ -16,6 +16,7 @@ from dist_resnet.data.folder import load_folder
 from dist_resnet.data.images import ImageSet
 from dist_resnet.data.prepare import prepare, prepare_builtin
 from dist_resnet.data.sources import load_synthetic
+from dist_resnet.errors import UserError
 from dist_resnet.native import build
 
 # Nothing leaves this machine, nothing asks for a key; and these tests are no rank of anything.
@@ -105,6 +106,15 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """For tests of what is compiled; skips where nothing can be."""
+    try:
+        build.load("norm_act")
+    except UserError as error:
+        pytest.skip(f"nothing can be compiled here: {error}")
 
 
 @pytest.fixture

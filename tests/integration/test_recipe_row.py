@@ -30,7 +30,7 @@ def same_kind(one: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("compiler")
 def test_a_row_is_what_its_command_gives(digits: Dataset, tmp_path: Path) -> None:
     kept = json.loads(KEPT.read_text())
     torchrun, *rest = shlex.split(kept["command"])

@@ -16,6 +16,7 @@ def world(size: int) -> World:
     return World(rank=0, size=size, local_rank=0, local_size=size, device=CPU)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_new_run_takes_the_machine_s_replicas_precision_and_step_mode() -> None:
     config = settle(load_config([]), world(3), None)
     assert config.parallel.replicas == 3
@@ -24,6 +25,7 @@ def test_a_new_run_takes_the_machine_s_replicas_precision_and_step_mode() -> Non
     assert config.train.step_mode == "fused"
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(("dtype", "mode"), [("bf16", "fused"), ("fp32", "eager")])
 def test_a_continued_run_keeps_what_it_began_with(dtype: str, mode: str) -> None:
     settings = ["parallel.replicas=4", f"precision.dtype={dtype}", f"train.step_mode={mode}"]
@@ -32,6 +34,7 @@ def test_a_continued_run_keeps_what_it_began_with(dtype: str, mode: str) -> None
     assert config == began
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_run_is_continued_where_its_step_mode_does_not_exist() -> None:
     began = {"config": to_dict(load_config(["train.step_mode=graph"]))}
     assert settle(load_config([]), world(1), began).train.step_mode == "fused"
