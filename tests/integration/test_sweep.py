@@ -19,7 +19,7 @@ from dist_resnet.sweep_plan import read_grid
 from tests.jobs import ROOT, kill_tree, wait_for_step
 
 SWEEP = ROOT / "configs" / "sweep.yaml"
-QUICK = ["model.widths=[4,4,4]", "wandb.mode=disabled", "parallel.device=cpu", "train.epochs=1"]
+QUICK = ["model.widths=[8,8,8]", "wandb.mode=disabled", "parallel.device=cpu", "train.epochs=1"]
 
 
 def _content() -> dict[str, Any]:
