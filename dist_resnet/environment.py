@@ -1,13 +1,21 @@
-"""Facts about where a run takes place. No environment variable, no host name, no user."""
+"""Facts about where a run takes place. No host name, no user.
 
+Of the environment variables only the one that limits oneDNN's instructions.
+"""
+
+import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 _PACKAGES = ("torch", "torchvision", "ffcv", "numpy", "wandb", "omegaconf")
+# What oneDNN chooses kernels by, beyond the set that torch names.
+_FAMILIES = ("amx", "avx10", "sve", "sme")
+_KINDS = ("bf16", "fp16", "vnni")
 
 
 def versions() -> dict[str, str]:
@@ -22,11 +30,20 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device, threads: int) -> dict[str, str | int]:
-    """Processor, CPU threads of a rank and, on a GPU, its name."""
-    facts: dict[str, str | int] = {"cpu": _cpu_model(), "threads_per_rank": threads}
+    """Processor, the instructions that torch and oneDNN use of it, and CPU threads of a rank.
+
+    On a GPU its name too, and the versions of CUDA and cuDNN.
+    """
+    facts: dict[str, str | int] = {
+        "cpu": _cpu_name(),
+        "cpu_model": _cpu_model(),
+        "instructions": _instructions(),
+        "threads_per_rank": threads,
+    }
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["cuda"] = str(torch.version.cuda)
+        facts["cudnn"] = torch.backends.cudnn.version() or "none"
     return facts
 
 
@@ -47,9 +64,50 @@ def git_commit() -> str | None:
         return None
 
 
+def onednn_limit() -> str:
+    """The newest instructions that oneDNN may use; empty: all there are."""
+    return os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+
+
+def machine(device: torch.device, threads: int) -> dict[str, str | int]:
+    """The kind of machine and torch: where these are equal, so are the bits of a run."""
+    return {"device": device.type, **hardware(device, threads), "torch": versions()["torch"]}
+
+
+def differences(before: Mapping[str, str | int], now: Mapping[str, str | int]) -> list[str]:
+    """`name: before -> now` of each fact that both know and that differs."""
+    return [
+        f"{name}: {before[name]} -> {now[name]}"
+        for name in before
+        if name in now and before[name] != now[name]
+    ]
+
+
+def _instructions() -> str:
+    """The set that torch's own kernels are chosen by, then what oneDNN's may use beside it."""
+    names = sorted(name for name, has in torch.cpu.get_capabilities().items() if has is True)
+    used = [torch.backends.cpu.get_cpu_capability()]
+    used += [name for name in names if name.startswith(_FAMILIES) or name.endswith(_KINDS)]
+    if limit := onednn_limit():
+        used.append(f"(oneDNN: at most {limit})")
+    return " ".join(used)
+
+
+def _cpu_name() -> str:
+    return _cpu_facts().get("model name", "") or platform.processor()
+
+
 def _cpu_model() -> str:
+    """Vendor, family and model: many processors of one name differ in these."""
+    wanted = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
+    return " ".join(_cpu_facts()[name] for name in wanted if name in _cpu_facts())
+
+
+def _cpu_facts() -> dict[str, str]:
+    """What Linux tells of the first core; empty elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
-        return platform.processor()
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), "")
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}

@@ -7,7 +7,7 @@ from typing import Any
 from dist_resnet.checkpoint import CheckpointStore
 from dist_resnet.config import to_dict, to_yaml
 from dist_resnet.data.dataset import DESCRIPTION, Dataset
-from dist_resnet.environment import git_commit, versions
+from dist_resnet.environment import git_commit, machine, versions
 from dist_resnet.errors import EXIT_DIVERGED, UserError
 from dist_resnet.loop import Keeper
 from dist_resnet.plan import Plan
@@ -66,7 +66,8 @@ def open_recording(
     except OSError as error:
         raise UserError(f"{folder.path}: cannot be written: {error.strerror}") from None
     data, resolved = session.dataset, to_dict(config)
-    facts = {"dataset": data.fingerprint, "versions": versions(), "git_commit": git_commit()}
+    place = {"versions": versions(), "machine": machine(session.world.device, session.threads)}
+    facts = {"dataset": data.fingerprint, "git_commit": git_commit(), **place}
     wandb = start_wandb(
         config.wandb,
         folder.path,
@@ -90,7 +91,7 @@ def open_recording(
         "std": list(data.std),
         "image_size": list(session.image_size),
         "wandb_id": run_id if wandb is None else wandb.run_id,
-        "versions": versions(),
+        **place,
     }
     keeper = Keeper(folder, store, header, tracker, wandb)
     keeper.heartbeat(step)

@@ -6,6 +6,7 @@ from typing import Any
 from dist_resnet.checkpoint import CheckpointStore, read_checkpoint
 from dist_resnet.config import flatten, to_dict, trajectory_differences, trajectory_hash
 from dist_resnet.distributed import from_main, on_main
+from dist_resnet.environment import differences
 from dist_resnet.errors import EXIT_DIVERGED, Diverged, UserError
 from dist_resnet.launcher import job_id, restart_count
 from dist_resnet.run_folder import RunFolder
@@ -100,6 +101,27 @@ def check_same_run(saved: dict[str, Any], config: Config, fingerprint: str) -> N
             f"the checkpoint belongs to another run: {'; '.join(differences)}; "
             "set these back, choose another run.name, or run.overwrite=true"
         )
+
+
+def other_rounding(saved: dict[str, Any], machine: dict[str, Any], step_mode: str) -> str:
+    """A line where a run goes on on another kind of machine or in another mode; else empty.
+
+    Not refused: it is the same training, up to roundings, which grow.
+
+    Args:
+        saved: of a checkpoint; those of older versions do not tell the machine.
+        machine: `environment.machine` here.
+    """
+    found = differences(
+        saved.get("machine", {}) | {"train.step_mode": saved["config"]["train"]["step_mode"]},
+        machine | {"train.step_mode": step_mode},
+    )
+    if not found:
+        return ""
+    return (
+        "continued where sums may round otherwise: from here on not bit for bit the undisturbed run"
+        f" ({'; '.join(found)})"
+    )
 
 
 def check_same_configuration(ours: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from dist_resnet.captured import as_configured
 from dist_resnet.config import to_dict
 from dist_resnet.data.stream import Loader, open_loader, training_batches
 from dist_resnet.distributed import World, from_main, on_main, start, stop, together
-from dist_resnet.environment import git_commit, hardware, versions
+from dist_resnet.environment import git_commit, hardware, machine, versions
 from dist_resnet.errors import EXIT_DONE, DistResnetError, Diverged, Preempted, UserError
 from dist_resnet.evaluation import Evaluator
 from dist_resnet.gallery import Gallery
@@ -21,6 +21,7 @@ from dist_resnet.resume import (
     check_same_run,
     find_checkpoint,
     open_folder,
+    other_rounding,
     run_name,
     take_back,
 )
@@ -86,6 +87,9 @@ def _run_in(wanted: Config, world: World, folder: RunFolder) -> None:
         state.load_state_dict(saved["state"])
     if world.is_main:
         for line in _introduction(wanted, session, plan, state, folder):
+            _say(line)
+        kind = machine(world.device, session.threads)
+        if saved is not None and (line := other_rounding(saved, kind, config.train.step_mode)):
             _say(line)
     recording = together(lambda: open_recording(config, session, plan, state.step, folder, saved))
     trainer = _trainer(config, session, plan, state, recording, saved)

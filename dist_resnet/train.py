@@ -2,6 +2,10 @@
 
 Under torchrun every process is a rank; without it there is one. `--help` lists every key,
 `--print-config` shows the resolved configuration and what follows from it.
+
+The same command gives the same weights, bit for bit, on the same kind of processor or GPU with the
+same build of torch and the same parallel.threads. Another kind rounds otherwise; a run that goes on
+there says so.
 """
 
 import sys

@@ -1,6 +1,7 @@
 """Fixtures that all tests share."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +16,19 @@ from dist_resnet.data.folder import load_folder
 from dist_resnet.data.images import ImageSet
 from dist_resnet.data.prepare import prepare, prepare_builtin
 from dist_resnet.data.sources import load_synthetic
+from dist_resnet.errors import UserError
 from dist_resnet.native import build
 
 # Nothing leaves this machine, nothing asks for a key; and these tests are no rank of anything.
 os.environ["WANDB_MODE"] = "offline"
 for _name in ("WANDB_API_KEY", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
     os.environ.pop(_name, None)
+
+# A signal ignored here would be ignored by all that the tests start: by `make test &` in a script
+# SIGINT and SIGQUIT are, by nohup SIGHUP. A handler that does nothing is not handed down.
+for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda number, frame: None)
 
 # The same examples in every run, and no folder of past failures.
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
@@ -98,6 +106,15 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """For tests of what is compiled; skips where nothing can be."""
+    try:
+        build.load("norm_act")
+    except UserError as error:
+        pytest.skip(f"nothing can be compiled here: {error}")
 
 
 @pytest.fixture

@@ -1,22 +1,26 @@
 """dist_resnet.train with one fault built in: FAULT RANK STEP, then its own arguments.
 
-nan: the loss of that step is not finite. hang: the rank sleeps for ever. These strike in the first
-start only, so that a restarted job can go on. decline: any evaluation at a low rate is one.
+nan: the loss of that step is not finite. hang: the rank sleeps for ever. hold, or hold:FILE: it
+waits until it is asked to stop, or until FILE is there, so that what befalls the job meets it there
+on any machine. These strike in the first start only, so that a restarted job can go on. decline:
+any evaluation at a low rate is one.
 """
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from dist_resnet import loop
+from dist_resnet import loop, signals
 from dist_resnet import step as step_module
 from dist_resnet.cli import run_command
 from dist_resnet.launcher import environment_rank, restart_count
 from dist_resnet.train import main
 
-fault, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+fault, _, file = sys.argv[1].partition(":")
+rank, step = int(sys.argv[2]), int(sys.argv[3])
 original = step_module.TrainStep._forward
 
 
@@ -25,6 +29,8 @@ def faulty(self: step_module.TrainStep, images: torch.Tensor, *rest: Any) -> Any
     struck = environment_rank() == rank and self.state.step == step and restart_count() == 0
     if struck and fault == "hang":
         time.sleep(3600)
+    while struck and fault == "hold" and not (signals.received() or (file and Path(file).exists())):
+        time.sleep(0.01)
     if struck and fault == "nan":
         loss = loss * torch.nan
     return loss, correct

@@ -12,11 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 
 from dist_resnet.checkpoint import CheckpointStore
+from dist_resnet.precision import choose_precision
 
 ROOT = Path(__file__).parents[1]
+BF16 = pytest.param(
+    "bf16",
+    marks=pytest.mark.skipif(
+        choose_precision("auto", torch.device("cpu"))[0] != "bf16",
+        reason="whole runs in bf16 take minutes where the processor emulates it",
+    ),
+)
+HELD = 12
+"""The step at which `launch_held` waits."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ def run_job(
     ranks: int,
     settings: list[str],
     folder: Path,
-    seconds: float = 100,
+    seconds: float = 200,
     module: str = "dist_resnet.train",
 ) -> Outcome:
     """Run to the end; every process of it is gone afterwards."""
@@ -74,10 +85,22 @@ def run_job(
     return Outcome(code, log.read_text())
 
 
+def launch_held(
+    ranks: int, settings: list[str], log: Path, restarts: int = 0, file: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """A training whose last rank waits at step HELD: until it is asked to stop, or `file` is there.
+
+    No race with a fast machine: it cannot end before what the test does to it.
+    """
+    held = [f"hold:{file}" if file else "hold", str(max(0, ranks - 1)), str(HELD)]
+    return launch(command(ranks, restarts, [*held, *settings], "tests.faulty_train"), log)
+
+
 def workers(agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
     try:
         children = psutil.Process(agent.pid).children()
-        return [p for p in children if "dist_resnet.train" in " ".join(p.cmdline())]
+        modules = ("dist_resnet.train", "tests.faulty_train")
+        return [p for p in children if any(name in p.cmdline() for name in modules)]
     except psutil.NoSuchProcess:
         return []
 

@@ -69,7 +69,7 @@ class Stage:
         """The exit code of a command, started in the repository's folder."""
         job = start(command, self.folder / "log", self.environment)
         try:
-            return job.wait(30)
+            return job.wait(PATIENCE)
         finally:
             end(job)
 

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 CLASSES, SIDE, BATCH = 5, 16, 8
 STATISTICS = Normalisation.of((120.0, 127.0, 133.0), (70.0, 74.0, 71.0), SIDE, CPU)
 SMALL = (
-    "model.widths=[4,6,8]", f"data.batch_size_per_replica={BATCH}", "precision.dtype=fp32",
+    "model.widths=[8,8,16]", f"data.batch_size_per_replica={BATCH}", "precision.dtype=fp32",
     "optim.lr=0.005", "optim.weight_decay=0.05",
 )  # fmt: skip
 

@@ -24,7 +24,7 @@ from dist_resnet.launcher import under_torchrun
 NAMES = {"loader": 7, "step": 7, "train": 6, "scaling": 8, "peers": 7, "startup": 5}
 """Benchmarks, and their default number of rounds."""
 # Quick runs have to fit into a test: a slim net, small batches, the embedded digits.
-_QUICK = ("data.dataset=digits", "model.widths=[4,6,8]", "data.batch_size_per_replica=8")
+_QUICK = ("data.dataset=digits", "model.widths=[8,10,12]", "data.batch_size_per_replica=8")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ from dist_resnet.bench.jobs import Job, JobFailed, Worker
 from dist_resnet.data.dataset import Dataset
 from tests.jobs import ROOT
 
-PAIRS = ("data.dataset=digits", "model.widths=[4,6,8]", "data.batch_size_per_replica=8")
+PAIRS = ("data.dataset=digits", "model.widths=[8,10,12]", "data.batch_size_per_replica=8")
 
 
 def bench(name: str, data: Dataset, place: Path) -> tuple[dict[str, Any], str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_resnet.checkpoint import CheckpointStore, read_checkpoint
 from dist_resnet.data.dataset import Dataset
 from tests.jobs import differences, final_state, metric_rows, run_job
 
@@ -43,15 +44,26 @@ def middle_of(run: Path) -> Path:
     return found
 
 
-@pytest.mark.parametrize("loader", ["ffcv", "resident"])
+def made_elsewhere(checkpoint: Path, folder: Path) -> Path:
+    """A copy that says that another processor computed it."""
+    content = read_checkpoint(checkpoint)
+    content["machine"] |= {"cpu": "Z80"}
+    return CheckpointStore(folder, 1).save(content, MIDDLE, best=False)
+
+
+@pytest.mark.parametrize(
+    ("loader", "elsewhere"), [("ffcv", False), ("resident", True)], ids=["ffcv", "resident"]
+)
 def test_from_a_mid_epoch_checkpoint_alone(
-    tmp_path: Path, digits: Dataset, whole: Path, loader: str
+    tmp_path: Path, digits: Dataset, whole: Path, loader: str, elsewhere: bool
 ) -> None:
-    alone = shutil.copy(middle_of(whole), tmp_path)
+    copy = made_elsewhere if elsewhere else shutil.copy
+    alone = copy(middle_of(whole), tmp_path)
     keys = settings(tmp_path, digits, "again", f"run.resume={alone}", f"data.loader={loader}")
     outcome = run_job(0, keys, tmp_path)
     assert outcome.code == 0, outcome.output
     assert f"continued at step {MIDDLE}" in outcome.output
+    assert ("not bit for bit the undisturbed run (cpu: Z80 -> " in outcome.output) == elsewhere
     assert set(differences(whole, tmp_path / "again")) <= {"metrics.jsonl"}
     later = [row for row in metric_rows(whole) if row["step"] > MIDDLE]
     assert metric_rows(tmp_path / "again") == later

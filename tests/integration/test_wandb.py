@@ -33,8 +33,8 @@ def _steps(rows: list[dict[str, Any]]) -> list[int]:
 def test_offline_record_holds_every_row_on_the_right_axis(child: Child) -> None:
     out = child(steps=list(range(300)))
     assert (out["mode"], child.code) == ("offline", 0)
-    assert out["start"] < 5
-    assert out["close"] < 2
+    assert out["start"] < 30
+    assert out["close"] < 30
     assert out["p99"] < 0.005
     record = child.record()
     assert _steps(record.history) == list(range(300))

@@ -35,7 +35,7 @@ class Trained:
 def _train(data: Dataset, folder: Path, name: str, *pairs: str, ranks: int = 2) -> Outcome:
     settings = [
         f"data.root={data.folder.parent}", f"data.dataset={data.folder.name}",
-        "data.batch_size_per_replica=4", "model.widths=[4,4,4]", "train.epochs=2",
+        "data.batch_size_per_replica=4", "model.widths=[8,8,8]", "train.epochs=2",
         "eval.flip_tta=true", "log.every_steps=2", "parallel.device=cpu", "parallel.threads=1",
         f"run.dir={folder}", f"run.name={name}", *pairs,
     ]  # fmt: skip
@@ -84,7 +84,7 @@ def test_every_curve_is_over_the_step(trained: Trained) -> None:
 def test_the_run_says_what_it_was(trained: Trained) -> None:
     config, run = trained.record.config, trained.record.run
     assert (run["run_group"], run["job_type"], run["tags"]) == ("g", "train", ["a", "b"])
-    assert config["model"]["widths"] == [4, 4, 4]
+    assert config["model"]["widths"] == [8, 8, 8]
     assert config["plan"]["world_size"] == 2
     assert {"torch", "wandb", "python"} <= config["versions"].keys()
     assert len(config["dataset"]) == 64

@@ -130,7 +130,7 @@ def test_loading_does_not_alias_what_was_loaded() -> None:
 
 def test_a_state_of_another_model_is_refused() -> None:
     saved = train_step(small_config(), 1).state.state_dict()
-    other = train_step(small_config("model.widths=[4,6,10]"), 1)
+    other = train_step(small_config("model.widths=[8,10,16]"), 1)
     with pytest.raises(UserError, match="another model"):
         other.state.load_state_dict(saved)
 

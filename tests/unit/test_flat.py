@@ -14,7 +14,7 @@ LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 
 
 def _model(layout: str = "nhwc") -> ResNet:
-    return build_model(ModelConfig(widths=[4, 6, 8]), 5, 1).to(memory_format=LAYOUTS[layout])
+    return build_model(ModelConfig(widths=[8, 10, 12]), 5, 1).to(memory_format=LAYOUTS[layout])
 
 
 def _inside(view: Tensor, buffer: Tensor) -> range:

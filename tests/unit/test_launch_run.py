@@ -8,7 +8,7 @@ import psutil
 import pytest
 from torch.distributed import run as torchrun
 
-from tests.launching import LAUNCH, Stage, end, start, wait_until
+from tests.launching import LAUNCH, PATIENCE, Stage, end, start, wait_until
 
 CRASH = "status running 5; exit 1"
 DONE = "status done 40 0; exit 0"
@@ -72,9 +72,9 @@ def test_signals_are_passed_on(tmp_path: Path, sent: str, arrives: str) -> None:
     stage = Stage(tmp_path, [OBEDIENT.format(arrives)])
     job = stage.start("single_node.sh")
     try:
-        wait_until((tmp_path / "ready").exists, 10, "start")
+        wait_until((tmp_path / "ready").exists, PATIENCE, "start")
         job.send_signal(getattr(signal, f"SIG{sent}"))
-        assert job.wait(10) == 75
+        assert job.wait(PATIENCE) == 75
     finally:
         end(job)
     assert len(stage.calls()) == 1
@@ -86,9 +86,9 @@ def test_a_signal_before_anything_runs_gives_75(tmp_path: Path) -> None:
     fake.write_text(f"#!/bin/sh\ntouch {tmp_path}/ready\nsleep 0.5\nkill -USR1 $$\n")
     job = stage.start("run.sh")
     try:
-        wait_until((tmp_path / "ready").exists, 10, "start")
+        wait_until((tmp_path / "ready").exists, PATIENCE, "start")
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(10) == 75
+        assert job.wait(PATIENCE) == 75
     finally:
         end(job)
 
@@ -96,11 +96,11 @@ def test_a_signal_before_anything_runs_gives_75(tmp_path: Path) -> None:
 def test_a_killed_supervisor_takes_torchrun_along(tmp_path: Path) -> None:
     stage = Stage(tmp_path, [OBEDIENT.format("TERM")])
     job = stage.start("single_node.sh")
-    wait_until((tmp_path / "ready").exists, 10, "start")
+    wait_until((tmp_path / "ready").exists, PATIENCE, "start")
     left = psutil.Process(job.pid).children(recursive=True)
     job.kill()
     job.wait()
-    assert psutil.wait_procs(left, 5)[1] == []
+    assert psutil.wait_procs(left, PATIENCE)[1] == []
     assert '"preempted"' in (stage.run / "status.json").read_text()
 
 
@@ -225,13 +225,13 @@ def test_node_0_leaves_its_word_and_the_others_follow(tmp_path: Path) -> None:
     word.write_text("exit 3 of an earlier job\n")
     job = follower.start("run.sh")
     try:
-        wait_until(lambda: len(follower.calls()) > 1, 10, "it joins again by itself")
+        wait_until(lambda: len(follower.calls()) > 1, PATIENCE, "it joins again by itself")
         assert job.poll() is None, "the earlier job's end is not its own"
         word.write_text("start 1\n")
         seen = len(follower.calls())
-        wait_until(lambda: len(follower.calls()) > seen, 10, "it joins again when told to")
+        wait_until(lambda: len(follower.calls()) > seen, PATIENCE, "it joins again when told to")
         word.write_text("exit 2 now\n")
-        assert job.wait(10) == 2
+        assert job.wait(PATIENCE) == 2
     finally:
         end(job)
 

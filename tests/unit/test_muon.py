@@ -15,7 +15,7 @@ from dist_resnet.muon import build_optimizer, orthogonalise
 from dist_resnet.optim import FlatSGD
 from dist_resnet.schema import ModelConfig, OptimConfig
 
-MODEL = ModelConfig(widths=[4, 6, 8])
+MODEL = ModelConfig(widths=[8, 10, 12])
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 

@@ -15,6 +15,7 @@ from dist_resnet.native import build
 from dist_resnet.native.norm_act import CHANNELS, accepts, norm_act
 from dist_resnet.step_mode import choose_step_mode, forward_function
 
+pytestmark = pytest.mark.usefixtures("compiler")
 CPU = torch.device("cpu")
 # Relative to the largest value: a few roundings of the type that results are stored in.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}

@@ -12,7 +12,7 @@ from dist_resnet.models.resnet import build_model
 from dist_resnet.optim import FlatSGD, LossScale, ema_weight
 from dist_resnet.schema import ModelConfig, OptimConfig
 
-MODEL = ModelConfig(widths=[4, 6, 8])
+MODEL = ModelConfig(widths=[8, 10, 12])
 
 
 def _plain_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:

@@ -61,7 +61,7 @@ def test_a_dead_process_holds_nothing(
     how: signal.Signals, tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     holder.send_signal(how)
-    holder.wait(10)
+    holder.wait(100)
     folder = RunFolder(tmp_path / "run")
     folder.open()
     owner = (tmp_path / "run" / ".lock").read_text()

@@ -19,6 +19,7 @@ def world(size: int) -> World:
     return World(rank=0, size=size, local_rank=0, local_size=size, device=CPU)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_new_run_takes_the_machine_s_replicas_precision_and_step_mode() -> None:
     config = settle(load_config([]), world(3), None)
     assert config.parallel.replicas == 3
@@ -27,6 +28,7 @@ def test_a_new_run_takes_the_machine_s_replicas_precision_and_step_mode() -> Non
     assert config.train.step_mode == "fused"
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(("dtype", "mode"), [("bf16", "fused"), ("fp32", "eager")])
 def test_a_continued_run_keeps_what_it_began_with(dtype: str, mode: str) -> None:
     settings = ["parallel.replicas=4", f"precision.dtype={dtype}", f"train.step_mode={mode}"]
@@ -35,6 +37,7 @@ def test_a_continued_run_keeps_what_it_began_with(dtype: str, mode: str) -> None
     assert config == began
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_run_is_continued_where_its_step_mode_does_not_exist() -> None:
     began = {"config": to_dict(load_config(["train.step_mode=graph"]))}
     assert settle(load_config([]), world(1), began).train.step_mode == "fused"
@@ -46,6 +49,31 @@ def test_what_is_configured_is_never_changed() -> None:
     wanted = load_config(["parallel.replicas=6", "precision.dtype=fp32", "train.step_mode=eager"])
     began = {"config": to_dict(load_config(["parallel.replicas=4", "precision.dtype=bf16"]))}
     assert settle(wanted, world(2), began) == wanted
+
+
+def test_where_onednn_may_not_use_bf16_it_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for limit, chosen in (("", "bf16"), ("AVX512_CORE_BF16", "bf16"), ("avx2", "fp32")):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        assert choose_precision("auto", CPU)[0] == chosen
+    assert choose_precision("bf16", CPU) == ("bf16", "bf16 (this CPU emulates it: slow)")
+
+
+def test_a_net_that_torch_crashes_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = ["model.widths=[4,8,16]"]
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    with pytest.raises(UserError, match=r"model\.widths=\[4, 8, 16\]: the first two must be 8"):
+        settle(load_config(narrow), world(1), None)
+    for good in (
+        ["model.widths=[8,8,16]"], [*narrow, "model.shortcut=pad"], [*narrow, "model.name=m6"],
+    ):  # fmt: skip
+        settle(load_config(good), world(1), None)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    settle(load_config(narrow), world(1), None)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    with pytest.raises(UserError):
+        settle(load_config(narrow), world(1), None)
 
 
 def test_fp16_is_refused_on_a_cpu() -> None:

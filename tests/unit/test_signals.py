@@ -20,7 +20,7 @@ def main():
     if sys.argv[1] == "deferred":
         signals.defer()
     print("ready", flush=True)
-    for _ in range(600):
+    for _ in range(10_000):
         time.sleep(0.01)
         if signals.received() and sys.argv[2] == "answers":
             return 0
@@ -44,14 +44,14 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 def test_before_the_first_step_a_signal_ends_the_process_with_75(number: int) -> None:
     process = start("immediate", "answers")
     process.send_signal(number)
-    assert process.wait(10) == 75
+    assert process.wait(100) == 75
 
 
 def test_a_burst_of_signals_is_one_request() -> None:
     process = start("deferred", "answers")
     for _ in range(5):
         process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0
+    assert process.wait(100) == 0
 
 
 def test_a_later_second_signal_ends_at_once() -> None:
@@ -60,7 +60,7 @@ def test_a_later_second_signal_ends_at_once() -> None:
     time.sleep(1.2)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(2) == 75
+    assert process.wait(50) == 75
 
 
 def test_a_repeated_request_sends_one_signal(monkeypatch: pytest.MonkeyPatch) -> None:
