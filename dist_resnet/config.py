@@ -9,7 +9,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
@@ -76,14 +76,18 @@ def trajectory_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> li
     ]
 
 
-def trajectory_hash(config: Config) -> str:
-    """Eight hexadecimal digits that two configurations share when they train the same weights."""
+def trajectory_hash(config: Config, counts: Callable[[str], bool] = changes_trajectory) -> str:
+    """Eight hexadecimal digits that two configurations share when they train the same weights.
+
+    Args:
+        counts: whether a dotted key matters; others than these may be asked about, too.
+    """
     default = dict(flatten(to_dict(Config())))
     # A key at its default does not count, or every new key would rename all runs.
     relevant = {
         key: value
         for key, value in flatten(to_dict(config))
-        if changes_trajectory(key) and value != default[key]
+        if counts(key) and value != default[key]
     }
     text = json.dumps(relevant, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

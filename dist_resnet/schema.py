@@ -209,3 +209,11 @@ FREE_KEYS = frozenset(
 def changes_trajectory(key: str) -> bool:
     """Whether `key`, dotted, decides what the weights are after a given number of steps."""
     return key.split(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS
+
+
+def changes_figures(key: str) -> bool:
+    """Whether `key`, dotted, may change a figure of summary.json: its length, its speed, its data.
+
+    Its record and its checkpoints do not.
+    """
+    return key.split(".")[0] not in ("run", "checkpoint", "log", "wandb")

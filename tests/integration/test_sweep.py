@@ -102,7 +102,49 @@ def test_the_shipped_grid_is_what_the_agent_would_run() -> None:
         for words in (first.command, agents)
     ]
     assert hashes[0] == hashes[1]
-    assert first.folder.name.endswith(hashes[0])
+
+
+@pytest.mark.parametrize(
+    "swept",
+    [
+        {"train": {"parameters": {"max_steps": {"values": [3, 6]}}}},
+        {"eval": {"parameters": {"flip_tta": {"values": [True, False]}}}},
+        {"data": {"parameters": {"loader": {"values": ["ffcv", "resident"]}}}},
+        {"wandb": {"parameters": {"tags": {"values": [["a"], ["b"], []]}}}},
+        {"train": {"parameters": {"early_stop": {"values": [True, False]}}}},
+    ],
+)
+def test_no_two_trials_share_a_folder(swept: dict[str, Any], tmp_path: Path) -> None:
+    file = _small(tmp_path, parameters=swept)
+    file = file.rename(tmp_path / "a-quite-descriptive-name-of-a-sweep-of-this-key.yaml")
+    trials = read_grid(file, []).trials
+    assert len({trial.folder for trial in trials}) == len(trials) > 1
+
+
+def test_a_sweep_does_not_take_another_ones_figures_for_its_own(tmp_path: Path) -> None:
+    file = _small(tmp_path)
+    names = [
+        read_grid(file, extra).trials[0].folder.name
+        for extra in ([], ["train.max_steps=3"], ["train.max_steps=6"], ["eval.flip_tta=true"],
+                      ["data.root=elsewhere"], ["parallel.threads=1"])
+    ]  # fmt: skip
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"seed": {"values": [1, 2, 1]}}, "seed=1 and seed=1 are one training"),
+        ({"optim": {"parameters": {"lr": {"values": [0.1, 0.1]}}}}, "optim.lr=0.1 and"),
+        ({"run": {"parameters": {"name": {"values": ["a", "b"]}}}}, "run.name=a"),
+    ],
+)
+def test_trials_that_would_be_one_run_are_refused(
+    parameters: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        read_grid(_small(tmp_path, parameters=parameters), [])
+    assert words in str(caught.value)
 
 
 @pytest.mark.slow
