@@ -61,7 +61,10 @@ class RunFolder:
             for name in _CONTENTS:
                 (self.path / name).unlink(missing_ok=True)
             for folder in (self.checkpoints, self.path / "wandb"):
-                if folder.exists():
+                if folder.is_symlink():  # to a larger disk, say: it stays
+                    for inside in folder.iterdir():
+                        shutil.rmtree(inside) if inside.is_dir() else inside.unlink()
+                elif folder.exists():
                     shutil.rmtree(folder)
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be deleted: {error.strerror}") from None

@@ -14,7 +14,7 @@ import pytest
 from dist_resnet import storage
 from dist_resnet.errors import UserError
 from dist_resnet.run_folder import RunFolder
-from dist_resnet.storage import write_atomically
+from dist_resnet.storage import check_writable, write_atomically
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -91,6 +91,18 @@ def test_clear_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
     folder.clear()  # nothing there is fine too
 
 
+def test_clear_keeps_a_link_to_another_disk(tmp_path: Path) -> None:
+    disk, folder = tmp_path / "disk", RunFolder(tmp_path / "run")
+    (disk / "deep").mkdir(parents=True)
+    (disk / "deep" / "file").write_text("")
+    (disk / "step-00000001-0123456789abcdef.pt").write_text("")
+    folder.open()
+    folder.checkpoints.symlink_to(disk)
+    folder.clear()
+    assert folder.checkpoints.is_symlink()
+    assert list(disk.iterdir()) == []
+
+
 def test_status_round_trips_and_is_empty_where_there_is_none(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert folder.status() == {}
@@ -151,6 +163,63 @@ def test_atomic_writes_replace_and_leave_nothing_behind(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     with pytest.raises(OSError, match="No such file"):
         write_atomically(tmp_path / "missing" / "file", b"x")
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    old, new = tmp_path / "there" / "old", tmp_path / "there" / "new"
+    old.write_text("old")
+    old.chmod(0o640)
+    for name, target in (("link", old), ("dangling", new)):
+        (tmp_path / name).symlink_to(target)
+        check_writable(tmp_path / name)
+        write_atomically(tmp_path / name, b"content")
+        assert (tmp_path / name).is_symlink()
+        assert target.read_bytes() == b"content"
+    assert old.stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["new", "old"]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        write_atomically(tmp_path / "loop", b"x")
+
+
+def test_what_is_no_regular_file_is_written_into(tmp_path: Path) -> None:
+    pipe, content = tmp_path / "pipe", bytes(range(256)) * 1000  # more than a pipe holds
+    os.mkfifo(pipe)
+    check_writable(pipe)
+    with (tmp_path / "copy").open("wb") as copy:
+        with subprocess.Popen(["cat", str(pipe)], stdout=copy):
+            write_atomically(pipe, content)
+    assert (tmp_path / "copy").read_bytes() == content
+    assert pipe.is_fifo()
+    (tmp_path / "null").symlink_to(os.devnull)
+    for device in (Path(os.devnull), tmp_path / "null"):
+        check_writable(device)
+        write_atomically(device, content)
+        assert device.is_char_device()
+    with pytest.raises(IsADirectoryError):
+        check_writable(tmp_path)
+    with pytest.raises(IsADirectoryError):
+        write_atomically(tmp_path, b"x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "null", "pipe"]
+
+
+def test_an_own_descriptor_is_appended_to(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    with log.open("a") as file:
+        for name in ("/dev/fd/", "/proc/self/fd/"):
+            path = Path(f"{name}{file.fileno()}")
+            check_writable(path)
+            write_atomically(path, b"content\n")
+    assert log.read_text() == "before\ncontent\ncontent\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 255)
+    write_atomically(path, b"content")
+    assert path.read_bytes() == b"content"
 
 
 def test_the_wandb_id_is_made_once(tmp_path: Path) -> None:
