@@ -44,7 +44,7 @@ LAYERS: list[set[str]] = [
         "diagnosis",
         "pictures",
     },
-    {"gallery", "loop", "resume", "session", "recording", "weights", "trained"},
+    {"gallery", "loop", "resume", "session", "recording", "weights", "trained", "card"},
     {"run", "preview", "cli", "sweep_plan"},
     # The empty name is the package itself, which offers what others import from it.
     {

@@ -187,9 +187,8 @@ def test_what_is_no_regular_file_is_written_into(tmp_path: Path) -> None:
     pipe, content = tmp_path / "pipe", bytes(range(256)) * 1000  # more than a pipe holds
     os.mkfifo(pipe)
     check_writable(pipe)
-    with (tmp_path / "copy").open("wb") as copy:
-        with subprocess.Popen(["cat", str(pipe)], stdout=copy):
-            write_atomically(pipe, content)
+    with (tmp_path / "copy").open("wb") as to, subprocess.Popen(["cat", str(pipe)], stdout=to):
+        write_atomically(pipe, content)
     assert (tmp_path / "copy").read_bytes() == content
     assert pipe.is_fifo()
     (tmp_path / "null").symlink_to(os.devnull)
