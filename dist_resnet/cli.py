@@ -2,6 +2,8 @@
 
 import argparse
 import atexit
+import contextlib
+import errno
 import os
 import signal
 import sys
@@ -9,11 +11,20 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from dist_resnet.errors import EXIT_PREEMPTED, DistResnetError, PeerLost, Preempted, UserError
+from dist_resnet.errors import (
+    EXIT_PREEMPTED,
+    EXIT_USER,
+    DistResnetError,
+    PeerLost,
+    Preempted,
+    UserError,
+)
 from dist_resnet.launcher import environment_int
+from dist_resnet.terminal import open_standard_streams, say
 
 # torchrun ends all ranks as soon as one has left: the others let the node's first speak first.
 _PATIENCE_SECONDS = 10.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,23 +37,37 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(action: Callable[[], int]) -> NoReturn:
     """Run `action` and exit with its code, or with that of its `DistResnetError`."""
+    open_standard_streams()
     try:
         code = action()
+        sys.stdout.flush()  # where printing is the result it must have worked
     except (DistResnetError, Preempted) as error:
         _reset_signals()
         code = error.exit_code
-        first = environment_int("LOCAL_RANK", 0) == 0
-        if first or isinstance(error, PeerLost):
-            print(f"dist_resnet: {error}", file=sys.stderr, flush=True)
+        if _speaks() or isinstance(error, PeerLost):
+            say(f"dist_resnet: {error}", sys.stderr)
         elif not isinstance(error, Preempted):
             time.sleep(_PATIENCE_SECONDS)
     except KeyboardInterrupt:
         code = EXIT_PREEMPTED
-        print("dist_resnet: interrupted", file=sys.stderr)
+        say("dist_resnet: interrupted", sys.stderr)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        place = error.filename or "the output"
+        say(f"dist_resnet: {place}: cannot be written: {error.strerror}", sys.stderr)
+        code = EXIT_USER
     _leave(code)
+
+
+def _speaks() -> bool:
+    """Whether this process shows an error that all ranks have met."""
+    try:
+        return environment_int("LOCAL_RANK", 0) == 0
+    except DistResnetError:  # it may be the error itself
+        return True
 
 
 def _leave(code: int) -> NoReturn:
@@ -52,8 +77,9 @@ def _leave(code: int) -> NoReturn:
     seldom), and torchrun then calls a finished training failed.
     """
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(code)
 
 

@@ -31,6 +31,7 @@ from dist_resnet.step import TrainStep
 from dist_resnet.step_mode import choose_step_mode
 from dist_resnet.stopwatch import Stopwatch
 from dist_resnet.summary import last_evaluation, summarise
+from dist_resnet.terminal import say
 from dist_resnet.tracking.jsonl import read_rows
 
 
@@ -72,7 +73,7 @@ def _run_in(wanted: Config, world: World, folder: RunFolder) -> None:
     early = saved is not None and config.train.early_stop and saved["state"].get("stopped_early")
     if (plan.finished(step) or early) and from_main(folder.has_summary()):
         if world.is_main:
-            _say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
+            say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
             folder.set_status("done", step, exit_code=EXIT_DONE)
         return
     state = build_state(config, len(session.dataset.classes), session.precision, world.device)
@@ -80,7 +81,7 @@ def _run_in(wanted: Config, world: World, folder: RunFolder) -> None:
         state.load_state_dict(saved["state"])
     if world.is_main:
         for line in _introduction(wanted, session, plan, state, folder):
-            _say(line)
+            say(line)
     recording = together(lambda: open_recording(config, session, plan, state.step, folder, saved))
     trainer = _trainer(config, session, plan, state, recording, saved)
     _fit_and_close(trainer, session, folder, recording)
@@ -166,7 +167,7 @@ def _fit_and_close(
             raise UserError(f"{folder.path}: no summary.json: {error.strerror}") from None
         recording.close(EXIT_DONE, "done", state.step, "", summary)
         for line in _conclusion(summary, session, folder):
-            _say(line)
+            say(line)
 
     # The other ranks wait: torchrun would take a rank that left early for the end of the job.
     on_main(finish)
@@ -225,7 +226,3 @@ def _conclusion(summary: dict[str, Any], session: Session, folder: RunFolder) ->
         f" ({summary['val/images']:,} images) after {summary['step']:,} steps,"
         f" {summary['wall_seconds']:.0f} s; {folder.path / 'summary.json'}",
     ]
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from dist_resnet.errors import UserError
 from dist_resnet.storage import write_atomically
+from dist_resnet.terminal import say
 
 _JOB = ".job"
 _CONTENTS = (_JOB, "config.yaml", "plan.json", "metrics.jsonl", "status.json", "summary.json")
@@ -100,7 +101,7 @@ class RunFolder:
             # A heartbeat may be lost with the power; how the run ended may not.
             write_atomically(self.path / "status.json", content, durable=state != "running")
         except OSError as error:
-            print(f"status.json cannot be written: {error.strerror}", file=sys.stderr)
+            say(f"status.json cannot be written: {error.strerror}", sys.stderr)
 
     def status(self) -> dict[str, Any]:
         """The last status; empty where there is none."""

@@ -19,6 +19,7 @@ from dist_resnet.cli import run_command
 from dist_resnet.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, UserError
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.sweep_plan import Grid, Trial, read_grid
+from dist_resnet.terminal import forgive
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return EXIT_DONE
+    forgive()
     file, *rest = arguments
     if file.startswith("-") or (rest and rest[0] != "--"):
         raise UserError("write it as FILE -- ARGUMENT ...; see python -m dist_resnet.sweep --help")

@@ -11,6 +11,7 @@ from dist_resnet.cli import run_command
 from dist_resnet.config import describe_keys, load_config, to_yaml
 from dist_resnet.errors import EXIT_DONE
 from dist_resnet.launcher import environment_rank
+from dist_resnet.terminal import forgive
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     # torch takes a second or two to import: not before the configuration is known to be right.
     from dist_resnet.run import run
 
+    forgive()
     run(config)
     return EXIT_DONE
 
