@@ -30,9 +30,12 @@ def load_config(arguments: Sequence[str]) -> Config:
         UserError: unreadable file, unknown key, wrong type or impossible value; one line that names
             the key, the value and the nearest valid choice.
     """
-    files = [argument for argument in arguments if "=" not in argument]
-    pairs = [argument for argument in arguments if "=" in argument]
-    return _merge([*map(_read_file, files), *map(_read_pair, pairs)])
+    return _merge(_overlays(arguments))
+
+
+def named_keys(arguments: Sequence[str]) -> frozenset[str]:
+    """The dotted keys that `arguments`, as of `load_config`, name."""
+    return frozenset(key for _, values in _overlays(arguments) for key, _ in flatten(values))
 
 
 def stored_config(values: Mapping[str, Any], pairs: Sequence[str] = ()) -> Config:
@@ -114,6 +117,12 @@ def _merge(overlays: Iterable[tuple[str, Mapping[Any, Any]]]) -> Config:
     config = cast(Config, OmegaConf.to_object(merged))
     check(config)
     return config
+
+
+def _overlays(arguments: Sequence[str]) -> list[tuple[str, Mapping[Any, Any]]]:
+    files = [argument for argument in arguments if "=" not in argument]
+    pairs = [argument for argument in arguments if "=" in argument]
+    return [*map(_read_file, files), *map(_read_pair, pairs)]
 
 
 def _read_file(path: str) -> tuple[str, Mapping[Any, Any]]:

@@ -1,5 +1,6 @@
 """One run from start to end: open what it needs, train, close whatever happened."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ from dist_resnet.distributed import World, from_main, on_main, start, stop, toge
 from dist_resnet.environment import git_commit, hardware, versions
 from dist_resnet.errors import EXIT_DONE, DistResnetError, Preempted, UserError
 from dist_resnet.evaluation import Evaluator
+from dist_resnet.fork import forks_told, starting_point
 from dist_resnet.gallery import Gallery
 from dist_resnet.loop import Trainer
 from dist_resnet.plan import Plan, explain, make_plan, rates
 from dist_resnet.recording import Recording, open_recording
 from dist_resnet.resume import (
     check_same_configuration,
-    check_same_run,
     find_checkpoint,
     open_folder,
     run_name,
@@ -35,31 +36,33 @@ from dist_resnet.terminal import say
 from dist_resnet.tracking.jsonl import read_rows
 
 
-def run(config: Config) -> None:
+def run(config: Config, named: Collection[str] = ()) -> None:
     """Train as configured, from the newest checkpoint if there is one.
+
+    Args:
+        named: dotted keys that the command names, for run.extend.
 
     Raises:
         DistResnetError: how it ended, if not well; status.json tells it too.
     """
     signals.install()
     world = start(config.parallel.device, config.parallel.timeout_seconds)
+    folder = RunFolder(Path(config.run.dir) / run_name(config))
     try:
-        folder = RunFolder(Path(config.run.dir) / run_name(config))
         on_main(lambda: open_folder(config, folder))
         try:
-            _run_in(config, world, folder)
+            _run_in(config, named, world, folder)
         except BaseException as error:
             if world.is_main:
-                status, reason = _ending(error)
-                step, code = folder.status().get("step", 0), getattr(error, "exit_code", 1)
-                folder.set_status(status, step, reason, code)
+                _tell_ending(error, folder)
             raise
     finally:
         watchdog.disarm()
+        folder.close()
         stop()
 
 
-def _run_in(wanted: Config, world: World, folder: RunFolder) -> None:
+def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFolder) -> None:
     saved = find_checkpoint(wanted, folder)
     config = together(lambda: settle(wanted, world, saved))
     ours, theirs = to_dict(config), from_main(to_dict(config))
@@ -67,9 +70,13 @@ def _run_in(wanted: Config, world: World, folder: RunFolder) -> None:
     session = open_session(config, world)
     plan = make_plan(config, len(session.train_indices), world.size)
     if saved is not None:
-        check_same_run(saved, config, session.dataset.fingerprint)
+        saved = starting_point(saved, config, session.dataset.fingerprint, named)
     step = saved["state"]["step"] if saved is not None else 0
-    on_main(lambda: take_back(config, folder, step))
+    if step > plan.total_steps:
+        raise UserError(
+            f"{folder.path}: is at step {step:,} already, beyond the {plan.total_steps:,} of this "
+            "command; choose more train.epochs or train.max_steps, or another run.name"
+        )
     early = saved is not None and config.train.early_stop and saved["state"].get("stopped_early")
     if (plan.finished(step) or early) and from_main(folder.has_summary()):
         if world.is_main:
@@ -80,8 +87,9 @@ def _run_in(wanted: Config, world: World, folder: RunFolder) -> None:
     if saved is not None:
         state.load_state_dict(saved["state"])
     if world.is_main:
-        for line in _introduction(wanted, session, plan, state, folder):
+        for line in (*_introduction(wanted, session, plan, state, folder), *forks_told(saved)):
             say(line)
+    on_main(lambda: take_back(config, folder, step))
     recording = together(lambda: open_recording(config, session, plan, state.step, folder, saved))
     trainer = _trainer(config, session, plan, state, recording, saved)
     _fit_and_close(trainer, session, folder, recording)
@@ -171,6 +179,18 @@ def _fit_and_close(
 
     # The other ranks wait: torchrun would take a rank that left early for the end of the job.
     on_main(finish)
+
+
+def _tell_ending(error: BaseException, folder: RunFolder) -> None:
+    """Of a command that was refused or stopped before its run began, the run's status says nothing.
+
+    A run that is new has no other place.
+    """
+    (status, reason), code = _ending(error), getattr(error, "exit_code", 1)
+    if folder.begun:
+        folder.set_status(status, folder.status().get("step", 0), reason, code)
+    elif isinstance(error, UserError):
+        folder.refuse(reason, code)
 
 
 def _ending(error: BaseException) -> tuple[str, str]:

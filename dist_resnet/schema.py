@@ -19,6 +19,8 @@ class RunConfig:
     """auto: continue from the newest valid checkpoint; never: start anew; PATH: from that file."""
     overwrite: bool = False
     """Delete what the run folder holds and start again."""
+    extend: bool = False
+    """Go on, also from its end, with another train.epochs or other named keys: a recorded fork."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ LAYERS: list[set[str]] = [
         "diagnosis",
         "pictures",
     },
-    {"gallery", "loop", "resume", "session", "recording", "weights", "trained", "card"},
+    {"gallery", "loop", "resume", "session", "recording", "weights", "trained", "card", "fork"},
     {"run", "preview", "cli", "sweep_plan"},
     # The empty name is the package itself, which offers what others import from it.
     {

@@ -304,6 +304,7 @@ def test_a_stored_configuration_is_checked_too() -> None:
 
 FREE = [
     "run.dir=x", "run.name=x", "run.resume=never", "run.overwrite=true", "data.root=x",
+    "run.extend=true",
     "data.loader=resident", "eval.every_epochs=2", "eval.flip_tta=true",
     "checkpoint.every_steps=5", "checkpoint.keep=1", "log.every_steps=1", "wandb.mode=disabled",
     "wandb.media_every_epochs=0", "wandb.artifacts=true",

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,9 +223,41 @@ def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path) -> None:
 
 
 def test_the_wandb_id_is_made_once(tmp_path: Path) -> None:
-    folder, made = RunFolder(tmp_path / "run"), iter(["first", "second"])
+    folder, made = RunFolder(tmp_path / "run"), iter(["first", "second", "third"])
     folder.open()
-    assert folder.wandb_id(lambda: next(made)) == "first"
-    assert RunFolder(tmp_path / "run").wandb_id(lambda: next(made)) == "first"
+    assert folder.wandb_id(lambda: next(made), None) == "first"
+    assert RunFolder(tmp_path / "run").wandb_id(lambda: next(made), None) == "first"
     folder.clear()
-    assert folder.wandb_id(lambda: next(made)) == "second"
+    assert folder.wandb_id(lambda: next(made), None) == "second"
+    assert folder.wandb_id(lambda: next(made), "the checkpoint's") == "the checkpoint's"
+    assert folder.wandb_id(lambda: next(made), None, anew=True) == "third"
+
+
+def test_a_copied_run_folder_gets_a_wandb_id_of_its_own(tmp_path: Path) -> None:
+    made = iter(["first", "second"])
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    folder.wandb_id(lambda: next(made), None)
+    (tmp_path / "elsewhere").mkdir()
+    for copy in (tmp_path / "copy", tmp_path / "elsewhere" / "run"):
+        shutil.copytree(folder.path, copy)
+    assert RunFolder(tmp_path / "copy").wandb_id(lambda: next(made), "first") == "second"
+    assert RunFolder(tmp_path / "copy").wandb_id(lambda: next(made), "second") == "second"
+    assert folder.wandb_id(lambda: next(made), "first") == "first"
+    # One that was moved is the same run, whatever it is called, and so is one seen by a link.
+    shutil.rmtree(folder.path)
+    moved = (tmp_path / "elsewhere" / "run").rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to(moved)
+    for path in (moved, tmp_path / "link"):
+        assert RunFolder(path).wandb_id(lambda: next(made), "first") == "first"
+
+
+def test_a_refusal_is_told_beside_the_status(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.set_status("done", 12, exit_code=0)
+    assert folder.refusal() == {}
+    folder.refuse("another run", 2)
+    assert folder.refusal() == {"reason": "another run", "exit_code": 2}
+    assert folder.status()["state"] == "done"
+    folder.forget_refusal()
+    assert folder.refusal() == {}
