@@ -5,12 +5,12 @@ import atexit
 import contextlib
 import errno
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
 from typing import NoReturn
 
+from dist_resnet import signals
 from dist_resnet.errors import (
     EXIT_PREEMPTED,
     EXIT_USER,
@@ -42,7 +42,7 @@ def run_command(action: Callable[[], int]) -> NoReturn:
         code = action()
         sys.stdout.flush()  # where printing is the result it must have worked
     except (DistResnetError, Preempted) as error:
-        _reset_signals()
+        signals.reset()
         code = error.exit_code
         if _speaks() or isinstance(error, PeerLost):
             say(f"dist_resnet: {error}", sys.stderr)
@@ -81,8 +81,3 @@ def _leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
-
-
-def _reset_signals() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)

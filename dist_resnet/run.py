@@ -55,6 +55,8 @@ def run(config: Config, named: Collection[str] = ()) -> None:
         except BaseException as error:
             if world.is_main:
                 _tell_ending(error, folder)
+            if isinstance(error, SystemExit):  # it may say 0, which means a complete training
+                raise DistResnetError(_ending(error)[1]) from None
             raise
     finally:
         watchdog.disarm()
@@ -197,6 +199,8 @@ def _ending(error: BaseException) -> tuple[str, str]:
     """State and reason for status.json."""
     known = isinstance(error, DistResnetError | Preempted)
     reason = str(error) if known else f"{type(error).__name__}: {error}"
+    if isinstance(error, SystemExit):
+        reason = f"the training was ended by a call of sys.exit({error.code!r})"
     return "preempted" if isinstance(error, Preempted) else "failed", reason
 
 

@@ -56,8 +56,9 @@ class _Runner:
     def __init__(self) -> None:
         self.stopped = False
         self._job: subprocess.Popen[bytes] | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._stop)
 
     def run(self, trial: Trial) -> int:
         """Train; the trainer's exit code as status.json has it, since torchrun itself returns 1."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from dist_resnet.config import load_config, named_keys
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.errors import UserError
+from dist_resnet.errors import DistResnetError, UserError
 from dist_resnet.fork import starting_point
 from dist_resnet.plan import make_plan, rates
 from dist_resnet.train import main
@@ -149,6 +150,17 @@ def test_another_dataset_is_no_fork() -> None:
     saved = {"config": {"data": {"dataset": "one", "val_split": 0}}, "fingerprint": "a"}
     with pytest.raises(UserError, match="the same data"):
         starting_point(saved, config, "b", ["data.dataset"])
+
+
+def test_a_call_of_sys_exit_is_no_complete_training(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dist_resnet.step.TrainStep.__call__", lambda *_: sys.exit(0))
+    with pytest.raises(DistResnetError, match=r"sys\.exit\(0\)") as caught:
+        runs("train.step_mode=eager")
+    assert caught.value.exit_code == 1
+    status = runs.json("status.json")
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
 
 
 def test_torchrun_extends_too(runs: Runs, tmp_path: Path) -> None:
