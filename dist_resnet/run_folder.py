@@ -1,7 +1,6 @@
 """The folder of one run: lock, status, configuration, plan, summary."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_resnet.errors import UserError
-from dist_resnet.storage import write_atomically
+from dist_resnet.storage import lock, write_atomically
 from dist_resnet.terminal import say
 
 _JOB = ".job"
@@ -51,7 +50,12 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock(self._lock):
+                say(
+                    f"warning: {self.path}: its file system has no locks: nothing keeps a second "
+                    "training out of this folder",
+                    sys.stderr,
+                )
             os.truncate(self._lock, 0)
             os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
             for left in (*self.path.glob(".tmp.*"), *self.path.glob(".metrics.jsonl.rewind-*")):
@@ -59,6 +63,7 @@ class RunFolder:
         except BlockingIOError:
             assert self._lock is not None
             owner = os.pread(self._lock, 200, 0).decode(errors="replace")
+            self.close()
             raise UserError(
                 f"{self.path}: in use by {owner}; choose another run.name or wait for it to end"
             ) from None

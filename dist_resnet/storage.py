@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import stat
 import sys
 from pathlib import Path
 
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 # This process's own descriptors; opened by name, an appended log would be cut off.
 _DESCRIPTOR = re.compile(r"/dev/(stdout|stderr|fd/(\d+))|/proc/self/fd/(\d+)")
 
@@ -65,6 +67,28 @@ def check_writable(path: Path) -> None:
     probe = Path(os.path.realpath(path)).with_name(f".tmp.{os.getpid()}.probe")
     write_atomically(probe, b"", durable=False)
     probe.unlink(missing_ok=True)
+
+
+def lock(descriptor: int) -> bool:
+    """Lock an open file, without waiting, until it is closed or the process dies.
+
+    Returns:
+        False: the file system has no locks, be it of the whole file (flock) or of a part (fcntl).
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        OSError: it cannot be had for another reason.
+    """
+    for take in (fcntl.flock, fcntl.lockf):
+        try:
+            take(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # fcntl's may say either
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+            if error.errno not in _NO_LOCKS:
+                raise
+    return False
 
 
 def sync_folder(folder: Path) -> None:

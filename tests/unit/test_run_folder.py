@@ -1,13 +1,14 @@
 """The run folder: one job at a time, files that are whole, nothing deleted that is not ours."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,56 @@ def test_the_lock_excludes_a_second_process(tmp_path: Path, holder: subprocess.P
         RunFolder(tmp_path / "run").open()
     assert "\n" not in str(caught.value)
     RunFolder(tmp_path / "other").open()
+
+
+WITHOUT = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
+
+
+@pytest.mark.parametrize("number", WITHOUT)
+def test_without_flock_the_other_lock_excludes_a_second_process(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", _failing(number))
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    held = subprocess.run([sys.executable, "-c", WITHOUT_FLOCK], cwd=ROOT, text=True,
+                          env=os.environ | {"PLACE": str(folder.path)}, check=False,
+                          capture_output=True)  # fmt: skip
+    assert f"in use by process {os.getpid()} " in held.stderr
+    folder.close()
+    RunFolder(tmp_path / "run").open()
+
+
+WITHOUT_FLOCK = """
+import fcntl, os
+from pathlib import Path
+from dist_resnet.run_folder import RunFolder
+def flock(*_):
+    raise OSError(38, "Function not implemented")
+fcntl.flock = flock
+RunFolder(Path(os.environ["PLACE"])).open()
+"""
+
+
+@pytest.mark.parametrize("number", WITHOUT)
+def test_without_any_lock_a_run_is_begun_with_a_warning(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("flock", "lockf"):
+        monkeypatch.setattr(fcntl, name, _failing(number))
+    RunFolder(tmp_path / "run").open()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has no locks" in line
+    monkeypatch.setattr(fcntl, "flock", _failing(errno.EIO))
+    with pytest.raises(UserError, match="Input/output error"):
+        RunFolder(tmp_path / "run").open()
+
+
+def _failing(number: int) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
