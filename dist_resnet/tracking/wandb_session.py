@@ -49,6 +49,8 @@ class WandbSession:
     """`writer.Session` on wandb.run. Not thread-safe, but for `abandon`."""
 
     mode: str
+    asked: str
+    """What asked for the mode; empty: nobody."""
     resume_position: int | None
     init_seconds: float
     finish_seconds: float
@@ -91,7 +93,7 @@ class WandbSession:
         import wandb
 
         library = wandb.setup(wandb.Settings(silent=True))
-        why = None
+        why = self.asked or None
         if self.mode in ("auto", "online"):
             proxied = library.settings.https_proxy or library.settings.http_proxy
             why = why_no_credentials(library.settings.base_url)
