@@ -9,8 +9,9 @@ from dist_resnet.captured import as_configured
 from dist_resnet.config import to_dict
 from dist_resnet.data.stream import Loader, open_loader, training_batches
 from dist_resnet.distributed import World, from_main, on_main, start, stop, together
+from dist_resnet.ending import ending, exit_code, raise_told, tell_ending
 from dist_resnet.environment import git_commit, hardware, versions
-from dist_resnet.errors import EXIT_DONE, DistResnetError, Preempted, UserError
+from dist_resnet.errors import EXIT_DONE, Preempted, UserError
 from dist_resnet.evaluation import Evaluator
 from dist_resnet.fork import forks_told, starting_point
 from dist_resnet.gallery import Gallery
@@ -54,10 +55,8 @@ def run(config: Config, named: Collection[str] = ()) -> None:
             _run_in(config, named, world, folder)
         except BaseException as error:
             if world.is_main:
-                _tell_ending(error, folder)
-            if isinstance(error, SystemExit):  # it may say 0, which means a complete training
-                raise DistResnetError(_ending(error)[1]) from None
-            raise
+                tell_ending(error, folder)
+            raise_told(error)
     finally:
         watchdog.disarm()
         folder.close()
@@ -155,8 +154,8 @@ def _fit_and_close(
         label = f"rank {world.rank} of {world.size}"
         watchdog.call_as(label, trainer.fit)
     except BaseException as error:
-        status, reason = _ending(error)
-        code = getattr(error, "exit_code", 1)
+        status, reason = ending(error)
+        code = exit_code(error)
         if isinstance(error, Preempted):
             # All ranks are here. Those that left before rank 0 has closed would end it early.
             on_main(lambda: recording.close(code, status, state.step, reason, {}))
@@ -181,27 +180,6 @@ def _fit_and_close(
 
     # The other ranks wait: torchrun would take a rank that left early for the end of the job.
     on_main(finish)
-
-
-def _tell_ending(error: BaseException, folder: RunFolder) -> None:
-    """Of a command that was refused or stopped before its run began, the run's status says nothing.
-
-    A run that is new has no other place.
-    """
-    (status, reason), code = _ending(error), getattr(error, "exit_code", 1)
-    if folder.begun:
-        folder.set_status(status, folder.status().get("step", 0), reason, code)
-    elif isinstance(error, UserError):
-        folder.refuse(reason, code)
-
-
-def _ending(error: BaseException) -> tuple[str, str]:
-    """State and reason for status.json."""
-    known = isinstance(error, DistResnetError | Preempted)
-    reason = str(error) if known else f"{type(error).__name__}: {error}"
-    if isinstance(error, SystemExit):
-        reason = f"the training was ended by a call of sys.exit({error.code!r})"
-    return "preempted" if isinstance(error, Preempted) else "failed", reason
 
 
 def _facts(trainer: Trainer, session: Session) -> dict[str, Any]:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dist_resnet.config import load_config, trajectory_hash
 from dist_resnet.errors import UserError, first_line
 from dist_resnet.schema import changes_figures
+from dist_resnet.values import read_yaml, texts
 
 TRAINER = "dist_resnet.train"
 # What wandb's agent puts in their place; the runner here has no other.
@@ -49,10 +48,10 @@ def read_grid(path: Path, extra: Sequence[str]) -> Grid:
         UserError: unreadable, not a grid, or a combination is no possible configuration.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = texts(read_yaml(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not a readable YAML file: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold a sweep: method, metric, command, parameters")
@@ -124,8 +123,16 @@ def _trial(stem: str, values: dict[str, Any], command: list[str], extra: Sequenc
 
 def _word(value: Any) -> str:
     """A value as the command line has it: null, true, 0.1, [1,2]."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value).replace(" ", "") if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(_item, value))}]"
+    return "null" if value is None else str(value)
+
+
+def _item(value: Any) -> str:
+    word = _word(value)
+    plain = re.fullmatch(r"[^\s,'\"\[\]\\]+( +[^\s,'\"\[\]\\]+)*", word)
+    return (
+        word
+        if plain
+        else f'"{re.sub(chr(92) * 2 + "|" + chr(34), lambda m: chr(92) + m[0], word)}"'
+    )

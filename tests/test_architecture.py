@@ -26,6 +26,8 @@ LAYERS: list[set[str]] = [
         "metrics",
         "distributed",
         "config",
+        "keys",
+        "values",
         "checks",
         "precision",
         "native",
@@ -44,7 +46,18 @@ LAYERS: list[set[str]] = [
         "diagnosis",
         "pictures",
     },
-    {"gallery", "loop", "resume", "session", "recording", "weights", "trained", "card", "fork"},
+    {
+        "gallery",
+        "loop",
+        "resume",
+        "session",
+        "recording",
+        "weights",
+        "trained",
+        "card",
+        "fork",
+        "ending",
+    },
     {"run", "preview", "cli", "sweep_plan"},
     # The empty name is the package itself, which offers what others import from it.
     {

@@ -92,7 +92,7 @@ def test_the_shipped_grid_is_what_the_agent_would_run() -> None:
     grid = read_grid(SWEEP, [])
     assert len({trial.folder for trial in grid.trials}) == len(grid.trials) == 8
     first = grid.trials[0]
-    assert first.values == {"optim.lr": 0.02, "optim.weight_decay": 0.0005, "seed": 0}
+    assert first.values == {"optim.lr": "0.02", "optim.weight_decay": "0.0005", "seed": "0"}
     nested = {"optim": {"lr": 0.02, "weight_decay": 0.0005}, "seed": 0}
     agents = _expanded_by_wandb(_content()["command"], nested)
     from dist_resnet.config import load_config, trajectory_hash
