@@ -210,6 +210,35 @@ def test_a_request_to_stop_saves_and_ends_the_grid(tiny: Dataset, tmp_path: Path
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
+def test_an_impossible_trial_is_a_row_and_the_others_run(
+    tiny: Dataset, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    swept = {"data": {"parameters": {"batch_size_per_replica": {"values": [8, 4096, 16]}}}}
+    arguments = [
+        str(_small(tmp_path, parameters=swept)), "--", f"data.root={tiny.folder.parent}",
+        f"data.dataset={tiny.folder.name}", f"run.dir={tmp_path / 'runs'}", "train.max_steps=1",
+        *QUICK,
+    ]  # fmt: skip
+    assert main(arguments) == 1
+    head, *rows = capfd.readouterr().out.splitlines()[-4:]
+    assert head.split() == ["data.batch_size_per_replica", "val/top1", "state", "run"]
+    assert sorted(row.split()[0] for row in rows[:2]) == ["16", "8"]
+    assert all(row.split()[2] == "done" for row in rows[:2])
+    size, figure, state, _, *reason = rows[2].split()
+    assert (size, figure, state) == ("4096", "-", "failed")
+    assert "the training set has 53" in " ".join(reason)
+
+    assert main(arguments) == 1
+    text = capfd.readouterr().out
+    assert text.count("done already") == 2
+    assert "failed already: data.batch_size_per_replica=4096" in text
+    assert "--retry-failed" in text
+    assert main([arguments[0], "--retry-failed", *arguments[1:]]) == 1
+    text = capfd.readouterr().out
+    assert "failed already" not in text
+    assert text.count("done already") == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
