@@ -2,6 +2,7 @@
 
 from dist_resnet.errors import UserError
 from dist_resnet.schema import Config
+from dist_resnet.values import as_tree, shown
 
 
 def check(config: Config) -> None:
@@ -13,11 +14,12 @@ def check(config: Config) -> None:
     _check_run_and_data(config)
     _check_training(config)
     _check_cadence(config)
+    _check_wandb(config)
 
 
 def _require(condition: bool, key: str, value: object, wanted: str) -> None:
     if not condition:
-        raise UserError(f"{key}={value}: must be {wanted}")
+        raise UserError(f"{key}={shown(as_tree(value))}: must be {wanted}")
 
 
 def _check_run_and_data(config: Config) -> None:
@@ -71,7 +73,7 @@ def _check_training(config: Config) -> None:
     size = optim.reference_batch_size
     _require(size >= 1, "optim.reference_batch_size", size, "at least 1")
 
-    _require(train.epochs >= 1, "train.epochs", train.epochs, "at least 1")
+    _require(1 <= train.epochs <= 10**6, "train.epochs", train.epochs, "1 to 1000000")
     limit = train.max_steps
     _require(limit is None or limit >= 1, "train.max_steps", limit, "at least 1, or null")
     decay = train.ema_decay
@@ -89,8 +91,8 @@ def _check_cadence(config: Config) -> None:
     usable = value == "auto" or (isinstance(value, int) and value >= 1)
     _require(usable, "parallel.replicas", value, "auto or at least 1")
     timeout = parallel.timeout_seconds
-    _require(timeout >= 1, "parallel.timeout_seconds", timeout, "at least 1")
-    _require(parallel.threads >= 0, "parallel.threads", parallel.threads, "at least 0")
+    _require(1 <= timeout <= 10**6, "parallel.timeout_seconds", timeout, "1 to 1000000")
+    _require(0 <= parallel.threads <= 1024, "parallel.threads", parallel.threads, "0 to 1024")
     may_be_off = {
         "checkpoint": ("every_epochs", "every_steps"),
         "wandb": ("media_every_epochs",),
@@ -103,3 +105,20 @@ def _check_cadence(config: Config) -> None:
     epochs, steps = config.eval.every_epochs, config.log.every_steps
     _require(epochs >= 1, "eval.every_epochs", epochs, "at least 1")
     _require(steps >= 1, "log.every_steps", steps, "at least 1")
+
+
+def _check_wandb(config: Config) -> None:
+    """W&B's own rules, which it tells only when it starts: too late to be mended."""
+    settings, section = config.wandb, "wandb"
+    for key in ("project", "entity"):
+        name = getattr(settings, key) or ""
+        good = len(name) <= 128 and not set(name) & set("/\\#?%:") and name == name.strip()
+        good = good and (bool(name) or key == "entity")
+        wanted = "1 to 128 characters, no / \\ # ? % : and no space at its ends"
+        _require(good, f"{section}.{key}", name, wanted)
+    group = settings.group or ""
+    _require(len(group) <= 128, f"{section}.group", group, "at most 128 characters")
+    for tag in settings.tags:
+        _require(
+            1 <= len(tag) <= 64, f"{section}.tags", settings.tags, "tags of 1 to 64 characters each"
+        )

@@ -19,6 +19,7 @@ from dist_resnet.errors import (
     Preempted,
     UserError,
 )
+from dist_resnet.home import ensure_home
 from dist_resnet.launcher import environment_int
 from dist_resnet.terminal import open_standard_streams, say
 
@@ -38,6 +39,7 @@ class Parser(argparse.ArgumentParser):
 def run_command(action: Callable[[], int]) -> NoReturn:
     """Run `action` and exit with its code, or with that of its `DistResnetError`."""
     open_standard_streams()
+    ensure_home()
     try:
         code = action()
         sys.stdout.flush()  # where printing is the result it must have worked

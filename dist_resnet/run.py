@@ -16,7 +16,7 @@ from dist_resnet.evaluation import Evaluator
 from dist_resnet.fork import forks_told, starting_point
 from dist_resnet.gallery import Gallery
 from dist_resnet.loop import Trainer
-from dist_resnet.plan import Plan, explain, make_plan, rates
+from dist_resnet.plan import Plan, check_statistics, explain, make_plan, rates
 from dist_resnet.recording import Recording, open_recording
 from dist_resnet.resume import (
     check_same_configuration,
@@ -70,6 +70,7 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     together(lambda: check_same_configuration(ours, theirs))
     session = open_session(config, world)
     plan = make_plan(config, len(session.train_indices), world.size)
+    check_statistics(config, *session.image_size)
     if saved is not None:
         saved = starting_point(saved, config, session.dataset.fingerprint, named)
     step = saved["state"]["step"] if saved is not None else 0

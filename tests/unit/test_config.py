@@ -182,14 +182,17 @@ def test_a_wrong_type_names_key_value_and_type(pair: str, kind: str) -> None:
         "parallel.replicas=0", "parallel.replicas=some", "parallel.timeout_seconds=0",
         "parallel.threads=-1", "eval.every_epochs=0", "checkpoint.every_steps=-1",
         "checkpoint.keep=0", "log.every_steps=0", "seed=-1", "run.name=a/b", "run.name=.hidden",
-        "run.resume=", "wandb.media_every_epochs=-1",
+        "run.resume=", "wandb.media_every_epochs=-1", "wandb.project=a/b", "wandb.project=",
+        "wandb.project=" + 129 * "p", "wandb.entity=a:b", "wandb.group=" + 129 * "g",
+        "wandb.tags=[ok,'']", "wandb.tags=[" + 65 * "t" + "]", "train.epochs=1000000000",
+        "parallel.timeout_seconds=1000000000000", "parallel.threads=100000",
     ],
 )  # fmt: skip
 def test_an_impossible_value_is_refused(pair: str) -> None:
     line = _refused(pair)
     key, value = pair.split("=")
     assert key in line
-    assert re.sub(r"[\s']", "", value) in re.sub(r"[\s']", "", line)
+    assert re.sub(r"[\s']", "", value)[:60] in re.sub(r"[\s']", "", line)
     assert "must be" in line
 
 
