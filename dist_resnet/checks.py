@@ -1,8 +1,12 @@
 """Which values are possible: one line for the first that is not, before anything starts."""
 
+import os
+
 from dist_resnet.errors import UserError
 from dist_resnet.schema import Config
 from dist_resnet.values import as_tree, shown
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 1000  # in bytes; Linux takes 255 and 4096
 
 
 def check(config: Config) -> None:
@@ -32,11 +36,18 @@ def _check_run_and_data(config: Config) -> None:
         name_ok, "run.name", run.name, '1 to 64 characters, no / \\ # ? % : " and no first dot'
     )
     _require(run.resume != "", "run.resume", run.resume, "auto, never or a checkpoint's path")
+    for key, path in (("run.dir", run.dir), ("run.resume", run.resume), ("data.root", data.root)):
+        parts = [len(os.fsencode(part)) for part in path.split("/")]
+        good = max(parts) <= _LONGEST_NAME and sum(parts) <= _LONGEST_PATH
+        _require(good, key, path, "shorter: too long for a path")
     size = data.batch_size_per_replica
     _require(size >= 1, "data.batch_size_per_replica", size, "at least 1")
     _require(data.val_split >= 0, "data.val_split", data.val_split, "at least 0")
     plain = data.dataset not in ("", ".", "..") and "/" not in data.dataset
     _require(plain, "data.dataset", data.dataset, "a name, not a path")
+    # Beside it lie files whose names hold its own and more.
+    short = len(os.fsencode(data.dataset)) <= _LONGEST_NAME - 55
+    _require(short, "data.dataset", data.dataset, "shorter: too long for a name")
 
     padding, alpha = augment.crop_padding, augment.mixup_alpha
     _require(0 <= padding <= 64, "augment.crop_padding", padding, "0 to 64")

@@ -8,7 +8,9 @@ from pathlib import Path
 
 
 def ensure_home() -> None:
-    """Where neither HOME nor the list of users names one, give this process a private folder; and a name.
+    """Where neither HOME nor the list of users names one, give this process a private folder.
+
+    And a name, where the user has none.
 
     Libraries ask for it when they start: W&B, the compiler's caches, our own kernels.
     """

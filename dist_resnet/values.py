@@ -101,8 +101,12 @@ def shown(given: Tree) -> str:
         text = f"[{', '.join(map(str, whole[:50]))}]"
     else:
         text = "null" if whole is None else str(whole)[:200]
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    line = _printable(text)
     return line if len(line) <= 80 else f"{line[:77]}..."
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _single(kind: str, text: str) -> Any:
@@ -164,7 +168,7 @@ def _tree(node: yaml.Node, count: Iterator[int]) -> Tree:
                     raise ValueError("<< needs a mapping")
                 merged |= {name: inner for name, inner in part.items() if name not in merged}
         elif key in found:
-            raise ValueError(f"the key {key} stands there twice")
+            raise ValueError(f"the key {shown(Text(key))} stands there twice")
         else:
             found[key] = value
     return merged | found
@@ -172,4 +176,4 @@ def _tree(node: yaml.Node, count: Iterator[int]) -> Tree:
 
 def _reason(error: BaseException) -> str:
     """YAML's, with its place, in one line."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return _printable(" ".join(str(error).split())[:160]) or type(error).__name__
