@@ -103,7 +103,7 @@ def _check_cadence(config: Config) -> None:
     _require(usable, "parallel.replicas", value, "auto or at least 1")
     timeout = parallel.timeout_seconds
     _require(1 <= timeout <= 10**6, "parallel.timeout_seconds", timeout, "1 to 1000000")
-    _require(0 <= parallel.threads <= 1024, "parallel.threads", parallel.threads, "0 to 1024")
+    _require(0 <= parallel.threads <= 4096, "parallel.threads", parallel.threads, "0 to 4096")
     may_be_off = {
         "checkpoint": ("every_epochs", "every_steps"),
         "wandb": ("media_every_epochs",),
