@@ -19,6 +19,7 @@ from dist_resnet.errors import UserError, first_line
 from dist_resnet.storage import sync_folder, write_atomically
 
 FORMAT = 1
+_LOOKS = 100  # at a folder in which a running training replaces its files
 _NAME = re.compile(r"(step|best)-(\d{8,})-([0-9a-f]{16})\.pt")
 
 
@@ -87,21 +88,26 @@ class CheckpointStore:
         Raises:
             UserError: there are checkpoints, and none of them is valid.
         """
-        candidates = sorted([*self._named("step"), *self._named("best")], key=_step, reverse=True)
-        for path in candidates:
-            try:
-                return path, read_checkpoint(path)
-            except UserError as error:
-                if set_aside:
-                    with contextlib.suppress(OSError):
-                        path.rename(path.with_suffix(".pt.corrupt"))
-                report(f"{error}; using the one before it")
-        damaged = candidates or list(self.folder.glob("*.corrupt"))
+        for _ in range(_LOOKS):
+            candidates = self._by_step()
+            for path in candidates:
+                try:
+                    return path, read_checkpoint(path)
+                except UserError as error:
+                    if not path.exists():
+                        break  # a run that goes on has written a newer one: look again
+                    if set_aside:
+                        with contextlib.suppress(OSError):
+                            path.rename(path.with_suffix(".pt.corrupt"))
+                    report(f"{error}; using the one before it")
+            else:
+                break
+        damaged = self._by_step() or list(self.folder.glob("*.corrupt"))
         if damaged:
             names = ", ".join(sorted(path.name for path in damaged))
             raise UserError(
-                f"{self.folder}: no checkpoint is valid ({names}); "
-                "restore one, or start anew with run.overwrite=true"
+                f"{self.folder}: no checkpoint is valid ({names}); restore one from a copy; "
+                "only where there is none, start anew with run.overwrite=true"
             )
         return None
 
@@ -124,6 +130,9 @@ class CheckpointStore:
         for path in self.folder.glob(".tmp.*"):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+
+    def _by_step(self) -> list[Path]:
+        return sorted([*self._named("step"), *self._named("best")], key=_step, reverse=True)
 
     def _delete_old(self) -> None:
         for old in self._named("step")[self.keep :]:

@@ -1,7 +1,12 @@
 """Which values are possible: one line for the first that is not, before anything starts."""
 
+import os
+
 from dist_resnet.errors import UserError
 from dist_resnet.schema import Config
+from dist_resnet.values import as_tree, shown
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 1000  # in bytes; Linux takes 255 and 4096
 
 
 def check(config: Config) -> None:
@@ -13,11 +18,12 @@ def check(config: Config) -> None:
     _check_run_and_data(config)
     _check_training(config)
     _check_cadence(config)
+    _check_wandb(config)
 
 
 def _require(condition: bool, key: str, value: object, wanted: str) -> None:
     if not condition:
-        raise UserError(f"{key}={value}: must be {wanted}")
+        raise UserError(f"{key}={shown(as_tree(value))}: must be {wanted}")
 
 
 def _check_run_and_data(config: Config) -> None:
@@ -30,11 +36,18 @@ def _check_run_and_data(config: Config) -> None:
         name_ok, "run.name", run.name, '1 to 64 characters, no / \\ # ? % : " and no first dot'
     )
     _require(run.resume != "", "run.resume", run.resume, "auto, never or a checkpoint's path")
+    for key, path in (("run.dir", run.dir), ("run.resume", run.resume), ("data.root", data.root)):
+        parts = [len(os.fsencode(part)) for part in path.split("/")]
+        good = max(parts) <= _LONGEST_NAME and sum(parts) <= _LONGEST_PATH
+        _require(good, key, path, "shorter: too long for a path")
     size = data.batch_size_per_replica
     _require(size >= 1, "data.batch_size_per_replica", size, "at least 1")
     _require(data.val_split >= 0, "data.val_split", data.val_split, "at least 0")
     plain = data.dataset not in ("", ".", "..") and "/" not in data.dataset
     _require(plain, "data.dataset", data.dataset, "a name, not a path")
+    # Beside it lie files whose names hold its own and more.
+    short = len(os.fsencode(data.dataset)) <= _LONGEST_NAME - 55
+    _require(short, "data.dataset", data.dataset, "shorter: too long for a name")
 
     padding, alpha = augment.crop_padding, augment.mixup_alpha
     _require(0 <= padding <= 64, "augment.crop_padding", padding, "0 to 64")
@@ -71,7 +84,7 @@ def _check_training(config: Config) -> None:
     size = optim.reference_batch_size
     _require(size >= 1, "optim.reference_batch_size", size, "at least 1")
 
-    _require(train.epochs >= 1, "train.epochs", train.epochs, "at least 1")
+    _require(1 <= train.epochs <= 10**6, "train.epochs", train.epochs, "1 to 1000000")
     limit = train.max_steps
     _require(limit is None or limit >= 1, "train.max_steps", limit, "at least 1, or null")
     decay = train.ema_decay
@@ -89,8 +102,8 @@ def _check_cadence(config: Config) -> None:
     usable = value == "auto" or (isinstance(value, int) and value >= 1)
     _require(usable, "parallel.replicas", value, "auto or at least 1")
     timeout = parallel.timeout_seconds
-    _require(timeout >= 1, "parallel.timeout_seconds", timeout, "at least 1")
-    _require(parallel.threads >= 0, "parallel.threads", parallel.threads, "at least 0")
+    _require(1 <= timeout <= 10**6, "parallel.timeout_seconds", timeout, "1 to 1000000")
+    _require(0 <= parallel.threads <= 4096, "parallel.threads", parallel.threads, "0 to 4096")
     may_be_off = {
         "checkpoint": ("every_epochs", "every_steps"),
         "wandb": ("media_every_epochs",),
@@ -103,3 +116,20 @@ def _check_cadence(config: Config) -> None:
     epochs, steps = config.eval.every_epochs, config.log.every_steps
     _require(epochs >= 1, "eval.every_epochs", epochs, "at least 1")
     _require(steps >= 1, "log.every_steps", steps, "at least 1")
+
+
+def _check_wandb(config: Config) -> None:
+    """W&B's own rules, which it tells only when it starts: too late to be mended."""
+    settings, section = config.wandb, "wandb"
+    for key in ("project", "entity"):
+        name = getattr(settings, key) or ""
+        good = len(name) <= 128 and not set(name) & set("/\\#?%:") and name == name.strip()
+        good = good and (bool(name) or key == "entity")
+        wanted = "1 to 128 characters, no / \\ # ? % : and no space at its ends"
+        _require(good, f"{section}.{key}", name, wanted)
+    group = settings.group or ""
+    _require(len(group) <= 128, f"{section}.group", group, "at most 128 characters")
+    for tag in settings.tags:
+        _require(
+            1 <= len(tag) <= 64, f"{section}.tags", settings.tags, "tags of 1 to 64 characters each"
+        )

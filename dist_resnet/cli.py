@@ -3,16 +3,18 @@
 import argparse
 import atexit
 import contextlib
+import errno
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
 from typing import NoReturn
 
+from dist_resnet import signals
 from dist_resnet.errors import (
     EXIT_PREEMPTED,
+    EXIT_USER,
     DistResnetError,
     OutOfMemory,
     PeerLost,
@@ -21,10 +23,13 @@ from dist_resnet.errors import (
     first_line,
     one_line,
 )
+from dist_resnet.home import ensure_home
 from dist_resnet.launcher import environment_int
+from dist_resnet.terminal import open_standard_streams, say
 
 # torchrun ends all ranks as soon as one has left: the others let the node's first speak first.
 _PATIENCE_SECONDS = 10.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,16 +42,25 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(action: Callable[[], int]) -> NoReturn:
     """Run `action` and exit with its code, or with that of its `DistResnetError`."""
+    open_standard_streams()
+    ensure_home()
     try:
         code = action()
+        sys.stdout.flush()  # where printing is the result it must have worked
     except (DistResnetError, Preempted) as error:
         code = _say_once(error)
     except KeyboardInterrupt:
         code = EXIT_PREEMPTED
-        print("dist_resnet: interrupted", file=sys.stderr)
+        say("dist_resnet: interrupted", sys.stderr)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            _tell_torchrun(one_line(error))
+            raise
+        place = error.filename or "the output"
+        say(f"dist_resnet: {place}: cannot be written: {error.strerror}", sys.stderr)
+        code = EXIT_USER
     except Exception as error:
         # torch is not imported here: a command that has not needed it so far does not.
         if not isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
@@ -58,15 +72,23 @@ def run_command(action: Callable[[], int]) -> NoReturn:
 
 def _say_once(error: DistResnetError | Preempted) -> int:
     """Print the error's line, from one rank of this machine where all have it; its exit code."""
-    _reset_signals()
-    first = environment_int("LOCAL_RANK", 0) == 0
+    signals.reset()
+    first = _speaks()
     if not (first or isinstance(error, PeerLost | Preempted)):
         time.sleep(_PATIENCE_SECONDS)
     if first or (isinstance(error, DistResnetError) and error.of_one_rank):
-        print(f"dist_resnet: {error}", file=sys.stderr, flush=True)
+        say(f"dist_resnet: {error}", sys.stderr)
     if not isinstance(error, Preempted):
         _tell_torchrun(str(error))
     return error.exit_code
+
+
+def _speaks() -> bool:
+    """Whether this process shows an error that all ranks have met."""
+    try:
+        return environment_int("LOCAL_RANK", 0) == 0
+    except DistResnetError:  # it may be the error itself
+        return True
 
 
 def _tell_torchrun(line: str) -> None:
@@ -87,11 +109,7 @@ def _leave(code: int) -> NoReturn:
     seldom), and torchrun then calls a finished training failed.
     """
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(code)
-
-
-def _reset_signals() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)

@@ -3,24 +3,21 @@
 The only module that imports omegaconf.
 """
 
-import ast
-import difflib
-import functools
 import hashlib
-import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, cast
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from dist_resnet import schema
 from dist_resnet.checks import check
 from dist_resnet.errors import UserError, first_line
+from dist_resnet.keys import choices_of, key_kinds, key_sections, nearest
+from dist_resnet.keys import describe_keys as describe_keys
 from dist_resnet.schema import Config, changes_trajectory
+from dist_resnet.values import Text, as_tree, read_value, read_yaml, shown, texts
 
 
 def load_config(arguments: Sequence[str]) -> Config:
@@ -30,9 +27,12 @@ def load_config(arguments: Sequence[str]) -> Config:
         UserError: unreadable file, unknown key, wrong type or impossible value; one line that names
             the key, the value and the nearest valid choice.
     """
-    files = [argument for argument in arguments if "=" not in argument]
-    pairs = [argument for argument in arguments if "=" in argument]
-    return _merge([*map(_read_file, files), *map(_read_pair, pairs)])
+    return _merge(_overlays(arguments))
+
+
+def named_keys(arguments: Sequence[str]) -> frozenset[str]:
+    """The dotted keys that `arguments`, as of `load_config`, name."""
+    return frozenset(key for _, values in _overlays(arguments) for key, _ in flatten(values))
 
 
 def stored_config(values: Mapping[str, Any], pairs: Sequence[str] = ()) -> Config:
@@ -76,139 +76,126 @@ def trajectory_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> li
     ]
 
 
-def trajectory_hash(config: Config) -> str:
-    """Eight hexadecimal digits that two configurations share when they train the same weights."""
+def trajectory_hash(config: Config, counts: Callable[[str], bool] = changes_trajectory) -> str:
+    """Eight hexadecimal digits that two configurations share when they train the same weights.
+
+    Args:
+        counts: whether a dotted key matters; others than these may be asked about, too.
+    """
     default = dict(flatten(to_dict(Config())))
     # A key at its default does not count, or every new key would rename all runs.
     relevant = {
         key: value
         for key, value in flatten(to_dict(config))
-        if changes_trajectory(key) and value != default[key]
+        if counts(key) and value != default[key]
     }
     text = json.dumps(relevant, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-@functools.cache  # parsing the schema takes tens of milliseconds, and every merged key asks
-def describe_keys() -> list[tuple[str, str, str, str]]:
-    """(key, type, default, meaning) of every key, for --help."""
-    rows = []
-    for field_name, kind, default, meaning in _documented(Config):
-        if is_dataclass(kind):
-            for name, inner, value, text in _documented(cast(type, kind)):
-                rows.append((f"{field_name}.{name}", _type_name(inner), _show(value), text))
-        else:
-            rows.append((field_name, _type_name(kind), _show(default), meaning))
-    return rows
-
-
 def _merge(overlays: Iterable[tuple[str, Mapping[Any, Any]]]) -> Config:
-    merged = OmegaConf.structured(Config)
+    values: dict[str, Any] = {}
     for source, overlay in overlays:
-        for key, value in flatten(overlay):
-            merged = _merge_one(merged, key, value, source)
-    config = cast(Config, OmegaConf.to_object(merged))
+        for key, given in flatten(overlay):
+            values |= _read(key, given, source)
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        *section, name = key.split(".")
+        (nested.setdefault(section[0], {}) if section else nested)[name] = value
+    config = cast(
+        Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), nested))
+    )
     check(config)
     return config
 
 
+def _overlays(arguments: Sequence[str]) -> list[tuple[str, Mapping[Any, Any]]]:
+    files = [argument for argument in arguments if _is_file(argument)]
+    pairs = [argument for argument in arguments if not _is_file(argument)]
+    return [*map(_read_file, files), *map(_read_pair, pairs)]
+
+
+def _is_file(argument: str) -> bool:
+    """Whether an argument names a file: a path may have a = in it, too."""
+    if "=" not in argument:
+        return True
+    return argument.endswith((".yaml", ".yml")) and _exists(argument)
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # too long for a name, or no text
+        return False
+
+
 def _read_file(path: str) -> tuple[str, Mapping[Any, Any]]:
-    if not Path(path).is_file():
-        hint = _nearest(path, [key for key, *_ in describe_keys()])
+    name = shown(Text(path))
+    if not _exists(path):
+        hint = nearest(path, [key for key, *_ in describe_keys()])
         raise UserError(
-            f"{path}: no such configuration file{hint and f'; to set a key write {hint}=VALUE'}"
+            f"{name}: no such configuration file{hint and f'; to set a key write {hint}=VALUE'}"
         )
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except Exception as error:  # the YAML parser has a dozen exceptions of its own
-        raise UserError(f"{path}: not a readable YAML file: {first_line(error)}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: must hold key: value pairs")
-    _refuse_interpolation(loaded, path)
-    return path, loaded
+        loaded = read_yaml(Path(path).read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{name}: not a readable YAML file: {first_line(error)}") from None
+    if not isinstance(loaded, dict | None):
+        raise UserError(f"{name}: must hold key: value pairs")
+    return name, loaded or {}
 
 
 def _read_pair(argument: str) -> tuple[str, Mapping[Any, Any]]:
-    key = argument.split("=", 1)[0]
+    key, _, text = argument.partition("=")
     if not key or key.startswith("-"):
-        raise UserError(f"{argument}: write it as key=value, such as optim.lr=0.1")
-    try:
-        overlay = OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=False)
-    except Exception as error:  # as above
-        raise UserError(f"{argument}: cannot be read: {first_line(error)}") from None
-    assert isinstance(overlay, dict)
-    _refuse_interpolation(overlay, argument)
-    return "command line", overlay
+        raise UserError(f"{shown(Text(argument))}: write it as key=value, such as optim.lr=0.1")
+    given: Any = Text(text)
+    if key in key_sections() and text.startswith("{"):  # as W&B's agent gives nested parameters
+        try:
+            given = read_yaml(text)
+        except ValueError as error:
+            line = first_line(error)
+            raise UserError(f"{shown(Text(argument))}: cannot be read: {line}") from None
+    return "command line", {key: given}
 
 
-def _refuse_interpolation(values: Mapping[Any, Any], source: str) -> None:
-    # ${oc.env:WANDB_API_KEY} would write a secret into config.yaml and W&B.
-    for key, value in flatten(values):
-        if "${" in str(value):  # in a list too
-            raise UserError(f"{key}={value} ({source}): interpolation is not supported")
-
-
-def _merge_one(merged: Any, key: str, value: Any, source: str) -> Any:
-    known = {name: (kind, default) for name, kind, default, _ in describe_keys()}
-    if key not in known:
-        sections = {name.split(".")[0] for name in known if "." in name}
-        if key in sections:
-            raise UserError(f"{key}={value} ({source}): {key} is a section, not a key")
-        hint = _nearest(key, list(known))
+def _read(key: str, given: Any, source: str) -> dict[str, Any]:
+    """The key and its value, of its type; nothing for a section in which nothing stands."""
+    tree = as_tree(given)
+    name, value = shown(Text(key)), shown(tree)
+    if key not in key_kinds():
+        if key in key_sections():
+            if tree is None or tree == {}:
+                return {}
+            raise UserError(f"{name}={value} ({source}): {name} is a section, not a key")
+        hint = nearest(key, list(key_kinds()))
         raise UserError(
-            f"{key}={value} ({source}): unknown key{hint and f'; did you mean {hint}?'}"
+            f"{name}={value} ({source}): unknown key{hint and f'; did you mean {hint}?'}"
         )
-    kind, _ = known[key]
-    if "|" in kind and "'" in kind and str(value) not in (choices := _choices(kind)):
-        hint = _nearest(str(value), choices)
-        raise UserError(
-            f"{key}={value}: must be one of {', '.join(choices)}"
-            f"{hint and f'; did you mean {hint}?'}"
-        )
-    # OmegaConf reads true as 1 and 3 as true.
-    if isinstance(value, bool) != (kind == "bool") and kind in ("bool", "int", "float"):
-        raise UserError(f"{key}={value}: must be of type {kind}")
-    nested: Any = value
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
+    _refuse_text(name, tree, source)
+    kind = key_kinds()[key]
+    if "'" in kind:
+        if texts(tree) not in (choices := choices_of(kind)):
+            hint = nearest(value, choices)
+            raise UserError(
+                f"{name}={value}: must be one of {', '.join(choices)}"
+                f"{hint and f'; did you mean {hint}?'}"
+            )
+        return {key: texts(tree)}
     try:
-        return OmegaConf.merge(merged, nested)
-    except OmegaConfBaseException:
-        raise UserError(f"{key}={value}: must be of type {kind}") from None
+        return {key: read_value(kind, tree)}
+    except ValueError:
+        example = " such as [a,b]" if kind.startswith("list") else ""
+        raise UserError(f"{name}={value}: must be of type {kind}{example}") from None
 
 
-def _nearest(word: str, choices: Sequence[str]) -> str:
-    by_last_part = {choice.split(".")[-1]: choice for choice in choices}
-    found = difflib.get_close_matches(word, choices, 1) or [
-        by_last_part[part] for part in difflib.get_close_matches(word, by_last_part, 1)
-    ]
-    return found[0] if found else ""
-
-
-def _choices(kind: str) -> list[str]:
-    return [part.strip().strip("'") for part in kind.split("|")]
-
-
-def _documented(cls: type) -> Iterator[tuple[str, Any, Any, str]]:
-    """Fields of a schema class with the strings that follow them in its source."""
-    tree = ast.parse(inspect.getsource(schema))
-    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls.__name__)
-    texts = {}
-    for node, following in zip(body, [*body[1:], None], strict=True):
-        if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
-            assert isinstance(node.target, ast.Name)
-            assert isinstance(following.value, ast.Constant)
-            texts[node.target.id] = str(following.value.value)
-    hints, instance = get_type_hints(cls), cls()
-    for item in fields(cls):
-        yield item.name, hints[item.name], getattr(instance, item.name), texts.get(item.name, "")
-
-
-def _type_name(kind: Any) -> str:
-    if "Literal" in str(kind):
-        return " | ".join(repr(choice) for choice in get_args(kind))
-    return str(kind.__name__ if isinstance(kind, type) else kind).replace("None", "null")
-
-
-def _show(value: Any) -> str:
-    return json.dumps(value).strip('"')
+def _refuse_text(name: str, tree: Any, source: str) -> None:
+    for item in tree if isinstance(tree, list) else [tree]:
+        text = str(item)
+        # ${oc.env:WANDB_API_KEY} would write a secret into config.yaml and W&B.
+        if "${" in text:
+            raise UserError(f"{name}={shown(tree)} ({source}): interpolation is not supported")
+        if not text.isprintable() or text == "???":  # OmegaConf's word for a missing value
+            raise UserError(f"{name}={shown(tree)} ({source}): must be one line of plain text")

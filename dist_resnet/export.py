@@ -4,6 +4,7 @@
 The exported model takes RGB images, float32 (N, 3, H, W) in [0, 1], and gives logits (N, K); the
 normalisation is inside (for safetensors: its two buffers). Before the file is put in place its
 logits are compared with the checkpoint's: on the dataset's test images where --images names one.
+Several formats go into one folder; what this command did not write there is never overwritten.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_resnet.card import check_place, write_card
 from dist_resnet.cli import run_command
 from dist_resnet.errors import EXIT_DONE, UserError
 from dist_resnet.trained import Classifier, load
@@ -35,7 +37,8 @@ def main(arguments: Sequence[str]) -> int:
     images, origin = _images(model, options.images)
     options.output.mkdir(parents=True, exist_ok=True)
     write, name = _WRITERS[options.format]
-    path = options.output / name
+    check_place(options.output, name, model)
+    path = Path(os.path.realpath(options.output / name))  # a link stays
     temporary = path.with_name(f".tmp.{os.getpid()}.{name}")
     try:
         with warnings.catch_warnings():
@@ -47,9 +50,10 @@ def main(arguments: Sequence[str]) -> int:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    card = options.output / "README.md"
-    card.write_text(_card(model, name, error, len(images), origin))
-    print(f"{path}: logits within {error:.1e} of the checkpoint's on {len(images)} {origin}")
+    compared = f"{error:.1e} on {len(images)} {origin}"
+    write_card(options.output, name, model, compared)
+    done = f"logits within {error:.1e} of the checkpoint's on {len(images)} {origin}"
+    print(f"{options.output / name}: {done}")
     return EXIT_DONE
 
 
@@ -157,20 +161,6 @@ _WRITERS = {
     "onnx": (_write_onnx, "model.onnx"),
     "torch_export": (_write_torch_export, "model.pt2"),
 }
-
-
-def _card(model: Classifier, name: str, error: float, count: int, origin: str) -> str:
-    height, width = model.image_size
-    classes = ", ".join(model.classes)
-    return f"""# {name}
-
-A residual network for {width}x{height} RGB images, trained by dist_resnet for {model.step:,} steps.
-
-- input: float32 (N, 3, {height}, {width}), RGB in [0, 1]; normalisation is part of the model
-- output: logits, float32 (N, {len(model.classes)})
-- classes: {classes}
-- compared with the checkpoint on {count} {origin}: largest difference of a logit {error:.1e}
-"""
 
 
 if __name__ == "__main__":

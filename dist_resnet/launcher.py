@@ -2,12 +2,26 @@
 
 import os
 
+from dist_resnet.errors import UserError
+
 PARENT = os.getppid()
 """Process that started this one, as seen when this module was first imported."""
 
 
 def environment_int(name: str, default: int) -> int:
-    return int(os.environ.get(name, default))
+    """A number that torchrun sets; empty is as good as not set.
+
+    Raises:
+        UserError: it is no whole number.
+    """
+    text = os.environ.get(name, "").strip()
+    try:
+        value = int(text) if text else default
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise UserError(f"{name}={text}: must be a whole number; torchrun sets it, or unset it")
+    return value
 
 
 def environment_rank() -> int:

@@ -7,6 +7,9 @@ from dist_resnet.errors import UserError
 from dist_resnet.schedule import learning_rates, scale_factor
 from dist_resnet.schema import Config
 
+_MOST_STEPS = 50_000_000  # the rate of every step is computed before the first
+_SHRINKS = 4  # from a side of the image to one of the last stage: two strides of two
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -63,6 +66,10 @@ def make_plan(config: Config, train_images: int, world_size: int) -> Plan:
             f"images for one step, the training set has {train_images}"
         )
     schedule_steps = steps * config.train.epochs
+    if schedule_steps > _MOST_STEPS:
+        raise UserError(
+            f"train.epochs={config.train.epochs}: {schedule_steps:,} steps; at most {_MOST_STEPS:,}"
+        )
     factor = scale_factor(config.optim, global_batch)
     return Plan(
         world_size=world_size,
@@ -79,6 +86,19 @@ def make_plan(config: Config, train_images: int, world_size: int) -> Plan:
         lr_factor=factor,
         peak_lr=config.optim.lr * factor,
     )
+
+
+def check_statistics(config: Config, height: int, width: int) -> None:
+    """BatchNorm needs more than one value a channel in a replica's batch.
+
+    Raises:
+        UserError: in the last stage there is one.
+    """
+    if config.data.batch_size_per_replica * -(-height // _SHRINKS) * -(-width // _SHRINKS) == 1:
+        raise UserError(
+            "data.batch_size_per_replica=1: must be at least 2 with images of "
+            f"{width}x{height}, of which BatchNorm sees one value"
+        )
 
 
 def rates(config: Config, plan: Plan) -> list[float]:

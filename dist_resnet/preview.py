@@ -3,29 +3,35 @@
 import json
 from pathlib import Path
 
-from dist_resnet.errors import UserError
+from dist_resnet.errors import UserError, first_line
 from dist_resnet.launcher import environment_world_size
-from dist_resnet.plan import explain, make_plan
+from dist_resnet.plan import check_statistics, explain, make_plan
 from dist_resnet.schema import Config
 
-_BUILTIN_SIZES = {"cifar10": 50_000, "cifar100": 50_000}
+_BUILTIN = {"cifar10": (50_000, 32, 32), "cifar100": (50_000, 32, 32)}
 
 
 def preview(config: Config) -> str:
     """The derived plan as comments of a YAML file; trains and prepares nothing."""
-    images = _train_images(config)
-    if images is None:
+    found = _description(config)
+    if found is None:
         return "# plan: not known before the dataset is prepared"
+    images, height, width = found
     plan = make_plan(config, images - config.data.val_split, environment_world_size())
+    check_statistics(config, height, width)
     lines = [*explain(config, plan), *(f"{key}: {value}" for key, value in plan.as_dict().items())]
     return "\n".join(f"# {line}" for line in lines)
 
 
-def _train_images(config: Config) -> int | None:
+def _description(config: Config) -> tuple[int, int, int] | None:
+    """Training images, their height and width; None where there is no such dataset yet."""
     path = Path(config.data.root) / config.data.dataset / "dataset.json"
     try:
-        return int(json.loads(path.read_text())["num_train"])
+        facts = json.loads(path.read_text())
+        return int(facts["num_train"]), int(facts["height"]), int(facts["width"])
     except FileNotFoundError:
-        return _BUILTIN_SIZES.get(config.data.dataset)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a dataset's description: {error}") from None
+        return _BUILTIN.get(config.data.dataset)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a dataset's description: {first_line(error)}") from None

@@ -54,10 +54,15 @@ def open_recording(
     """
     if not session.world.is_main:
         return Recording(NullTracker(), None)
-    run_id = (saved or {}).get("wandb_id") or folder.wandb_id(lambda: _new_id(folder.path.name))
+    saved = saved or {}
+    known, forks = saved.get("wandb_id"), saved.get("forks", [])
+    derived = plan.as_dict() | ({"forks": forks} if forks else {})
+    run_id = folder.wandb_id(
+        lambda: _new_id(folder.path.name), known, anew=bool(forks) and known is None
+    )
     try:
         folder.write_text("config.yaml", to_yaml(config))
-        folder.write_json("plan.json", plan.as_dict())
+        folder.write_json("plan.json", derived)
         rewind(folder.metrics, step)
         (folder.path / "summary.json").unlink(missing_ok=True)  # of a shorter run
         best = saved["state"]["best"].get("val/top1") if saved else None
@@ -71,10 +76,10 @@ def open_recording(
     wandb = start_wandb(
         config.wandb,
         folder.path,
-        resolved | facts | {"plan": plan.as_dict()},
+        resolved | facts | {"plan": derived},
         run_id,
         folder.path.name,
-        resume_position=(saved or {}).get("wandb_position"),
+        resume_position=saved.get("wandb_position") if run_id == known else None,
         say=console.message,
     )
     store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
@@ -83,19 +88,27 @@ def open_recording(
     if wandb is not None:
         parts += _told_by_wandb(config, wandb, store, data, folder.path.name)
     tracker = Trackers(parts, console.message)
+    header = _header(config, session, run_id if wandb is None else wandb.run_id, forks) | place
+    keeper = Keeper(folder, store, header, tracker, wandb)
+    keeper.heartbeat(step)
+    return Recording(tracker, keeper)
+
+
+def _header(
+    config: Config, session: Session, run_id: str, forks: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What a checkpoint holds beside the state."""
+    data = session.dataset
     header = {
-        "config": resolved,
+        "config": to_dict(config),
         "fingerprint": data.fingerprint,
         "classes": list(data.classes),
         "mean": list(data.mean),
         "std": list(data.std),
         "image_size": list(session.image_size),
-        "wandb_id": run_id if wandb is None else wandb.run_id,
-        **place,
+        "wandb_id": run_id,
     }
-    keeper = Keeper(folder, store, header, tracker, wandb)
-    keeper.heartbeat(step)
-    return Recording(tracker, keeper)
+    return header | ({"forks": forks} if forks else {})
 
 
 def _told_by_wandb(

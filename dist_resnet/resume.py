@@ -1,10 +1,10 @@
-"""Which folder a run lives in, and from which checkpoint it goes on."""
+"""Which folder a run lives in, and which checkpoint it finds there."""
 
 from pathlib import Path
 from typing import Any
 
 from dist_resnet.checkpoint import CheckpointStore, read_checkpoint
-from dist_resnet.config import flatten, to_dict, trajectory_differences, trajectory_hash
+from dist_resnet.config import flatten, trajectory_hash
 from dist_resnet.distributed import from_main, on_main
 from dist_resnet.environment import differences
 from dist_resnet.errors import EXIT_DIVERGED, Diverged, UserError
@@ -22,7 +22,10 @@ def run_name(config: Config) -> str:
 
 
 def open_folder(config: Config, folder: RunFolder) -> None:
-    """Lock the folder; clear it where that was asked for. On rank 0 only.
+    """Lock the folder. On rank 0 only.
+
+    What lies in it is not touched before the run begins: a command that is refused leaves it as it
+    was, its status too.
 
     Raises:
         UserError: in use, not writable, or holding a run that was not to be continued.
@@ -30,21 +33,26 @@ def open_folder(config: Config, folder: RunFolder) -> None:
     """
     folder.open()
     before = folder.status()
-    if folder.is_of_job(job_id()) or restart_count() > 0:
+    if _goes_on(folder):
         # Workers that torchrun restarts go on with what the first ones have begun.
         if before.get("exit_code") == EXIT_DIVERGED and restart_count() > 0:
             raise Diverged(str(before.get("reason")))
     elif config.run.overwrite:
-        folder.clear()
-        before = {}
+        folder.to_clear = True
     elif config.run.resume == "never" and any(folder.checkpoints.glob("*.pt")):
         reason = (
             f"run.resume=never: {folder.path} holds a run already; "
             "choose another run.name, or run.overwrite=true to delete it"
         )
-        folder.set_status("failed", before.get("step", 0), reason, UserError.exit_code)
+        folder.refuse(reason, UserError.exit_code)
         raise UserError(reason)
-    folder.set_status("running", before.get("step", 0))
+    if not before or _goes_on(folder):
+        folder.set_status("running", before.get("step", 0))
+
+
+def _goes_on(folder: RunFolder) -> bool:
+    """Whether this job has begun or continued the run in the folder already."""
+    return folder.is_of_job(job_id()) if job_id() else restart_count() > 0
 
 
 def find_checkpoint(config: Config, folder: RunFolder) -> dict[str, Any] | None:
@@ -58,11 +66,16 @@ def find_checkpoint(config: Config, folder: RunFolder) -> dict[str, Any] | None:
 
     def choose() -> None:
         wanted = config.run.resume
-        begun = (folder.is_of_job(job_id()) or restart_count() > 0) and store.newest_path()
+        begun = _goes_on(folder) and store.newest_path()
         if wanted in ("auto", "never") or begun:
-            newest = store.newest(say_on_stderr)
+            newest = None if folder.to_clear else store.newest(say_on_stderr)
             if newest is not None:
                 found.append(newest[1])
+            elif config.run.extend:
+                raise UserError(
+                    f"run.extend=true: {folder.path} holds no run to extend; "
+                    "name it with run.name, or a checkpoint with run.resume"
+                )
         else:
             content = read_checkpoint(Path(wanted))
             if Path(wanted).resolve().parent != folder.checkpoints.resolve():
@@ -75,32 +88,21 @@ def find_checkpoint(config: Config, folder: RunFolder) -> dict[str, Any] | None:
 
 
 def take_back(config: Config, folder: RunFolder, step: int) -> None:
-    """Set checkpoints of later steps aside and make this job the folder's own. On rank 0 only.
+    """Make the folder this job's own: clear it where that was asked for, and set checkpoints of
+    later steps aside. On rank 0 only.
 
     Raises:
         UserError: the folder cannot be written.
     """
+    if folder.to_clear:
+        folder.clear()
     try:
         CheckpointStore(folder.checkpoints, config.checkpoint.keep).set_aside_after(step)
         folder.set_job(job_id())
+        folder.forget_refusal()
+        folder.set_status("running", step)
     except OSError as error:
         raise UserError(f"{folder.path}: cannot be written: {error.strerror}") from None
-
-
-def check_same_run(saved: dict[str, Any], config: Config, fingerprint: str) -> None:
-    """Refuse to continue another configuration's or another dataset's run.
-
-    Raises:
-        UserError: with every differing key that decides what the weights are.
-    """
-    differences = trajectory_differences(saved["config"], to_dict(config))
-    if saved["fingerprint"] != fingerprint:
-        differences.append("the dataset's content (fingerprint)")
-    if differences:
-        raise UserError(
-            f"the checkpoint belongs to another run: {'; '.join(differences)}; "
-            "set these back, choose another run.name, or run.overwrite=true"
-        )
 
 
 def other_rounding(saved: dict[str, Any], machine: dict[str, Any], step_mode: str) -> str:

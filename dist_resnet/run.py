@@ -1,5 +1,6 @@
 """One run from start to end: open what it needs, train, close whatever happened."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,18 @@ from dist_resnet.captured import as_configured
 from dist_resnet.config import to_dict
 from dist_resnet.data.stream import Loader, open_loader, training_batches
 from dist_resnet.distributed import World, from_main, on_main, start, stop, together
+from dist_resnet.ending import ending, exit_code, raise_told, tell_ending
 from dist_resnet.environment import git_commit, hardware, machine, versions
-from dist_resnet.errors import EXIT_DONE, DistResnetError, Diverged, Preempted, UserError
+from dist_resnet.errors import EXIT_DONE, Diverged, Preempted, UserError
 from dist_resnet.evaluation import Evaluator
+from dist_resnet.fork import forks_told, starting_point
 from dist_resnet.gallery import Gallery
 from dist_resnet.gpu_memory import explaining_memory
 from dist_resnet.loop import Trainer
-from dist_resnet.plan import Plan, explain, make_plan, rates
+from dist_resnet.plan import Plan, check_statistics, explain, make_plan, rates
 from dist_resnet.recording import Recording, open_recording
 from dist_resnet.resume import (
     check_same_configuration,
-    check_same_run,
     find_checkpoint,
     open_folder,
     other_rounding,
@@ -33,11 +35,15 @@ from dist_resnet.step import TrainStep
 from dist_resnet.step_mode import choose_step_mode
 from dist_resnet.stopwatch import Stopwatch
 from dist_resnet.summary import last_evaluation, summarise
+from dist_resnet.terminal import say
 from dist_resnet.tracking.jsonl import read_rows
 
 
-def run(config: Config) -> None:
+def run(config: Config, named: Collection[str] = ()) -> None:
     """Train as configured, from the newest checkpoint if there is one.
+
+    Args:
+        named: dotted keys that the command names, for run.extend.
 
     Raises:
         DistResnetError: how it ended, if not well; status.json tells it too.
@@ -45,52 +51,57 @@ def run(config: Config) -> None:
     signals.install()
     world = start(config.parallel.device, config.parallel.timeout_seconds)
     orderly = False
+    folder = RunFolder(Path(config.run.dir) / run_name(config))
     try:
-        folder = RunFolder(Path(config.run.dir) / run_name(config))
         on_main(lambda: open_folder(config, folder))
         try:
-            _run_in(config, world, folder)
+            _run_in(config, named, world, folder)
         except BaseException as error:
             if world.is_main:
-                status, reason = _ending(error)
-                step, code = folder.status().get("step", 0), getattr(error, "exit_code", 1)
-                folder.set_status(status, step, reason, code)
+                tell_ending(error, folder)
             # These are raised on all ranks, each at the same place.
             orderly = isinstance(error, UserError | Diverged | Preempted)
-            raise
+            raise_told(error)
         orderly = True
     finally:
         watchdog.disarm()
+        folder.close()
         stop(orderly)
 
 
 @explaining_memory
-def _run_in(wanted: Config, world: World, folder: RunFolder) -> None:
+def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFolder) -> None:
     saved = find_checkpoint(wanted, folder)
     config = together(lambda: settle(wanted, world, saved))
     ours, theirs = to_dict(config), from_main(to_dict(config))
     together(lambda: check_same_configuration(ours, theirs))
     session = open_session(config, world)
     plan = make_plan(config, len(session.train_indices), world.size)
+    check_statistics(config, *session.image_size)
     if saved is not None:
-        check_same_run(saved, config, session.dataset.fingerprint)
+        saved = starting_point(saved, config, session.dataset.fingerprint, named)
     step = saved["state"]["step"] if saved is not None else 0
-    on_main(lambda: take_back(config, folder, step))
+    if step > plan.total_steps:
+        raise UserError(
+            f"{folder.path}: is at step {step:,} already, beyond the {plan.total_steps:,} of this "
+            "command; choose more train.epochs or train.max_steps, or another run.name"
+        )
     early = saved is not None and config.train.early_stop and saved["state"].get("stopped_early")
     if (plan.finished(step) or early) and from_main(folder.has_summary()):
         if world.is_main:
-            _say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
+            say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
             folder.set_status("done", step, exit_code=EXIT_DONE)
         return
     state = build_state(config, len(session.dataset.classes), session.precision, world.device)
     if saved is not None:
         state.load_state_dict(saved["state"])
     if world.is_main:
-        for line in _introduction(wanted, session, plan, state, folder):
-            _say(line)
+        for line in (*_introduction(wanted, session, plan, state, folder), *forks_told(saved)):
+            say(line)
         kind = machine(world.device, session.threads)
         if saved is not None and (line := other_rounding(saved, kind, config.train.step_mode)):
-            _say(line)
+            say(line)
+    on_main(lambda: take_back(config, folder, step))
     recording = together(lambda: open_recording(config, session, plan, state.step, folder, saved))
     trainer = _trainer(config, session, plan, state, recording, saved)
     _fit_and_close(trainer, session, folder, recording)
@@ -154,8 +165,8 @@ def _fit_and_close(
         label = f"rank {world.rank} of {world.size}"
         watchdog.call_as(label, trainer.fit)
     except BaseException as error:
-        status, reason = _ending(error)
-        code = getattr(error, "exit_code", 1)
+        status, reason = ending(error)
+        code = exit_code(error)
         if isinstance(error, Preempted):
             # All ranks are here. Those that left before rank 0 has closed would end it early.
             on_main(lambda: recording.close(code, status, state.step, reason, {}))
@@ -177,17 +188,10 @@ def _fit_and_close(
             raise UserError(f"{folder.path}: no summary.json: {error.strerror}") from None
         recording.close(EXIT_DONE, "done", state.step, "", summary)
         for line in _conclusion(summary, session, folder):
-            _say(line)
+            say(line)
 
     # The other ranks wait: torchrun would take a rank that left early for the end of the job.
     on_main(finish)
-
-
-def _ending(error: BaseException) -> tuple[str, str]:
-    """State and reason for status.json."""
-    known = isinstance(error, DistResnetError | Preempted)
-    reason = str(error) if known else f"{type(error).__name__}: {error}"
-    return "preempted" if isinstance(error, Preempted) else "failed", reason
 
 
 def _facts(trainer: Trainer, session: Session) -> dict[str, Any]:
@@ -236,7 +240,3 @@ def _conclusion(summary: dict[str, Any], session: Session, folder: RunFolder) ->
         f" ({summary['val/images']:,} images) after {summary['step']:,} steps,"
         f" {summary['wall_seconds']:.0f} s; {folder.path / 'summary.json'}",
     ]
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

@@ -23,7 +23,8 @@ def learning_rates(
     schedule: ScheduleConfig, peak: float, steps_per_epoch: int, total_steps: int
 ) -> list[float]:
     """The rate of every step, 0 to `total_steps` - 1."""
-    warmup = round(schedule.warmup_epochs * steps_per_epoch)
+    # Rounding must not make it the whole run: it ends before the last step.
+    warmup = min(round(schedule.warmup_epochs * steps_per_epoch), total_steps - 1)
     if schedule.name == "onecycle":
         rise = warmup or round(ONECYCLE_RISE * total_steps)
         return [peak * _onecycle(step, rise, total_steps) for step in range(total_steps)]

@@ -19,6 +19,8 @@ class RunConfig:
     """auto: continue from the newest valid checkpoint; never: start anew; PATH: from that file."""
     overwrite: bool = False
     """Delete what the run folder holds and start again."""
+    extend: bool = False
+    """Go on, also from its end, with another train.epochs or other named keys: a recorded fork."""
 
 
 @dataclass(frozen=True)
@@ -209,3 +211,11 @@ FREE_KEYS = frozenset(
 def changes_trajectory(key: str) -> bool:
     """Whether `key`, dotted, decides what the weights are after a given number of steps."""
     return key.split(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS
+
+
+def changes_figures(key: str) -> bool:
+    """Whether `key`, dotted, may change a figure of summary.json: its length, its speed, its data.
+
+    Its record and its checkpoints do not.
+    """
+    return key.split(".")[0] not in ("run", "checkpoint", "log", "wandb")

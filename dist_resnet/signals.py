@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM, SIGINT and SIGUSR1 end the run at a step border, after a save."""
+"""Requests to stop: what would end the process ends the run at a step border, after a save."""
 
 import os
 import signal
@@ -7,7 +7,12 @@ from types import FrameType
 
 from dist_resnet.errors import EXIT_PREEMPTED, Preempted
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# From schedulers, terminals that close or are told ^C and ^\\, limits of CPU time. torchrun passes
+# SIGHUP on even under nohup.
+_SIGNALS = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT,
+    signal.SIGXCPU,
+)  # fmt: skip
 
 # Schedulers deliver one request several times within milliseconds (the parent's death once for each
 # of its threads); only a later signal means "at once".
@@ -21,7 +26,15 @@ _deferred: bool = False
 def install() -> None:
     """Take over the signals; until `defer` they end the process at once, nothing being unsaved."""
     for number in _SIGNALS:
-        signal.signal(number, _on_signal)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _on_signal)
+
+
+def reset() -> None:
+    """Give the signals back: from now on they end the process."""
+    for number in _SIGNALS:
+        if signal.getsignal(number) == _on_signal:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def defer() -> None:

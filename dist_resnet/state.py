@@ -72,7 +72,7 @@ class TrainState:
             self.ema.copy_(_averaged_values(flat))
         load_tensors(flat.model, saved["model"])
         self.optimizer.momentum.copy_(_flattened(flat, saved["momentum"]))
-        if self.loss_scale is not None:
+        if self.loss_scale is not None and saved["loss_scale"] is not None:
             self.loss_scale.load_state_dict(saved["loss_scale"])
         self.totals.load_state_dict(saved["totals"])
         self.step = int(saved["step"])

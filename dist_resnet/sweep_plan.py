@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dist_resnet.config import load_config, trajectory_hash
 from dist_resnet.errors import UserError, first_line
+from dist_resnet.schema import changes_figures
+from dist_resnet.values import read_yaml, texts
 
 TRAINER = "dist_resnet.train"
 # What wandb's agent puts in their place; the runner here has no other.
@@ -48,10 +48,10 @@ def read_grid(path: Path, extra: Sequence[str]) -> Grid:
         UserError: unreadable, not a grid, or a combination is no possible configuration.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = texts(read_yaml(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not a readable YAML file: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold a sweep: method, metric, command, parameters")
@@ -68,7 +68,21 @@ def read_grid(path: Path, extra: Sequence[str]) -> Grid:
         _trial(path.stem, dict(zip(choices, values, strict=True)), list(map(str, command)), extra)
         for values in itertools.product(*choices.values())
     ]
+    _refuse_shared_folders(path, trials)
     return Grid(str(metric.get("name")), metric["goal"] == "maximize", trials)
+
+
+def _refuse_shared_folders(path: Path, trials: Sequence[Trial]) -> None:
+    """A folder's figures are those of one training only."""
+    first: dict[Path, Trial] = {}
+    for trial in trials:
+        other = first.setdefault(trial.folder, trial)
+        if other is not trial:
+            both = " and ".join(
+                " ".join(f"{key}={_word(value)}" for key, value in one.values.items())
+                for one in (other, trial)
+            )
+            raise UserError(f"{path}: {both} are one training; leave one of them out")
 
 
 def _choices(path: Path, parameters: Any, prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
@@ -93,12 +107,15 @@ def _trial(stem: str, values: dict[str, Any], command: list[str], extra: Sequenc
     for word in command:
         full += pairs if word == _ARGUMENTS else [word]
     full = [sys.executable if word == _INTERPRETER else word for word in full] + [*extra]
-    # Refused here, before the first of them starts, and named by what decides its weights: the same
-    # command finds its runs again, another one does not take them for its own.
+    # Refused here, before the first of them starts, and named by all that decides its figures: the
+    # same command finds its runs again, another one does not take them for its own.
     config = load_config(full[full.index(TRAINER) + 1 :])
+    if config.run.name is not None:
+        raise UserError(f"run.name={config.run.name}: a sweep names its runs itself; leave it out")
     short = "-".join(f"{key.split('.')[-1]}{_word(value)}" for key, value in values.items())
     readable = re.sub(r"[^A-Za-z0-9._-]", "", f"{stem}-{short}").lstrip(".")[:48]
-    name = f"{readable}-{trajectory_hash(config)}"
+    digits = trajectory_hash(config, lambda key: changes_figures(key) or key in values)
+    name = f"{readable}-{digits}"
     group = config.wandb.group or stem
     full += [f"run.name={name}", f"wandb.group={group}"]
     return Trial(values, Path(config.run.dir) / name, full)
@@ -106,8 +123,16 @@ def _trial(stem: str, values: dict[str, Any], command: list[str], extra: Sequenc
 
 def _word(value: Any) -> str:
     """A value as the command line has it: null, true, 0.1, [1,2]."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value).replace(" ", "") if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(_item, value))}]"
+    return "null" if value is None else str(value)
+
+
+def _item(value: Any) -> str:
+    word = _word(value)
+    plain = re.fullmatch(r"[^\s,'\"\[\]\\]+( +[^\s,'\"\[\]\\]+)*", word)
+    return (
+        word
+        if plain
+        else f'"{re.sub(chr(92) * 2 + "|" + chr(34), lambda m: chr(92) + m[0], word)}"'
+    )

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 
 from dist_resnet.cli import run_command
-from dist_resnet.config import describe_keys, load_config, to_yaml
+from dist_resnet.config import describe_keys, load_config, named_keys, to_yaml
 from dist_resnet.errors import EXIT_DONE
 from dist_resnet.launcher import environment_rank
+from dist_resnet.terminal import forgive
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -22,7 +23,8 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         return _show(_help())
     only_print = "--print-config" in arguments
-    config = load_config([argument for argument in arguments if argument != "--print-config"])
+    arguments = [argument for argument in arguments if argument != "--print-config"]
+    config = load_config(arguments)
     if only_print:
         from dist_resnet.preview import preview
 
@@ -30,7 +32,8 @@ def main(arguments: Sequence[str]) -> int:
     # torch takes a second or two to import: not before the configuration is known to be right.
     from dist_resnet.run import run
 
-    run(config)
+    forgive()
+    run(config, named_keys(arguments))
     return EXIT_DONE
 
 

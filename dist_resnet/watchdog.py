@@ -24,7 +24,8 @@ def rearm(timeout_seconds: float | None = None) -> None:
     _timeout = _timeout if timeout_seconds is None else timeout_seconds
     if _timeout and (_armed_at is None or now - _armed_at > _REARM_SECONDS):
         _armed_at = now
-        faulthandler.dump_traceback_later(_timeout, exit=True)
+        # Descriptor 2: sys.stderr of a notebook has none.
+        faulthandler.dump_traceback_later(_timeout, exit=True, file=2)
 
 
 def disarm() -> None:

@@ -145,6 +145,7 @@ word() { cat "$run/.word" 2>/dev/null || true; }
 
 attempt() {  # sets rc
     before=$(stamp)
+    ! lead || rm -f "$run/.refused"
     # setsid: a Ctrl-C reaches torchrun once, through us. setpriv: if we are killed, it is told.
     setpriv --pdeathsig TERM setsid "${torchrun[@]}" -m dist_resnet.train "${settings[@]}" \
         "${again[@]}" &
@@ -177,6 +178,8 @@ finish() {  # CODE: ends this node, and on node 0 the job
 judge() {  # on node 0: ends the job, or returns to start it again
     local code step
     code=$(field exit_code) step=$(field step)
+    # A refused command leaves the status as it was.
+    [[ ! -e $run/.refused ]] || finish 2
     if [[ $rc == 0 || $state == "done" ]]; then finish 0; fi
     [[ $state != failed || $code != [23] ]] || finish "$code"
     [[ -z $stop ]] || finish 75

@@ -126,9 +126,9 @@ def _dataset(config: Config) -> Finding:
 
 
 def _wandb(config: Config) -> Finding:
-    mode = wanted_mode(config.wandb.mode)
+    mode, asked = wanted_mode(config.wandb.mode)
     if mode in ("disabled", "offline"):
-        return Finding("ok", "wandb", f"{mode}, as asked")
+        return Finding("ok", "wandb", f"{mode}, as asked by {asked}")
     if importlib.util.find_spec("wandb") is None:
         remedy = "run `make setup`, or set wandb.mode=disabled"
         return Finding("FAIL", "wandb", "not installed", remedy)

@@ -18,7 +18,7 @@ from dist_resnet.cli import Parser, run_command
 from dist_resnet.errors import EXIT_DONE, UserError
 from dist_resnet.report.record import read_records
 from dist_resnet.report.text import render_text
-from dist_resnet.storage import write_atomically
+from dist_resnet.storage import check_writable, write_atomically
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,7 +31,12 @@ def main(arguments: Sequence[str]) -> int:
     from dist_resnet.report.page import render_page
 
     output = asked.output or Path("report.html")
-    _check_writable(output)  # before the model is evaluated, which takes a while
+    try:  # before the model is evaluated, which takes a while
+        check_writable(output)
+    except IsADirectoryError:
+        raise UserError(f"{output}: is a folder; name a file") from None
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
     print("report: evaluating the checkpoints that are here ...", file=sys.stderr)
     page = render_page(records).encode()
     try:
@@ -57,16 +62,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if asked.text and asked.output is not None:
         raise UserError("report: --text prints and writes no file; leave --output away")
     return asked
-
-
-def _check_writable(output: Path) -> None:
-    if output.is_dir():
-        raise UserError(f"{output}: is a folder; name a file")
-    try:
-        write_atomically(output.with_name(f".{output.name}.probe"), b"", durable=False)
-        output.with_name(f".{output.name}.probe").unlink()
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

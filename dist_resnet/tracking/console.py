@@ -1,5 +1,6 @@
 """What a person watches: one live line on a terminal, plain lines anywhere else."""
 
+import os
 import sys
 import time
 from collections import deque
@@ -46,7 +47,7 @@ class Console:
         self._best = best
         self._val = ""
         self._bar: tqdm[None] | None = None
-        if self._stream.isatty():
+        if self._stream.isatty() and _has_width(self._stream):
             self._bar = tqdm(
                 total=total_steps,
                 initial=start_step,
@@ -122,6 +123,14 @@ class Console:
         if now - self._last_line >= self._every or step >= self._total:
             self._last_line = now
             self.message("  ".join(parts))
+
+
+def _has_width(stream: TextIO) -> bool:
+    """False for a terminal that says it has no columns, as `script` makes them: no line fits."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):  # not known
+        return True
 
 
 class _TimeLeft:

@@ -1,10 +1,13 @@
 """Online or not: what the user asked for, and whether a W&B server answers."""
 
+import configparser
 import os
 import ssl
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
 
 from dist_resnet.tracking.tracker import Say, say_on_stderr
 
@@ -19,13 +22,43 @@ MODES = {
 _QUERY = b'{"query": "query Viewer { viewer { id } }"}'
 
 
-def wanted_mode(configured: str, say: Say = say_on_stderr) -> str:
-    """The configured mode; `auto` lets WANDB_MODE decide where that is set."""
-    if configured != "auto" or not (asked := os.environ.get("WANDB_MODE")):
-        return configured
-    if asked.lower() not in MODES:
+def wanted_mode(configured: str, say: Say = say_on_stderr) -> tuple[str, str]:
+    """The mode, and what asked for it: the first of these that says anything but auto.
+
+    wandb.mode; WANDB_MODE; WANDB_DISABLED; W&B's settings files, into which `wandb disabled` and
+    `wandb offline` write: that of the working folder, then the user's. Else auto, asked by nobody.
+    """
+    if configured != "auto":
+        return configured, f"wandb.mode={configured}"
+    asked = os.environ.get("WANDB_MODE", "")
+    if asked.lower() in MODES:
+        return MODES[asked.lower()], f"WANDB_MODE={asked}"
+    if asked:
         say(f"wandb: WANDB_MODE={asked} is not one of {', '.join(MODES)}; ignored")
-    return MODES.get(asked.lower(), "auto")
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+        return "disabled", f"WANDB_DISABLED={os.environ['WANDB_DISABLED']}"
+    for path in _settings_files():
+        found = _mode_in(path)
+        if found in MODES:
+            return MODES[found], f"{path} says mode = {found} (undone by: wandb enabled)"
+    return "auto", ""
+
+
+def _settings_files() -> Iterator[Path]:
+    here = Path(os.environ.get("WANDB_DIR") or ".")
+    yield here / (".wandb" if (here / ".wandb").exists() else "wandb") / "settings"
+    folder = os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb")
+    yield Path(folder) / "settings"
+
+
+def _mode_in(path: Path) -> str:
+    """Lower case; empty where the file says nothing, or cannot be read."""
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read(path)
+        return parser.get("default", "mode", fallback="").strip().lower()
+    except (OSError, ValueError, configparser.Error):
+        return ""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

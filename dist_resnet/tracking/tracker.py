@@ -10,6 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_resnet.terminal import say
+
 Row = Mapping[str, float | int]
 Say = Callable[[str], None]
 
@@ -66,9 +68,7 @@ class NullTracker:
 
 def say_on_stderr(text: str) -> None:
     """Write one line for the person who watches; a stderr that is closed ends nothing."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+    say(text, sys.stderr)
 
 
 class Trackers:

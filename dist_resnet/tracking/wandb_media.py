@@ -6,6 +6,14 @@ from typing import Any
 
 from dist_resnet.tracking.tracker import Artifact, Media, Picture
 
+MOST_CELLS = 10_000
+"""Rows of a table that W&B keeps; it would cut off the rest without a word."""
+
+
+def too_large(value: int | Picture | list[list[int]]) -> bool:
+    """Whether it is a confusion matrix that does not fit into a table."""
+    return isinstance(value, list) and len(value) ** 2 > MOST_CELLS
+
 
 def row(wandb: Any, media: Media, classes: Sequence[str]) -> dict[str, Any]:
     """The row that `run.log` takes."""

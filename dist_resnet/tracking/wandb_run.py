@@ -29,10 +29,12 @@ def start_wandb(
     does not answer, 7 s if it stops answering). `resume_position` is what `position()` returned
     when the checkpoint was written: later rows are taken back, so that a rewind doubles no step.
     """
-    mode = wanted_mode(settings.mode, say)
+    mode, asked = wanted_mode(settings.mode, say)
     if mode == "disabled":
+        say(f"wandb: off, because {asked}")
         return None
     session = WandbSession(settings, Path(run_dir), config, run_id, name, say)
+    session.asked = asked
     session.mode, session.resume_position = mode, resume_position
     session.init_seconds, session.finish_seconds = init_seconds, max(1.0, close_seconds - 3.0)
     tracker = WandbTracker(session, say, close_seconds)

@@ -49,6 +49,8 @@ class WandbSession:
     """`writer.Session` on wandb.run. Not thread-safe, but for `abandon`."""
 
     mode: str
+    asked: str
+    """What asked for the mode; empty: nobody."""
     resume_position: int | None
     init_seconds: float
     finish_seconds: float
@@ -91,7 +93,7 @@ class WandbSession:
         import wandb
 
         library = wandb.setup(wandb.Settings(silent=True))
-        why = None
+        why = self.asked or None
         if self.mode in ("auto", "online"):
             proxied = library.settings.https_proxy or library.settings.http_proxy
             why = why_no_credentials(library.settings.base_url)
@@ -117,7 +119,13 @@ class WandbSession:
         """Log one row of pictures."""
         import wandb
 
-        self._run.log(wandb_media.row(wandb, media, classes))
+        shown = {key: value for key, value in media.items() if not wandb_media.too_large(value)}
+        for key in media.keys() - shown.keys():
+            self._say(
+                f"wandb: no {key}: {len(classes):,} classes have more than the"
+                f" {wandb_media.MOST_CELLS:,} cells that a table takes; its picture shows all"
+            )
+        self._run.log(wandb_media.row(wandb, shown, classes))
 
     def alert(self, title: str, text: str, error: bool) -> None:
         """W&B sends it by the ways that its reader has chosen; offline, when it is synced."""

@@ -18,6 +18,7 @@ from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.prepare import prepare
 from dist_resnet.data.sources import load_synthetic
 from tests.jobs import (
+    HELD,
     command,
     differences,
     kill_tree,
@@ -125,14 +126,26 @@ def test_sigterm_saves_at_a_step_border_and_the_same_command_continues(
     assert differences(undisturbed, tmp_path / "job") == []
 
 
-def test_one_process_exits_75_on_sigterm(tmp_path: Path, digits: Dataset) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_one_process_exits_75_on_a_signal(tmp_path: Path, digits: Dataset, name: str) -> None:
     job = launch_held(0, settings(tmp_path, digits, "job"), tmp_path / "log")
     wait_for_step(tmp_path / "job", 10, job, 100)
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(signal.Signals[name])
     assert job.wait(100) == 75
     log = (tmp_path / "log").read_text()
-    assert "stopped by SIGTERM at step" in log
+    assert f"stopped by {name} at step" in log
     assert "Traceback" not in log
+
+
+def test_a_closed_terminal_saves_under_torchrun_too(tmp_path: Path, digits: Dataset) -> None:
+    held = ["hold", "1", str(HELD), *settings(tmp_path, digits, "job")]
+    arguments = ["nohup", *command(2, 0, held, "tests.faulty_train")]  # torchrun undoes it
+    job = launch(arguments, tmp_path / "log")
+    wait_for_step(tmp_path / "job", 10, job, 100)
+    job.send_signal(signal.SIGHUP)
+    job.wait(100)
+    found = status(tmp_path, "job")
+    assert (found["state"], found["exit_code"]) == ("preempted", 75)
 
 
 def test_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path, digits: Dataset) -> None:

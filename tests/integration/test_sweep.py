@@ -91,7 +91,7 @@ def test_the_shipped_grid_is_what_the_agent_would_run() -> None:
     grid = read_grid(SWEEP, [])
     assert len({trial.folder for trial in grid.trials}) == len(grid.trials) == 8
     first = grid.trials[0]
-    assert first.values == {"optim.lr": 0.02, "optim.weight_decay": 0.0005, "seed": 0}
+    assert first.values == {"optim.lr": "0.02", "optim.weight_decay": "0.0005", "seed": "0"}
     nested = {"optim": {"lr": 0.02, "weight_decay": 0.0005}, "seed": 0}
     agents = _expanded_by_wandb(_content()["command"], nested)
     from dist_resnet.config import load_config, trajectory_hash
@@ -101,7 +101,49 @@ def test_the_shipped_grid_is_what_the_agent_would_run() -> None:
         for words in (first.command, agents)
     ]
     assert hashes[0] == hashes[1]
-    assert first.folder.name.endswith(hashes[0])
+
+
+@pytest.mark.parametrize(
+    "swept",
+    [
+        {"train": {"parameters": {"max_steps": {"values": [3, 6]}}}},
+        {"eval": {"parameters": {"flip_tta": {"values": [True, False]}}}},
+        {"data": {"parameters": {"loader": {"values": ["ffcv", "resident"]}}}},
+        {"wandb": {"parameters": {"tags": {"values": [["a"], ["b"], []]}}}},
+        {"train": {"parameters": {"early_stop": {"values": [True, False]}}}},
+    ],
+)
+def test_no_two_trials_share_a_folder(swept: dict[str, Any], tmp_path: Path) -> None:
+    file = _small(tmp_path, parameters=swept)
+    file = file.rename(tmp_path / "a-quite-descriptive-name-of-a-sweep-of-this-key.yaml")
+    trials = read_grid(file, []).trials
+    assert len({trial.folder for trial in trials}) == len(trials) > 1
+
+
+def test_a_sweep_does_not_take_another_ones_figures_for_its_own(tmp_path: Path) -> None:
+    file = _small(tmp_path)
+    names = [
+        read_grid(file, extra).trials[0].folder.name
+        for extra in ([], ["train.max_steps=3"], ["train.max_steps=6"], ["eval.flip_tta=true"],
+                      ["data.root=elsewhere"], ["parallel.threads=1"])
+    ]  # fmt: skip
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"seed": {"values": [1, 2, 1]}}, "seed=1 and seed=1 are one training"),
+        ({"optim": {"parameters": {"lr": {"values": [0.1, 0.1]}}}}, "optim.lr=0.1 and"),
+        ({"run": {"parameters": {"name": {"values": ["a", "b"]}}}}, "run.name=a"),
+    ],
+)
+def test_trials_that_would_be_one_run_are_refused(
+    parameters: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        read_grid(_small(tmp_path, parameters=parameters), [])
+    assert words in str(caught.value)
 
 
 @pytest.mark.slow
@@ -163,6 +205,35 @@ def test_a_request_to_stop_saves_and_ends_the_grid(tiny: Dataset, tmp_path: Path
         kill_tree(job)
     assert json.loads((first / "status.json").read_text())["state"] == "preempted"
     assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_an_impossible_trial_is_a_row_and_the_others_run(
+    tiny: Dataset, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    swept = {"data": {"parameters": {"batch_size_per_replica": {"values": [8, 4096, 16]}}}}
+    arguments = [
+        str(_small(tmp_path, parameters=swept)), "--", f"data.root={tiny.folder.parent}",
+        f"data.dataset={tiny.folder.name}", f"run.dir={tmp_path / 'runs'}", "train.max_steps=1",
+        *QUICK,
+    ]  # fmt: skip
+    assert main(arguments) == 1
+    head, *rows = capfd.readouterr().out.splitlines()[-4:]
+    assert head.split() == ["data.batch_size_per_replica", "val/top1", "state", "run"]
+    assert sorted(row.split()[0] for row in rows[:2]) == ["16", "8"]
+    assert all(row.split()[2] == "done" for row in rows[:2])
+    size, figure, state, _, *reason = rows[2].split()
+    assert (size, figure, state) == ("4096", "-", "failed")
+    assert "the training set has 53" in " ".join(reason)
+
+    assert main(arguments) == 1
+    text = capfd.readouterr().out
+    assert text.count("done already") == 2
+    assert "failed already: data.batch_size_per_replica=4096" in text
+    assert "--retry-failed" in text
+    assert main([arguments[0], "--retry-failed", *arguments[1:]]) == 1
+    text = capfd.readouterr().out
+    assert "failed already" not in text
+    assert text.count("done already") == 2
 
 
 @pytest.mark.parametrize(

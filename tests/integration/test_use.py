@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from dist_resnet import export, predict
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.errors import UserError
+from dist_resnet.weights import find_weights
 from tests.jobs import run_job
 
 
@@ -127,3 +129,51 @@ def test_export_refuses_a_file_that_differs(run: Path) -> None:
     model = dist_resnet.load(run)
     with pytest.raises(UserError, match="differs"):
         export._compare(model, lambda images: model(images) + 0.01, torch.rand(8, 3, 32, 32))
+
+
+def _export(run: Path, output: Path, form: str) -> int:
+    return export.main([str(run), "--format", form, "--output", str(output)])
+
+
+def test_formats_in_one_folder_share_a_card(run: Path, tmp_path: Path) -> None:
+    for form in ("safetensors", "torch_export", "safetensors"):
+        assert _export(run, tmp_path, form) == 0
+    text = (tmp_path / "README.md").read_text()
+    for name in ("model.safetensors", "model.pt2"):
+        assert text.count(f"- `{name}`: ") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md", "model.safetensors", "model.pt2",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["README.md", "model.safetensors"])
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_export_overwrites_nothing_of_the_user_s(
+    run: Path, tmp_path: Path, name: str, when: str
+) -> None:
+    if when == "between":
+        assert _export(run, tmp_path, "safetensors") == 0
+        with (tmp_path / name).open("ab") as file:
+            file.write(b"mine")
+    else:
+        (tmp_path / name).write_text("mine")
+    before = (tmp_path / name).read_bytes()
+    for form in ("safetensors", "torch_export") if name == "README.md" else ("safetensors",):
+        with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
+            _export(run, tmp_path, form)
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_export_mixes_no_two_models_in_one_folder(run: Path, tmp_path: Path) -> None:
+    def save(step: int) -> Path:
+        _, saved = find_weights(run)
+        saved["state"]["ema"]["head.bias"] += step
+        torch.save(saved, tmp_path / f"{step}.pt")
+        return tmp_path / f"{step}.pt"
+
+    output = tmp_path / "export"
+    assert _export(save(1), output, "safetensors") == 0
+    assert _export(save(2), output, "safetensors") == 0  # the newer one, in its place
+    with pytest.raises(UserError, match="from another checkpoint"):
+        _export(save(3), output, "torch_export")
+    assert {path.name for path in output.iterdir()} == {"README.md", "model.safetensors"}

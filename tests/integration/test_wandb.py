@@ -57,9 +57,27 @@ def test_offline_record_holds_every_row_on_the_right_axis(child: Child) -> None:
 def test_disabled_imports_nothing_and_writes_nothing(child: Child) -> None:
     out = child(mode="disabled")
     assert (out["mode"], out["imported"], child.code) == (None, False, 0)
+    assert child.err == "wandb: off, because wandb.mode=disabled\n"
     out = child(env={"WANDB_MODE": "disabled"})
     assert (out["mode"], out["imported"], child.code) == (None, False, 0)
     assert not (child.folder / "run").exists()
+
+
+@pytest.mark.parametrize("switch", ["disabled", "offline"])
+def test_what_wandb_s_own_command_switched_off_is_not_sent(
+    child: Child, server: WandbStub, switch: str
+) -> None:
+    config = child.folder / "config"
+    environment = server.env() | {"WANDB_CONFIG_DIR": str(config), "WANDB_DIR": str(child.folder)}
+    subprocess.run(
+        [sys.executable, "-m", "wandb", switch], env=child.environment(environment), check=True,
+        cwd=child.folder, capture_output=True,
+    )  # fmt: skip
+    out = child(env=environment, steps=[])
+    assert out["mode"] == (None if switch == "disabled" else "offline")
+    assert server.runs == {}
+    (line,) = child.err.splitlines()
+    assert f"says mode = {switch}" in line
 
 
 def test_configured_mode_beats_the_environment(child: Child, server: WandbStub) -> None:

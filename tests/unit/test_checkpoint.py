@@ -308,6 +308,28 @@ def test_all_damaged_is_the_users_to_decide(tmp_path: Path) -> None:
         assert "run.overwrite=true" in str(caught.value)
 
 
+def test_a_reader_looks_again_where_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = _store(tmp_path, keep=1)
+    store.save(_content(1), 1, best=False)
+    steps = iter((2, 3))
+
+    def too_late(path: Path) -> dict[str, Any]:
+        """A newer checkpoint is saved, and this one deleted, between listing and reading."""
+        for step in steps:
+            store.save(_content(step), step, best=False)
+            break
+        return read_checkpoint(path)
+
+    monkeypatch.setattr("dist_resnet.checkpoint.read_checkpoint", too_late)
+    said: list[str] = []
+    found = store.newest(said.append, set_aside=False)
+    assert found is not None
+    assert int(found[0].name.split("-")[1]) == 3
+    assert said == []
+
+
 def test_later_checkpoints_are_set_aside_when_a_run_is_taken_back(tmp_path: Path) -> None:
     store = _store(tmp_path, keep=9)
     for step in (1, 2, 3, 4):

@@ -1,6 +1,11 @@
 """What a person sees, on a terminal and in a file."""
 
+import fcntl
 import io
+import os
+import pty
+import struct
+import termios
 
 import pytest
 
@@ -147,3 +152,20 @@ def test_a_terminal_gets_one_live_line_and_scrolling_evaluations(
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("columns", "live"), [(0, False), (80, True)])
+def test_a_terminal_without_a_size_gets_plain_lines(columns: int, live: bool) -> None:
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24 * live, columns, 0, 0))
+    with os.fdopen(slave, "w") as stream:
+        console = Console(1200, stream=stream, every_seconds=0, clock=_Clock())
+        console.log(_train_row(400))
+        console.close(0, {})
+        stream.flush()
+        text = ""
+        while "step 400" not in text:  # to the end of the test's time, where it never comes
+            text += os.read(master, 10_000).decode()
+    os.close(master)
+    assert "step 400/1,200" in text
+    assert ("|" in text) == live

@@ -56,6 +56,20 @@ def test_an_earlier_jobs_status_says_nothing(tmp_path: Path, state: str) -> None
     assert len(stage.calls()) == 4
 
 
+@pytest.mark.parametrize("state", ["done", "preempted"])
+def test_a_refused_command_is_not_started_again(tmp_path: Path, state: str) -> None:
+    stage = Stage(tmp_path, ["echo '{}' >$RUN/.refused; exit 1"])
+    stage.run.mkdir()
+    (stage.run / ".refused").write_text("of an earlier command")
+    text = f'{{\n  "state": "{state}",\n  "step": 900,\n  "reason": "",\n  "exit_code": 0\n}}\n'
+    (stage.run / "status.json").write_text(text)
+    assert stage.play() == 2
+    assert len(stage.calls()) == 1
+    assert (stage.run / "status.json").read_text() == text
+    (tmp_path / "scenario").write_text("status done 40 0; exit 0\n")
+    assert stage.play() == 0
+
+
 def test_overwrite_is_meant_once(tmp_path: Path) -> None:
     stage = Stage(tmp_path, ["exit 1", CRASH, DONE])
     assert stage.play("run.sh", "a.yaml", "run.overwrite=true") == 0

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import torch
 from dist_resnet import pictures
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.gallery import MISTAKES, Gallery, augmented
+from dist_resnet.schema import WandbConfig
+from dist_resnet.tracking.wandb_session import WandbSession
 from tests.training import BATCH, SIDE, batch_of, small_config, train_step
 
 
@@ -73,3 +77,31 @@ def test_when_pictures_are_due() -> None:
     assert due == [6, 10, 16, 20]
     assert gallery.mistakes_at(3, at_end=True) == MISTAKES
     assert replace(gallery, every_epochs=0).mistakes_at(20, at_end=True) == 0
+
+
+@pytest.mark.parametrize("classes", [150, 1000, 2500])
+def test_many_classes_are_drawn_whole(classes: int) -> None:
+    counts = np.zeros((classes, classes), np.int64)
+    counts[np.arange(classes), np.arange(classes)] = 5
+    counts[classes - 1, 0] = 5  # half of the last class is taken for the first
+    picture = pictures.confusion(counts, [str(number) for number in range(classes)])
+    side = picture.shape[0] - 8
+    assert picture.shape == (side + 8, side + 8, 3)
+    assert classes <= 3 * side <= 3 * 1000
+    right, wrong = [0, 170, 0], [255, 75, 75]
+    assert picture[4, 4].tolist() == right
+    assert picture[side + 3, 4].tolist() == wrong
+    assert picture[4, side + 3].tolist() == [255, 255, 255]
+
+
+def test_a_table_that_wandb_would_cut_is_not_sent() -> None:
+    said: list[str] = []
+    session = WandbSession(WandbConfig(), Path("run"), {}, "id", "name", said.append)
+    rows: list[dict[str, Any]] = []
+    session._run = SimpleNamespace(log=rows.append)
+    for classes in (100, 101):
+        matrix = [[0] * classes for _ in range(classes)]
+        session.show({"step": 3, "val/confusion_matrix": matrix}, ["x"] * classes)
+    assert [sorted(row) for row in rows] == [["step", "val/confusion_matrix"], ["step"]]
+    (line,) = said
+    assert "101 classes" in line

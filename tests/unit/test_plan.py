@@ -3,12 +3,14 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_resnet.config import load_config
 from dist_resnet.errors import UserError
-from dist_resnet.plan import Plan, explain, make_plan, rates
+from dist_resnet.models.resnet import build_model
+from dist_resnet.plan import Plan, check_statistics, explain, make_plan, rates
 from dist_resnet.schema import Config, DataConfig, ParallelConfig
 
 
@@ -125,3 +127,23 @@ def test_the_explanation_says_reference_effective_and_why() -> None:
     assert f"{0.02 * math.sqrt(128 / 32):g}" in text
     for part in ("0.02 at batch 32", "0.04 at batch 128", "sqrt(128 / 32)", "4 of 32", "390"):
         assert part in text
+
+
+@pytest.mark.parametrize(("batch", "side", "enough"), [(1, 4, False), (1, 5, True), (2, 4, True)])
+def test_batchnorm_needs_two_values(batch: int, side: int, enough: bool) -> None:
+    config = load_config([f"data.batch_size_per_replica={batch}", "model.widths=[2,2,2]"])
+    model = build_model(config.model, 3, 0).train()
+    images = torch.zeros(batch, 3, side, side)
+    if enough:
+        check_statistics(config, side, side)
+        model(images)
+    else:
+        with pytest.raises(UserError, match=r"at least 2 with images of 4x4"):
+            check_statistics(config, side, side)
+        with pytest.raises(ValueError, match="more than 1 value"):
+            model(images)
+
+
+def test_a_schedule_that_no_memory_holds_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train\.epochs=1000000: 1,000,000,000 steps"):
+        make_plan(load_config(["train.epochs=1000000", "data.batch_size_per_replica=1"]), 1000, 1)

@@ -1,12 +1,14 @@
 """The run folder: one job at a time, files that are whole, nothing deleted that is not ours."""
 
 import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import pytest
 from dist_resnet import storage
 from dist_resnet.errors import UserError
 from dist_resnet.run_folder import RunFolder
-from dist_resnet.storage import write_atomically
+from dist_resnet.storage import check_writable, write_atomically
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -56,6 +58,56 @@ def test_the_lock_excludes_a_second_process(tmp_path: Path, holder: subprocess.P
     RunFolder(tmp_path / "other").open()
 
 
+WITHOUT = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
+
+
+@pytest.mark.parametrize("number", WITHOUT)
+def test_without_flock_the_other_lock_excludes_a_second_process(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", _failing(number))
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    held = subprocess.run([sys.executable, "-c", WITHOUT_FLOCK], cwd=ROOT, text=True,
+                          env=os.environ | {"PLACE": str(folder.path)}, check=False,
+                          capture_output=True)  # fmt: skip
+    assert f"in use by process {os.getpid()} " in held.stderr
+    folder.close()
+    RunFolder(tmp_path / "run").open()
+
+
+WITHOUT_FLOCK = """
+import fcntl, os
+from pathlib import Path
+from dist_resnet.run_folder import RunFolder
+def flock(*_):
+    raise OSError(38, "Function not implemented")
+fcntl.flock = flock
+RunFolder(Path(os.environ["PLACE"])).open()
+"""
+
+
+@pytest.mark.parametrize("number", WITHOUT)
+def test_without_any_lock_a_run_is_begun_with_a_warning(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("flock", "lockf"):
+        monkeypatch.setattr(fcntl, name, _failing(number))
+    RunFolder(tmp_path / "run").open()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has no locks" in line
+    monkeypatch.setattr(fcntl, "flock", _failing(errno.EIO))
+    with pytest.raises(UserError, match="Input/output error"):
+        RunFolder(tmp_path / "run").open()
+
+
+def _failing(number: int) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_dead_process_holds_nothing(
     how: signal.Signals, tmp_path: Path, holder: subprocess.Popen[str]
@@ -89,6 +141,18 @@ def test_clear_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
     left = {path.name for path in folder.path.iterdir()} - {".lock"}
     assert left == {"notes.md", "report.html", "mine"}
     folder.clear()  # nothing there is fine too
+
+
+def test_clear_keeps_a_link_to_another_disk(tmp_path: Path) -> None:
+    disk, folder = tmp_path / "disk", RunFolder(tmp_path / "run")
+    (disk / "deep").mkdir(parents=True)
+    (disk / "deep" / "file").write_text("")
+    (disk / "step-00000001-0123456789abcdef.pt").write_text("")
+    folder.open()
+    folder.checkpoints.symlink_to(disk)
+    folder.clear()
+    assert folder.checkpoints.is_symlink()
+    assert list(disk.iterdir()) == []
 
 
 def test_status_round_trips_and_is_empty_where_there_is_none(tmp_path: Path) -> None:
@@ -153,10 +217,98 @@ def test_atomic_writes_replace_and_leave_nothing_behind(tmp_path: Path) -> None:
         write_atomically(tmp_path / "missing" / "file", b"x")
 
 
+def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    old, new = tmp_path / "there" / "old", tmp_path / "there" / "new"
+    old.write_text("old")
+    old.chmod(0o640)
+    for name, target in (("link", old), ("dangling", new)):
+        (tmp_path / name).symlink_to(target)
+        check_writable(tmp_path / name)
+        write_atomically(tmp_path / name, b"content")
+        assert (tmp_path / name).is_symlink()
+        assert target.read_bytes() == b"content"
+    assert old.stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["new", "old"]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        write_atomically(tmp_path / "loop", b"x")
+
+
+def test_what_is_no_regular_file_is_written_into(tmp_path: Path) -> None:
+    pipe, content = tmp_path / "pipe", bytes(range(256)) * 1000  # more than a pipe holds
+    os.mkfifo(pipe)
+    check_writable(pipe)
+    with (tmp_path / "copy").open("wb") as to, subprocess.Popen(["cat", str(pipe)], stdout=to):
+        write_atomically(pipe, content)
+    assert (tmp_path / "copy").read_bytes() == content
+    assert pipe.is_fifo()
+    (tmp_path / "null").symlink_to(os.devnull)
+    for device in (Path(os.devnull), tmp_path / "null"):
+        check_writable(device)
+        write_atomically(device, content)
+        assert device.is_char_device()
+    with pytest.raises(IsADirectoryError):
+        check_writable(tmp_path)
+    with pytest.raises(IsADirectoryError):
+        write_atomically(tmp_path, b"x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "null", "pipe"]
+
+
+def test_an_own_descriptor_is_appended_to(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    with log.open("a") as file:
+        for name in ("/dev/fd/", "/proc/self/fd/"):
+            path = Path(f"{name}{file.fileno()}")
+            check_writable(path)
+            write_atomically(path, b"content\n")
+    assert log.read_text() == "before\ncontent\ncontent\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 255)
+    write_atomically(path, b"content")
+    assert path.read_bytes() == b"content"
+
+
 def test_the_wandb_id_is_made_once(tmp_path: Path) -> None:
-    folder, made = RunFolder(tmp_path / "run"), iter(["first", "second"])
+    folder, made = RunFolder(tmp_path / "run"), iter(["first", "second", "third"])
     folder.open()
-    assert folder.wandb_id(lambda: next(made)) == "first"
-    assert RunFolder(tmp_path / "run").wandb_id(lambda: next(made)) == "first"
+    assert folder.wandb_id(lambda: next(made), None) == "first"
+    assert RunFolder(tmp_path / "run").wandb_id(lambda: next(made), None) == "first"
     folder.clear()
-    assert folder.wandb_id(lambda: next(made)) == "second"
+    assert folder.wandb_id(lambda: next(made), None) == "second"
+    assert folder.wandb_id(lambda: next(made), "the checkpoint's") == "the checkpoint's"
+    assert folder.wandb_id(lambda: next(made), None, anew=True) == "third"
+
+
+def test_a_copied_run_folder_gets_a_wandb_id_of_its_own(tmp_path: Path) -> None:
+    made = iter(["first", "second"])
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    folder.wandb_id(lambda: next(made), None)
+    (tmp_path / "elsewhere").mkdir()
+    for copy in (tmp_path / "copy", tmp_path / "elsewhere" / "run"):
+        shutil.copytree(folder.path, copy)
+    assert RunFolder(tmp_path / "copy").wandb_id(lambda: next(made), "first") == "second"
+    assert RunFolder(tmp_path / "copy").wandb_id(lambda: next(made), "second") == "second"
+    assert folder.wandb_id(lambda: next(made), "first") == "first"
+    # One that was moved is the same run, whatever it is called, and so is one seen by a link.
+    shutil.rmtree(folder.path)
+    moved = (tmp_path / "elsewhere" / "run").rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to(moved)
+    for path in (moved, tmp_path / "link"):
+        assert RunFolder(path).wandb_id(lambda: next(made), "first") == "first"
+
+
+def test_a_refusal_is_told_beside_the_status(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.set_status("done", 12, exit_code=0)
+    assert folder.refusal() == {}
+    folder.refuse("another run", 2)
+    assert folder.refusal() == {"reason": "another run", "exit_code": 2}
+    assert folder.status()["state"] == "done"
+    folder.forget_refusal()
+    assert folder.refusal() == {}

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -118,3 +119,14 @@ def test_rates_are_proportional_to_the_peak(name: str) -> None:
 def test_scaling_of_the_rate(rule: str, batch: int, reference: int, factor: float) -> None:
     optim = OptimConfig(lr_scaling=rule, reference_batch_size=reference)  # type: ignore[arg-type]
     assert scale_factor(optim, batch) == factor
+
+
+@pytest.mark.parametrize("name", ["cosine", "step", "onecycle"])
+@pytest.mark.parametrize("per_epoch", [1, 2, 44])
+def test_a_warm_up_of_almost_the_whole_run_ends_before_it(name: Any, per_epoch: int) -> None:
+    found = learning_rates(ScheduleConfig(name, warmup_epochs=0.99), PEAK, per_epoch, per_epoch)
+    assert len(found) == per_epoch
+    assert all(0 < rate <= PEAK * (1 + 1e-9) for rate in found)
+    assert found[:-1] == sorted(found[:-1])
+    if name == "cosine":
+        assert found[-1] == pytest.approx(PEAK)

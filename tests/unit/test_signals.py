@@ -30,9 +30,11 @@ run_command(main)
 """
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, before: str = "") -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *arguments], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", f"import signal, sys; {before}\n{PROGRAM}", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     with process.stdout as stdout:
@@ -40,7 +42,26 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+ASKING = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGXCPU"]
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_a_first_signal_only_asks(name: str) -> None:
+    process = start("deferred", "answers")
+    process.send_signal(signal.Signals[name])
+    assert process.wait(10) == 0
+
+
+def test_under_nohup_a_closed_terminal_asks_nothing() -> None:
+    process = start("deferred", "answers", before="signal.signal(signal.SIGHUP, signal.SIG_IGN)")
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.terminate()
+    assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize("number", [signal.Signals[name] for name in ASKING])
 def test_before_the_first_step_a_signal_ends_the_process_with_75(number: int) -> None:
     process = start("immediate", "answers")
     process.send_signal(number)

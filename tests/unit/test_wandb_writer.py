@@ -203,7 +203,40 @@ def test_wanted_mode(
     monkeypatch.delenv("WANDB_MODE", raising=False)
     if environment is not None:
         monkeypatch.setenv("WANDB_MODE", environment)
-    assert wanted_mode(configured, lambda _: None) == wanted
+    assert wanted_mode(configured, lambda _: None)[0] == wanted
+
+
+@pytest.mark.parametrize(
+    ("user", "folder", "environment", "wanted"),
+    [
+        ("disabled", None, {}, "disabled"),
+        (None, "offline", {}, "offline"),
+        ("disabled", "online", {}, "online"),
+        ("online", "disabled", {}, "disabled"),
+        ("disabled", None, {"WANDB_MODE": "online"}, "online"),
+        (None, "offline", {"WANDB_DISABLED": "true"}, "disabled"),
+        (None, "offline", {"WANDB_DISABLED": "false"}, "offline"),
+        ("nonsense", None, {}, "auto"),
+        (None, None, {}, "auto"),
+    ],
+)
+def test_the_switches_of_wandb_itself_are_obeyed(
+    user: str | None, folder: str | None, environment: dict[str, str], wanted: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for value, place in ((user, Path("home/.config/wandb")), (folder, Path("wandb"))):
+        if value is not None:
+            place.mkdir(parents=True)
+            (place / "settings").write_text(f"[default]\nmode = {value}\nproject = 100%\n")
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    mode, asked = wanted_mode("auto", lambda _: None)
+    assert mode == wanted
+    assert bool(asked) == (wanted != "auto")
+    assert wanted_mode("online", lambda _: None) == ("online", "wandb.mode=online")
 
 
 def test_a_server_that_does_not_answer_is_known_in_the_time_given() -> None:

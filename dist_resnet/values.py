@@ -1,0 +1,179 @@
+"""From text, of the command line or of a YAML file, to a value of a key's type.
+
+YAML decides by a value's looks: 007 is 7, 0012 is 10, 12:30 is 750, on is true. Here the key does,
+and one of type text takes the text as it stands.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+Tree = Any
+"""A `Text`, None (nothing was written), a list or a dict of these."""
+
+_NULLS = ("null", "Null", "NULL", "~")
+_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_ITEM = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^']|'')*)'|([^,]*?))\s*(?:,|$)""", re.DOTALL)
+_MOST_NODES = 10_000  # a few lines with aliases of aliases stand for billions
+
+
+@dataclass(frozen=True)
+class Text:
+    """A value as it was written."""
+
+    text: str
+    quoted: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def read_yaml(content: str) -> Tree:
+    """A YAML document, its scalars as they stand.
+
+    Raises:
+        ValueError: not YAML, a key twice, or nested endlessly.
+    """
+    try:
+        node = yaml.compose(content, Loader=yaml.SafeLoader)
+        return None if node is None else _tree(node, itertools.count())
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(_reason(error)) from None
+
+
+def texts(tree: Tree) -> Any:
+    """The tree with plain strings in place of `Text`."""
+    if isinstance(tree, Text):
+        return tree.text
+    if isinstance(tree, list):
+        return [texts(item) for item in tree]
+    return {key: texts(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+def read_value(kind: str, given: Tree) -> Any:
+    """The value of a key.
+
+    Args:
+        kind: the key's type, as `describe_keys` shows it.
+        given: of a file or of the command line, where a list is one text: [a,b].
+
+    Raises:
+        ValueError: not of this type.
+    """
+    if kind.endswith(" | null"):
+        if given is None or (str(given) in _NULLS and not _is_quoted(given)):
+            return None
+        kind = kind.removesuffix(" | null")
+    if kind.startswith("list["):
+        items = _items(given) if isinstance(given, Text) else given
+        if not isinstance(items, list):
+            raise ValueError("no list")
+        return [read_value(kind[5:-1], item) for item in items]
+    if kind == "int | str":
+        try:
+            return read_value("int", given)
+        except ValueError:
+            kind = "str"
+    if not isinstance(given, Text):
+        raise ValueError("no single value")
+    if given.text in _NULLS and not given.quoted:
+        raise ValueError("null")
+    return _single(kind, given.text)
+
+
+def as_tree(value: Any) -> Tree:
+    """A value that was read before, as it would be written."""
+    if isinstance(value, Text | dict):
+        return value
+    if isinstance(value, list | tuple):
+        return [as_tree(item) for item in value]
+    return None if value is None else Text(str(value), quoted=isinstance(value, str))
+
+
+def shown(given: Tree) -> str:
+    """A value for a message: one line, not too long."""
+    whole = texts(given)
+    if isinstance(whole, list):
+        text = f"[{', '.join(map(str, whole[:50]))}]"
+    else:
+        text = "null" if whole is None else str(whole)[:200]
+    line = _printable(text)
+    return line if len(line) <= 80 else f"{line[:77]}..."
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _single(kind: str, text: str) -> Any:
+    if kind == "bool":
+        if text.lower() not in _BOOLS:
+            raise ValueError("neither true nor false")
+        return _BOOLS[text.lower()]
+    if kind == "int":
+        if not re.fullmatch(r"[+-]?[0-9][0-9_]*", text.strip()):
+            raise ValueError("no whole number")
+        return int(text)
+    if kind == "float":
+        return float(text.replace("_", "x"))  # Python's own underscores are no part of a number
+    return text
+
+
+def _items(given: Text) -> list[Tree]:
+    """The items of [a,"b",c]."""
+    text = given.text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        raise ValueError("no list")
+    inner, found, at = text[1:-1], [], 0
+    while at < len(inner.rstrip()):
+        match = _ITEM.match(inner, at)
+        if match is None:
+            raise ValueError("no list")
+        double, single, bare = match.groups()
+        if double is not None:
+            found.append(Text(re.sub(r"\\(.)", r"\1", double), quoted=True))
+        elif single is not None:
+            found.append(Text(single.replace("''", "'"), quoted=True))
+        else:
+            found.append(Text(bare))
+        at = match.end()
+    return found
+
+
+def _is_quoted(given: Tree) -> bool:
+    return isinstance(given, Text) and given.quoted
+
+
+def _tree(node: yaml.Node, count: Iterator[int]) -> Tree:
+    if next(count) > _MOST_NODES:
+        raise ValueError("too large for a configuration")
+    if isinstance(node, yaml.ScalarNode):
+        return Text(node.value, bool(node.style)) if node.value or node.style else None
+    if isinstance(node, yaml.SequenceNode):
+        return [_tree(item, count) for item in node.value]
+    assert isinstance(node, yaml.MappingNode)
+    found: dict[str, Tree] = {}
+    merged: dict[str, Tree] = {}
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ValueError("a key is no text")
+        key, value = key_node.value, _tree(value_node, count)
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            for part in value if isinstance(value, list) else [value]:
+                if not isinstance(part, Mapping):
+                    raise ValueError("<< needs a mapping")
+                merged |= {name: inner for name, inner in part.items() if name not in merged}
+        elif key in found:
+            raise ValueError(f"the key {shown(Text(key))} stands there twice")
+        else:
+            found[key] = value
+    return merged | found
+
+
+def _reason(error: BaseException) -> str:
+    """YAML's, with its place, in one line."""
+    return _printable(" ".join(str(error).split())[:160]) or type(error).__name__
