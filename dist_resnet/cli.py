@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import io
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(action: Callable[[], int]) -> NoReturn:
     """Run `action` and exit with its code, or with that of its `DistResnetError`."""
+    show_everything()
     try:
         code = action()
     except (DistResnetError, Preempted) as error:
@@ -43,6 +45,13 @@ def run_command(action: Callable[[], int]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     _leave(code)
+
+
+def show_everything() -> None:
+    """What a terminal's encoding cannot hold is shown as \\xe9 or \\u2581, and ends no command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _leave(code: int) -> NoReturn:

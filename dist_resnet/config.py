@@ -11,7 +11,6 @@ import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
-from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
 from omegaconf import OmegaConf
@@ -20,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dist_resnet import schema
 from dist_resnet.checks import check
 from dist_resnet.errors import UserError, first_line
+from dist_resnet.paths import user_path
 from dist_resnet.schema import Config, changes_trajectory
 
 
@@ -113,13 +113,13 @@ def _merge(overlays: Iterable[tuple[str, Mapping[Any, Any]]]) -> Config:
 
 
 def _read_file(path: str) -> tuple[str, Mapping[Any, Any]]:
-    if not Path(path).is_file():
+    if not user_path(path).is_file():
         hint = _nearest(path, [key for key, *_ in describe_keys()])
         raise UserError(
             f"{path}: no such configuration file{hint and f'; to set a key write {hint}=VALUE'}"
         )
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        loaded = OmegaConf.to_container(OmegaConf.load(user_path(path)), resolve=False)
     except Exception as error:  # the YAML parser has a dozen exceptions of its own
         raise UserError(f"{path}: not a readable YAML file: {first_line(error)}") from None
     if not isinstance(loaded, dict):

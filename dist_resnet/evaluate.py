@@ -14,6 +14,7 @@ from typing import Any
 from dist_resnet.cli import run_command
 from dist_resnet.errors import EXIT_DONE, UserError
 from dist_resnet.launcher import environment_rank
+from dist_resnet.paths import user_path
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -88,13 +89,13 @@ def _parse(arguments: Sequence[str]) -> tuple[Path, Path | None, list[str]]:
         at = rest.index("--json")
         if at + 1 == len(rest):
             raise UserError("--json: needs the name of a file")
-        output = Path(rest[at + 1])
+        output = user_path(rest[at + 1])
         del rest[at : at + 2]
-    pairs = [argument for argument in rest if "=" in argument and not Path(argument).exists()]
+    pairs = [argument for argument in rest if "=" in argument and not user_path(argument).exists()]
     paths = [argument for argument in rest if argument not in pairs]
     if len(paths) != 1 or paths[0].startswith("-"):
         raise UserError("name one checkpoint or run folder, then key=value pairs; see --help")
-    return Path(paths[0]), output, pairs
+    return user_path(paths[0]), output, pairs
 
 
 def _table(figures: dict[str, Any]) -> str:
@@ -108,7 +109,7 @@ def _table(figures: dict[str, Any]) -> str:
 
 def _write(path: Path, figures: dict[str, Any]) -> None:
     try:
-        path.write_text(json.dumps(figures, indent=2) + "\n")
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 

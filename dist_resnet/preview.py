@@ -1,10 +1,10 @@
 """What --print-config adds to the configuration: the plan, where the dataset's size is known."""
 
 import json
-from pathlib import Path
 
 from dist_resnet.errors import UserError
 from dist_resnet.launcher import environment_world_size
+from dist_resnet.paths import user_path
 from dist_resnet.plan import explain, make_plan
 from dist_resnet.schema import Config
 
@@ -22,9 +22,9 @@ def preview(config: Config) -> str:
 
 
 def _train_images(config: Config) -> int | None:
-    path = Path(config.data.root) / config.data.dataset / "dataset.json"
+    path = user_path(config.data.root) / config.data.dataset / "dataset.json"
     try:
-        return int(json.loads(path.read_text())["num_train"])
+        return int(json.loads(path.read_text(encoding="utf-8"))["num_train"])
     except FileNotFoundError:
         return _BUILTIN_SIZES.get(config.data.dataset)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,6 +1,5 @@
 """One run from start to end: open what it needs, train, close whatever happened."""
 
-from pathlib import Path
 from typing import Any
 
 from dist_resnet import signals, watchdog
@@ -13,6 +12,7 @@ from dist_resnet.errors import EXIT_DONE, DistResnetError, Preempted, UserError
 from dist_resnet.evaluation import Evaluator
 from dist_resnet.gallery import Gallery
 from dist_resnet.loop import Trainer
+from dist_resnet.paths import user_path
 from dist_resnet.plan import Plan, explain, make_plan, rates
 from dist_resnet.recording import Recording, open_recording
 from dist_resnet.resume import (
@@ -43,7 +43,7 @@ def run(config: Config) -> None:
     signals.install()
     world = start(config.parallel.device, config.parallel.timeout_seconds)
     try:
-        folder = RunFolder(Path(config.run.dir) / run_name(config))
+        folder = RunFolder(user_path(config.run.dir) / run_name(config))
         on_main(lambda: open_folder(config, folder))
         try:
             _run_in(config, world, folder)

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +16,7 @@ from dist_resnet.distributed import World, from_main, on_main, together
 from dist_resnet.errors import UserError
 from dist_resnet.evaluation import BATCH_SIZE, Evaluator
 from dist_resnet.launcher import environment_rank
+from dist_resnet.paths import user_path
 from dist_resnet.precision import choose_dtype, choose_precision, make_deterministic
 from dist_resnet.schema import Config
 from dist_resnet.step_mode import choose_step_mode
@@ -131,11 +131,11 @@ def with_replicas(config: Config, replicas: int) -> Config:
 
 
 def _open_dataset(config: Config) -> Dataset:
-    folder = Path(config.data.root) / config.data.dataset
+    folder = user_path(config.data.root) / config.data.dataset
 
     def prepare_and_verify() -> None:
         if not Dataset.exists(folder):
-            prepare_builtin(config.data.dataset, Path(config.data.root))
+            prepare_builtin(config.data.dataset, user_path(config.data.root))
         Dataset.load(folder, verify=True)
 
     on_main(prepare_and_verify)

@@ -12,6 +12,7 @@ import yaml
 
 from dist_resnet.config import load_config, trajectory_hash
 from dist_resnet.errors import UserError, first_line
+from dist_resnet.paths import user_path
 
 TRAINER = "dist_resnet.train"
 # What wandb's agent puts in their place; the runner here has no other.
@@ -101,7 +102,7 @@ def _trial(stem: str, values: dict[str, Any], command: list[str], extra: Sequenc
     name = f"{readable}-{trajectory_hash(config)}"
     group = config.wandb.group or stem
     full += [f"run.name={name}", f"wandb.group={group}"]
-    return Trial(values, Path(config.run.dir) / name, full)
+    return Trial(values, user_path(config.run.dir) / name, full)
 
 
 def _word(value: Any) -> str:

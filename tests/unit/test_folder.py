@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_resnet.data.folder import load_folder
-from dist_resnet.data.images import decode_image
+from dist_resnet.data import folder
+from dist_resnet.data.decoding import Decoder, Reading
+from dist_resnet.data.folder import Tolerance
+from dist_resnet.data.images import ImageSet
 from dist_resnet.errors import UserError
 
 CIFAR_ROOT = Path(
@@ -22,6 +25,15 @@ CIFAR_ROOT = Path(
         "DIST_RESNET_CIFAR10", Path(__file__).resolve().parents[3] / "shared" / "cifar10"
     )
 )
+
+
+def load_folder(train: Path, test: Path, resize: int | None = None, **options: Any) -> ImageSet:
+    with tempfile.TemporaryDirectory() as scratch:  # its open file outlives it
+        return folder.load_folder(train, test, Path(scratch), resize, **options)
+
+
+def decode_image(data: bytes, where: str) -> np.ndarray:
+    return Decoder()(data, where)
 
 
 def _encoded(
@@ -368,6 +380,6 @@ def test_real_cifar10_is_in_the_original_order_of_classes() -> None:
     assert " ".join(image_set.classes) == names
     assert np.bincount(image_set.train.labels).tolist() == [5000] * 10
     assert np.bincount(image_set.test.labels).tolist() == [1000] * 10
-    flat = image_set.train.images.reshape(-1, 3)
+    flat = np.asarray(image_set.train.images).reshape(-1, 3)
     np.testing.assert_allclose(flat.mean(0), (125.307, 122.950, 113.865), atol=1e-3)
     np.testing.assert_allclose(flat.std(0), (62.993, 62.089, 66.705), atol=1e-3)

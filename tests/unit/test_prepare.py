@@ -19,7 +19,8 @@ from PIL import Image
 from dist_resnet.data import prepare as prepare_module
 from dist_resnet.data import sources
 from dist_resnet.data.beton import read_back
-from dist_resnet.data.dataset import Dataset, channel_statistics, fingerprint
+from dist_resnet.data.content import channel_statistics, fingerprint
+from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.images import ImageSet, Split
 from dist_resnet.data.prepare import main, prepare, prepare_builtin
 from dist_resnet.data.sources import load_synthetic
@@ -30,7 +31,9 @@ LEFT_OVER = {".x.lock"}
 
 
 def _images(seed: int = 0, train: int = 40) -> ImageSet:
-    return load_synthetic(train=train, test=10, classes=3, size=8, seed=seed)
+    images = load_synthetic(train=train, test=10, classes=3, size=8, seed=seed)
+    train_set, test_set = (Split(s.images[:], s.labels) for s in (images.train, images.test))
+    return ImageSet(images.classes, train_set, test_set)
 
 
 @pytest.fixture
