@@ -70,15 +70,10 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str]) -> dict[str, Any]:
         "step": saved["state"]["step"],
         "dataset": session.dataset.name,
         "eval_set": session.eval_set,
-        "val/loss": result.loss,
-        "val/top1": result.top1,
         "correct": result.correct,
         "images": result.images,
+        **result.figures(session.dataset.classes),
     }
-    if result.top1_tta is not None:
-        figures["val/top1_tta"] = result.top1_tta
-    for name, share in zip(session.dataset.classes, result.per_class(), strict=True):
-        figures[f"val/per_class/{name}"] = share
     figures["confusion"] = result.confusion.tolist()
     return figures
 

@@ -44,6 +44,8 @@ def headline(run: RunRecord) -> list[Figure]:
         Figure("of steps", total, ",d"),
         Figure("epoch", either("epoch", lambda: run.last("epoch")), ".4g"),
         Figure("val/top1", either("val/top1", lambda: run.last("val/top1")), ".4f"),
+        Figure("val/top5", either("val/top5", lambda: run.last("val/top5")), ".4f"),
+        Figure("val/balanced", either("val/balanced", lambda: run.last("val/balanced")), ".4f"),
         Figure("best/val/top1", either("best/val/top1", lambda: best[0]), ".4f"),
         Figure("best/step", either("best/step", lambda: best[1]), ",d"),
         Figure("val/loss", either("val/loss", lambda: run.last("val/loss")), ".4f"),

@@ -194,7 +194,9 @@ def test_synthetic_is_deterministic_balanced_and_learnable() -> None:
 
 def test_synthetic_bytes_are_frozen() -> None:
     image_set = load_synthetic(train=10, test=5, classes=3, size=8, seed=0)
-    digest = hashlib.sha256(image_set.train.images[:].tobytes() + image_set.test.images[:].tobytes())
+    digest = hashlib.sha256(
+        image_set.train.images[:].tobytes() + image_set.test.images[:].tobytes()
+    )
     assert digest.hexdigest().startswith("961a24bf41e909ff")
 
 
