@@ -34,10 +34,9 @@ def headline(run: RunRecord) -> list[Figure]:
     best = _best(run)
 
     def either(key: str, newest: Callable[[], Value]) -> Value:
-        found = summary.get(key) if summary else newest()
-        return found if isinstance(found, float | int | str) else None
+        return _value(summary.get(key)) if summary else newest()
 
-    step, total = either("step", lambda: run.last("step")), run.plan.get("total_steps")
+    step, total = either("step", lambda: run.last("step")), _value(run.plan.get("total_steps"))
     return [
         Figure("state", str(run.status.get("state", "unknown"))),
         Figure("step", step, ",d"),
@@ -57,7 +56,7 @@ def headline(run: RunRecord) -> list[Figure]:
             ",.0f",
         ),
         Figure("wall seconds", either("wall_seconds", lambda: run.last("seconds")), ",.0f"),
-        Figure("parameters", summary.get("parameters"), ",d"),
+        Figure("parameters", _value(summary.get("parameters")), ",d"),
     ]
 
 
@@ -66,7 +65,12 @@ def per_class(run: RunRecord) -> list[Figure]:
     prefix = "val/per_class/"
     source = run.summary or (run.evaluations[-1] if run.evaluations else {})
     found = ((key, value) for key, value in source.items() if key.startswith(prefix))
-    return [Figure(key.removeprefix(prefix), value, ".3f") for key, value in found]
+    return [Figure(key.removeprefix(prefix), _value(value), ".3f") for key, value in found]
+
+
+def _value(found: object) -> Value:
+    """What a figure can be; a damaged file may hold anything in its place."""
+    return found if isinstance(found, float | int | str) else None
 
 
 def train_curve(run: RunRecord) -> list[tuple[float, float]]:

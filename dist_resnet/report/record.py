@@ -1,6 +1,7 @@
 """What a run folder holds, finished or still growing."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,10 @@ class RunRecord:
 
     @property
     def diagnosis(self) -> list[dict[str, str]]:
-        """The summary's; of a run without one, that of the rows so far."""
-        return self.summary["diagnosis"] if "diagnosis" in self.summary else diagnose(self.rows)
+        """The summary's; of a run without one, or a damaged one, that of the rows so far."""
+        told = self.summary.get("diagnosis")
+        whole = isinstance(told, list) and all(map(_is_finding, told))
+        return told if isinstance(told, list) and whole else diagnose(self.rows)
 
 
 def read_records(paths: Sequence[Path]) -> list[RunRecord]:
@@ -91,7 +94,7 @@ def read_record(path: Path, label: str) -> RunRecord:
         rows = []
     except OSError as error:
         raise UserError(f"{metrics}: cannot be read: {error.strerror}") from None
-    rows = [row for row in rows if all(_is_figure(value) for value in row.values())]
+    rows = [_finite(row) for row in rows if all(_is_figure(value) for value in row.values())]
     if not any("epoch" in row for row in rows):
         raise UserError(f"{path}: no metrics yet; the first row comes after log.every_steps steps")
     config, note = _read_config(path / "config.yaml")
@@ -109,7 +112,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], str]:
 def _read_json(path: Path) -> dict[str, Any]:
     """A file's object; empty where there is none, or none yet."""
     try:
-        loaded = json.loads(path.read_text())
+        loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
@@ -117,3 +120,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _is_figure(value: object) -> bool:
     return value is None or isinstance(value, int | float)
+
+
+def _finite(row: dict[str, float | int | None]) -> dict[str, float | int | None]:
+    """As `MetricsFile` writes it; JSON readers take NaN and Infinity for numbers too."""
+    return {k: v if v is not None and math.isfinite(v) else None for k, v in row.items()}
+
+
+def _is_finding(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(k), str) for k in ("name", "text"))

@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 
 from dist_resnet.data import folder
-from dist_resnet.data.decoding import Decoder, Reading
-from dist_resnet.data.folder import Tolerance
+from dist_resnet.data.decoding import Decoder
 from dist_resnet.data.images import ImageSet
 from dist_resnet.errors import UserError
 
