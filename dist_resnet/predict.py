@@ -11,6 +11,7 @@ code is then 2.
 """
 
 import argparse
+import errno
 import functools
 import itertools
 import json
@@ -92,7 +93,7 @@ def _inputs(arguments: Sequence[str]) -> Iterator[Input]:
     for argument in arguments:
         path = user_path(argument)
         if argument == "-":
-            yield argument, functools.partial(read_limited, sys.stdin.buffer, argument)
+            yield argument, _read_standard_input
         elif path.is_dir():
             yield from _folder(path)
         else:
@@ -119,6 +120,15 @@ def _folder(path: Path) -> Iterator[Input]:
 
 def _refuse(error: UserError) -> bytes:
     raise error
+
+
+def _read_standard_input() -> bytes:
+    try:
+        if sys.stdin is None:
+            raise OSError(errno.EBADF, "it is closed")
+        return read_limited(sys.stdin.buffer, "-")
+    except OSError as error:
+        raise UserError(f"standard input: cannot be read: {error.strerror}") from None
 
 
 def _read(path: Path) -> bytes:

@@ -29,11 +29,9 @@ def channel_statistics(images: Images) -> tuple[Channels, Channels]:
     """
     counts = np.zeros((3, 256), np.int64)
     for block in blocks(images):
-        pixels = block.reshape(-1, 3)
-        for start in range(0, len(pixels), 1 << 20):  # bincount makes 8 bytes of every byte
-            for channel in range(3):
-                part = pixels[start : start + (1 << 20), channel]
-                counts[channel] += np.bincount(part, minlength=256)
+        for channel in range(3):
+            part = block[..., channel].reshape(-1)
+            counts[channel] += np.bincount(part, minlength=256)
     mean, std = [], []
     for histogram in counts.tolist():  # Python's integers do not overflow
         number = sum(histogram)

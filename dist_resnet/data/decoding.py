@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from dist_resnet.errors import UserError
 
@@ -25,6 +25,7 @@ NOT_DECODED = {"EPS", "PDF", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 FITS = ("stretch", "crop", "pad")
 MAX_RESIZED_PIXELS = 1 << 30  # 3 GiB as RGB
 _DEEP_COLOUR = re.compile(";16[BLN]")  # in Pillow's name of how the file stores a pixel
+_XMP = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])""")
 _BILINEAR = Image.Resampling.BILINEAR
 
 
@@ -83,7 +84,7 @@ class Decoder:
                     raise Image.DecompressionBombError
                 deep_colour = _DEEP_COLOUR.search(str(image.tile[:1]))
                 image.load()
-                ImageOps.exif_transpose(image, in_place=True)
+                _turn_upright(image)
                 rgb = self._shallow(image) if image.mode.startswith("I") else _to_rgb(image)
                 if deep_colour and not image.mode.startswith("I"):
                     self._note_colour(rgb)
@@ -152,6 +153,16 @@ class Decoder:
         if self.reading.fit == "pad":
             return ImageOps.pad(rgb, self.size[::-1], _BILINEAR)
         return rgb.resize(self.size[::-1], _BILINEAR)
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """By the EXIF tag, or else by the XMP, which Pillow reads in one spelling alone."""
+    exif, tag = image.getexif(), ExifTags.Base.Orientation
+    xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
+    found = _XMP.search(xmp.encode() if isinstance(xmp, str) else xmp)
+    if tag not in exif and found:
+        exif[tag] = int(found[1])
+    ImageOps.exif_transpose(image, in_place=True)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

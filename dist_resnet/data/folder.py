@@ -145,7 +145,10 @@ def _judge(found: _Found, decode: Decoder, tolerance: Tolerance) -> None:
 
 
 def _level(found: _Found, known: Sequence[str]) -> int:
-    """How many enclosing folders lie above the class folders, of which some are `known`."""
+    """How many enclosing folders lie above the class folders.
+
+    A test set may have images of a single class: a `known` one is no enclosing folder.
+    """
     level = 0
     while min(map(len, found.numbers)) - level > 2:
         names = {folder[level] for folder in found.folders if folder[level:]}
@@ -160,8 +163,7 @@ def _classes(found: _Found, known: tuple[str, ...] | None, tolerance: Tolerance)
     path, images = found.path, found.numbers
     if not images:
         raise UserError(f"{path}: has no images; it must hold one folder of images for each class")
-    # A test set that need not have all classes may have one alone: no enclosing folder.
-    level = found.level = _level(found, known if known and tolerance.missing else ())
+    level = found.level = _level(found, known or ())
     loose = next((parts for parts in images if len(parts) - level < 2), None)
     if loose is not None:
         raise UserError(f"{'/'.join(loose)} in {path}: is not in a class folder; move it into one")

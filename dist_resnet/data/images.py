@@ -20,7 +20,7 @@ from dist_resnet.errors import UserError
 
 T = TypeVar("T")
 MAX_SIDE = 65535  # a .beton stores height and width in 16 bits
-BLOCK_BYTES = 1 << 24
+BLOCK_BYTES = 1 << 22
 
 
 class LazyImages(ABC):
@@ -90,7 +90,7 @@ Images = NDArray[np.uint8] | LazyImages
 
 
 def blocks(images: Images) -> Iterator[NDArray[np.uint8]]:
-    """The images in order, some 16 MiB at a time."""
+    """The images in order, some 4 MiB at a time."""
     size = max(1, BLOCK_BYTES // int(np.prod(images.shape[1:])))
     for start in range(0, len(images), size):
         yield np.ascontiguousarray(images[start : start + size])

@@ -98,14 +98,15 @@ def _directory(folder: Path, above: Parts, depth: int) -> Iterator[Member]:
     if depth > MAX_DEPTH:
         raise UserError(f"{folder}: lies too deep; is there a loop of symbolic links?")
     # As UTF-8 in every locale: the names of classes must not depend on whoever prepares them.
-    names = {
-        name: os.fsencode(name).decode("utf-8", "surrogateescape") for name in os.listdir(folder)
-    }
-    found = sorted((printable(text), name) for name, text in names.items())
-    for text, name in found:
+    names = os.listdir(folder)
+    texts = (os.fsencode(name).decode("utf-8", "surrogateescape") for name in names)
+    before = None
+    for text, name in sorted(zip(map(printable, texts), names, strict=True)):
         if _is_litter(text):
             continue
-        entry, parts = folder / name, (*above, text)
+        if text == before:
+            raise UserError(f"{folder}: two names read {text!r}; rename one of them")
+        before, entry, parts = text, folder / name, (*above, text)
         if entry.is_dir():  # follows symbolic links: the user's own are welcome
             yield parts, None
             yield from _directory(entry, parts, depth + 1)

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     asked = _parse(arguments)
     records = read_records(asked.runs)
     if asked.text:
-        print(render_text(records, plain=not _holds(sys.stdout.encoding, BLOCKS)))
+        print(render_text(records, plain=not _shows_blocks()))
         return EXIT_DONE
     from dist_resnet.report.page import render_page
 
@@ -43,10 +43,10 @@ def main(arguments: Sequence[str]) -> int:
     return EXIT_DONE
 
 
-def _holds(encoding: str, text: str) -> bool:
+def _shows_blocks() -> bool:
     try:
-        text.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
+        BLOCKS.encode(sys.stdout.encoding if sys.stdout else "ascii")
+    except UnicodeEncodeError:
         return False
     return True
 

@@ -1,11 +1,13 @@
 """Preparing data sets: content and statistics, damage, kills, races, full disks, the commands."""
 
 import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -395,3 +397,38 @@ def test_help_works(capsys: Any) -> None:
         main(["folder", "--help"])
     assert caught.value.code == 0
     assert "--resize" in capsys.readouterr().out
+
+
+_PEAK = """
+import resource, sys
+from dist_resnet.data.prepare import main
+
+def peak(name, *source):
+    assert main([*source, "--output", sys.argv[1], "--name", name]) == 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+small = ["synthetic", "--num-train", "10", "--num-test", "10", "--size", "64"]
+before = peak("small", *small)  # what is imported counts for nothing
+tar = [f"{sys.argv[1]}/{name}.tar" for name in ("train", "test")]
+print(before, peak("folder", "folder", "--train", tar[0], "--test", tar[1]),
+      peak("synthetic", *small, "--num-train", "8000"), file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
+    """98 MB of pixels: once they were held five times at the same moment."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "BMP")
+    for split, number in (("train", 8000), ("test", 1)):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            for index in range(number):
+                info = tarfile.TarInfo(f"class/{index}.bmp")
+                info.size = len(buffer.getvalue())
+                tar.addfile(info, io.BytesIO(buffer.getvalue()))
+    command = [sys.executable, "-c", _PEAK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    before, *after = map(int, done.stderr.splitlines()[-1].split())
+    assert max(after) - before < 8000 * pixels.nbytes / 2
