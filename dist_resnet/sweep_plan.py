@@ -49,7 +49,7 @@ def read_grid(path: Path, extra: Sequence[str]) -> Grid:
         UserError: unreadable, not a grid, or a combination is no possible configuration.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, yaml.YAMLError) as error:
