@@ -13,7 +13,7 @@ from typing import Any
 import dist_resnet
 from dist_resnet.data.beton import check_beton
 from dist_resnet.data.content import Channels, channel_statistics, fingerprint
-from dist_resnet.data.decoding import Reading, stored_reading
+from dist_resnet.data.decoding import FITS, Reading, stored_reading
 from dist_resnet.data.images import ImageSet
 from dist_resnet.errors import UserError
 from dist_resnet.paths import printable
@@ -109,7 +109,10 @@ class Dataset:
     @property
     def prepare_command(self) -> str:
         """The command that prepares this data set again."""
-        details = {"folder": " --train PATH --test PATH", "synthetic": " ..."}
+        fit, bits = self.reading.fit, self.reading.bits
+        sized = "" if fit == FITS[0] else f" --resize {self.height} --fit {fit}"
+        deep = "" if bits == 16 else f" --bits {bits}"
+        details = {"folder": f" --train PATH --test PATH{sized}{deep}", "synthetic": " ..."}
         return (
             f"python -m dist_resnet.data.prepare {self.source}{details.get(self.source, '')} "
             f"--output {shlex.quote(str(self.folder.parent))} "

@@ -24,7 +24,7 @@ from dist_resnet.data.members import Parts, explained, members
 from dist_resnet.errors import UserError
 
 SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
-_NAMED = 5  # damaged files in the last line; each has had a line of its own
+_NAMED = 5  # damaged files in the one line of an error; if there are more, each has its own before
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,10 @@ def load_folder(
         raise UserError(f"--resize {resize}: give a side between 1 and 4096")
     size = None if resize is None else (resize, resize)
     reading, tolerance = reading or Reading(), tolerance or Tolerance()
-    first = _read(train, scratch / "train", Decoder(size, reading), size, tolerance)
+    first = _read(train, scratch / "train", Decoder(size, reading), size)
+    second = _read(test, scratch / "test", Decoder(size, reading), first.size)
+    _judge((first, second), tolerance.damaged)
     classes = _classes(first, None, tolerance)
-    second = _read(test, scratch / "test", Decoder(size, reading), first.size, tolerance)
     found = _classes(second, classes, tolerance)
     missing = [
         f"only in {where}: {', '.join(sorted(set(mine) - set(other))[:5])}"
@@ -87,9 +88,7 @@ def load_folder(
     return ImageSet(classes, *splits, reading)
 
 
-def _read(
-    path: Path, scratch: Path, decode: Decoder, size: tuple[int, ...] | None, tolerance: Tolerance
-) -> _Found:
+def _read(path: Path, scratch: Path, decode: Decoder, size: tuple[int, ...] | None) -> _Found:
     """All images of one folder or archive; `size` is the (height, width) they must have."""
     found = _Found(path, size)
     with explained(path), scratch.open("wb") as file:
@@ -106,13 +105,15 @@ def _read(
                 try:
                     image = decode(read(), where)
                 except UserError as error:
-                    tell(str(error))
                     found.damaged.append(str(error))
                     continue
                 _check_size(found, image, where)
                 file.write(image.data)
                 found.numbers[parts] = len(found.numbers)
-    _judge(found, decode, tolerance)
+    if found.skipped:
+        tell(f"skipped {len(found.skipped):,} files, not images: {found.skipped[0]}, ...")
+    if doubt := decode.doubt():
+        tell(f"warning: {path}: {doubt}")
     return found
 
 
@@ -125,23 +126,25 @@ def _check_size(found: _Found, image: NDArray[np.uint8], where: str) -> None:
         )
 
 
-def _judge(found: _Found, decode: Decoder, tolerance: Tolerance) -> None:
-    """Say what was left out, and refuse more damage than is tolerated."""
-    if found.skipped:
-        tell(f"skipped {len(found.skipped):,} files, not images: {found.skipped[0]}, ...")
-    if doubt := decode.doubt():
-        tell(f"warning: {found.path}: {doubt}")
-    damaged, number = found.damaged, len(found.damaged)
-    if number > tolerance.damaged:
-        more = f"; and {number - _NAMED:,} more" if number > _NAMED else ""
-        limit = f"; --skip-damaged allows {tolerance.damaged:,}" if tolerance.damaged else ""
-        raise UserError(
-            damaged[0]
-            if number == 1
-            else f"{number:,} damaged images: {'; '.join(damaged[:_NAMED])}{more}{limit}"
-        )
-    if damaged:
-        tell(f"left out {number:,} damaged images of {found.path}")
+def _judge(both: Sequence[_Found], limit: int) -> None:
+    """Refuse more than `limit` damaged images in one of the sets, or say what is left out."""
+    damaged = [line for found in both for line in found.damaged]
+    most = max(len(found.damaged) for found in both)
+    if most <= limit or len(damaged) > _NAMED:
+        for line in damaged:
+            tell(f"damaged: {line}")
+    if most <= limit:
+        for found in both:
+            if found.damaged:
+                tell(f"left out {len(found.damaged):,} damaged images of {found.path}")
+        return
+    count = f"{len(damaged):,} damaged images: " if len(damaged) > 1 else ""
+    more = f"; and {len(damaged) - _NAMED:,} more" if len(damaged) > _NAMED else ""
+    allowed = f", not {limit:,}" if limit else ""
+    raise UserError(
+        f"{count}{'; '.join(damaged[:_NAMED])}{more}; "
+        f"or leave out so many of each set: --skip-damaged {most}{allowed}"
+    )
 
 
 def _level(found: _Found, known: Sequence[str]) -> int:

@@ -182,9 +182,16 @@ BROKEN = (_text("train/cat/x.png"), _text("train/dog/y.png"))
 PREPARE = [
     Row("all damaged files are named", FOLDER, _with(*BROKEN),
         ("2 damaged images", "cat/x.png", "dog/y.png")),
-    Row("more are damaged than allowed", f"{SKIP} 1", _with(*BROKEN), ("2 damaged", "allows 1")),
+    Row("more are damaged than allowed", f"{SKIP} 1", _with(*BROKEN),
+        ("2 damaged", "--skip-damaged 2, not 1")),
     Row("as many are damaged as allowed", f"{SKIP} 2", _with(*BROKEN), ("left out 2 damaged",), 0),
     Row("damaged ones are left out", SKIP, _with(*BROKEN), ("4 training and 4 test images",), 0),
+    Row("damaged files in both sets are named", FOLDER,
+        _with(_text("train/cat/x.png"), _text("test/dog/y.png")),
+        ("2 damaged images", "cat/x.png", "dog/y.png", "--skip-damaged 1")),
+    Row("all test images are damaged", f"{SKIP} 9", lambda here: (
+            _set(here), *(_text(f"test/{c}/{i}.png")(here) for c in ("cat", "dog") for i in (0, 1))
+        ), ("test", "has no images")),
     Row("a limit below zero", f"{SKIP} -1", _with(), ("--skip-damaged -1",)),
     Row("hidden dangling link", FOLDER, _with(_link("train/cat/.#0.png", "nowhere")), code=0),
     Row("hidden pipe", FOLDER, _with(_fifo("train/cat/.p.png"), _fifo("test/.p")), code=0),

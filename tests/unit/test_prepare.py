@@ -1,5 +1,6 @@
 """Preparing data sets: content and statistics, damage, kills, races, full disks, the commands."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -321,6 +322,28 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(three_megabytes: Path, numbe
         prepare(load_synthetic(train=number, test=10), three_megabytes / "x", "s", "x")
     assert "\n" not in str(caught.value)
     assert _names(three_megabytes) == LEFT_OVER | {"filler"}
+
+
+def test_a_full_disk_while_images_are_read(three_megabytes: Path, capsys: Any) -> None:
+    (three_megabytes.parent / "set" / "class").mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 256, (1000, 1500, 3), dtype=np.uint8)
+    Image.fromarray(noise[:1]).resize((1500, 1000)).save(three_megabytes.parent / "set/class/0.png")
+    arguments = ["--train", "set", "--test", "set", "--output", str(three_megabytes)]
+    with contextlib.chdir(three_megabytes.parent):
+        assert main(["folder", *arguments]) == 2
+    assert "no space left" in capsys.readouterr().err.splitlines()[-1]
+    assert _names(three_megabytes) == {".folder.lock"}
+
+
+def test_names_of_classes_become_text_also_of_older_sets(folder: Path) -> None:
+    """They were kept as Python reads them from the disk: what no file can hold."""
+    description = json.loads((folder / "dataset.json").read_text())
+    description["classes"] = ["caf\udce9", "a\nb", "c"]
+    del description["reading"]
+    (folder / "dataset.json").write_text(json.dumps(description))
+    dataset = Dataset.load(folder)
+    assert dataset.classes == ("caf\\xe9", "a\\nb", "c")
+    assert (dataset.reading.fit, dataset.reading.bits) == ("stretch", 16)
 
 
 def test_builtin_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
