@@ -11,12 +11,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from dist_resnet.cli import run_command
 from dist_resnet.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, UserError
+from dist_resnet.paths import user_path
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.sweep_plan import Grid, Trial, read_grid
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     file, *rest = arguments
     if file.startswith("-") or (rest and rest[0] != "--"):
         raise UserError("write it as FILE -- ARGUMENT ...; see python -m dist_resnet.sweep --help")
-    grid = read_grid(Path(file), rest[1:])
+    grid = read_grid(user_path(file), rest[1:])
     runner = _Runner()
     for number, trial in enumerate(grid.trials, 1):
         title = f"sweep: {number} of {len(grid.trials)}, {trial.folder}"

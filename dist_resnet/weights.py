@@ -26,10 +26,8 @@ def find_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, dict[str
         raise UserError(f"checkpoint {checkpoint}: choose {' or '.join(CHECKPOINTS)}")
     if not path.is_dir():
         if checkpoint != CHECKPOINTS[0]:
-            raise UserError(
-                f"{path}: is no run folder, of which to take the {checkpoint} checkpoint"
-            )
-        return path, _readable(read_checkpoint(path))
+            raise UserError(f"{path}: is no run folder, which alone has a {checkpoint} checkpoint")
+        return path, _checked(path, read_checkpoint(path))
     store = CheckpointStore(path / "checkpoints", keep=1)
     if checkpoint == "best":
         best = store.best_path()
@@ -39,12 +37,15 @@ def find_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, dict[str
     if found is None:
         kind = "best " if checkpoint == "best" else ""
         raise UserError(f"{path}: holds no {kind}checkpoint; name a run folder or a .pt file")
-    return found[0], _readable(found[1])
+    return found[0], _checked(*found)
 
 
-def _readable(saved: dict[str, Any]) -> dict[str, Any]:
+def _checked(file: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    missing = {"config", "classes", "mean", "std", "image_size", "state"} - saved.keys()
+    if missing:
+        raise UserError(f"{file}: not a checkpoint of a training: it lacks {min(missing)}")
     # As `Dataset.load` gives them, also from checkpoints of before it did.
-    return saved | {"classes": [printable(name) for name in saved["classes"]]}
+    return saved | {"classes": [printable(str(name)) for name in saved["classes"]]}
 
 
 def trained_model(saved: dict[str, Any], config: Config) -> ResNet:

@@ -76,7 +76,7 @@ def _value(found: object) -> Value:
 def train_curve(run: RunRecord) -> list[tuple[float, float]]:
     """(epoch, train/top1 over the epoch before an evaluation): val/top1 plus the gap."""
     return [
-        (float(row["epoch"] or 0), val + gap)
+        (float(row.get("epoch") or 0), val + gap)
         for row in run.evaluations
         if (val := row.get("val/top1")) is not None and (gap := row.get("gap/top1")) is not None
     ]

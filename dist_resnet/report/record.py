@@ -1,7 +1,6 @@
 """What a run folder holds, finished or still growing."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from dist_resnet.config import flatten, load_config, to_dict
 from dist_resnet.diagnosis import diagnose
 from dist_resnet.errors import UserError
 from dist_resnet.tracking.jsonl import read_rows
+
+_LARGEST = 1e100
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def read_record(path: Path, label: str) -> RunRecord:
         rows = []
     except OSError as error:
         raise UserError(f"{metrics}: cannot be read: {error.strerror}") from None
-    rows = [_finite(row) for row in rows if all(_is_figure(value) for value in row.values())]
+    rows = [
+        _without_nonsense(row) for row in rows if all(_is_figure(value) for value in row.values())
+    ]
     if not any("epoch" in row for row in rows):
         raise UserError(f"{path}: no metrics yet; the first row comes after log.every_steps steps")
     config, note = _read_config(path / "config.yaml")
@@ -115,16 +118,22 @@ def _read_json(path: Path) -> dict[str, Any]:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return loaded if isinstance(loaded, dict) else {}
+    return _without_nonsense(loaded) if isinstance(loaded, dict) else {}
 
 
 def _is_figure(value: object) -> bool:
     return value is None or isinstance(value, int | float)
 
 
-def _finite(row: dict[str, float | int | None]) -> dict[str, float | int | None]:
-    """As `MetricsFile` writes it; JSON readers take NaN and Infinity for numbers too."""
-    return {k: v if v is not None and math.isfinite(v) else None for k, v in row.items()}
+def _without_nonsense(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that cannot be drawn become None: JSON's readers take NaN and 400 digits too."""
+    return {
+        k: None if isinstance(v, int | float) and not _drawable(v) else v for k, v in values.items()
+    }
+
+
+def _drawable(value: float) -> bool:
+    return -_LARGEST <= value <= _LARGEST  # false of NaN
 
 
 def _is_finding(value: object) -> bool:

@@ -40,7 +40,7 @@ def _lines(run: RunRecord, plain: bool) -> list[str]:
     width = max((len(figure.name) for figure in classes), default=0)
     lines += ["", *(["  accuracy by class"] if classes else [])]
     for figure in classes:
-        share = figure.value if isinstance(figure.value, float | int) else 0.0
+        share = min(max(figure.value, 0), 1) if isinstance(figure.value, float | int) else 0
         lines.append(
             f"    {figure.name:{width}} {figure.text:>6} {marks[-1] * round(share * _BAR_WIDTH)}"
         )

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dist_resnet import cli, evaluate, export, predict
@@ -285,6 +286,8 @@ PREDICT = [
     Row("no image named", "predict {run}", None, ("images",)),
     Row("no such run", "predict {here}/none {here}", _with(), ("none",)),
     Row("a folder that is no run", "predict {here} {here}", _with(), ("no checkpoint",)),
+    Row("a model of nothing", "predict {here}/a.pt {here}",
+        lambda here: torch.save({"format": 1}, here / "a.pt"), ("a.pt", "lacks")),
     Row("a model that is text", "predict {here}/a.pt {here}", _with(_text("a.pt")), ("a.pt",)),
 ]  # fmt: skip
 
@@ -317,6 +320,13 @@ REPORTS = [
         ("no metrics yet",)),
     Row("an infinite epoch", REPORT,
         _run_folder(metrics_jsonl='{"step": 1, "epoch": Infinity, "val/top1": NaN}\n'), code=0),
+    Row("numbers without end", REPORT,
+        _run_folder(metrics_jsonl='{"step": 1, "epoch": 1, "val/top1": %s}\n' % ("9" * 400),
+                    summary_json='{"step": %s, "val/per_class/a": 1e300}' % ("9" * 400)),
+        code=0),
+    Row("an evaluation without its epoch", "report {here}/r --output {here}/r.html",
+        _run_folder(metrics_jsonl='{"step": 1, "epoch": 1}\n{"val/top1": 1, "gap/top1": 1}\n'),
+        code=0),
     Row("files that are no UTF-8", REPORT,
         _run_folder(config_yaml="a: \xe9", plan_json="\xe9", status_json='{"state": "\xe9"}'),
         code=0),
