@@ -110,10 +110,11 @@ def _folder(path: Path) -> Iterator[Input]:
                     yield str(path.joinpath(*parts)), read
                 elif read is not None:
                     skipped += 1
+        if not found:
+            others = f", but {skipped:,} other files" if skipped else ""
+            raise UserError(f"{path}: has no images{others}; name a folder that has some")
         if skipped:
             print(f"dist_resnet: skipped {skipped:,} files in {path}, not images", file=sys.stderr)
-        if not found:
-            raise UserError(f"{path}: has no images; name a folder that has some")
     except UserError as error:
         yield str(path), functools.partial(_refuse, error)  # told in its turn, and the rest goes on
 

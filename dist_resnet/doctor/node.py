@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -127,7 +128,7 @@ def _ffcv() -> Finding:
 def _dataset(config: Config) -> Finding:
     name, folder = config.data.dataset, user_path(config.data.root) / config.data.dataset
     if not Dataset.exists(folder):
-        command = f"{_PREPARE} {name} --output {config.data.root}"
+        command = f"{_PREPARE} {name} --output {shlex.quote(config.data.root)}"
         place = next(p for p in folder.absolute().parents if p.exists())
         if name in _BUILTIN and (why := _why_not_writable(place)):
             text = f"{folder} is not there, and {place} cannot be written ({why})"
