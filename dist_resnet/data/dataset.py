@@ -13,7 +13,7 @@ from typing import Any
 import dist_resnet
 from dist_resnet.data.beton import check_beton
 from dist_resnet.data.content import Channels, channel_statistics, fingerprint
-from dist_resnet.data.decoding import FITS, Reading, stored_reading
+from dist_resnet.data.decoding import AS_STORED, FITS, Reading, stored_reading
 from dist_resnet.data.images import ImageSet
 from dist_resnet.errors import UserError
 from dist_resnet.paths import printable
@@ -45,7 +45,7 @@ class Dataset:
     fingerprint: str
     files: dict[str, dict[str, Any]]
     created_by: dict[str, str]
-    reading: Reading
+    reading: Reading = AS_STORED
 
     @property
     def train_path(self) -> Path:

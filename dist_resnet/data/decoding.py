@@ -42,9 +42,12 @@ class Reading:
     bits: int = 16
 
 
+AS_STORED = Reading()
+
+
 def stored_reading(raw: Any) -> Reading:
     """A `Reading` as JSON or a checkpoint holds it; older ones do not. ValueError if damaged."""
-    reading = Reading(**raw) if isinstance(raw, dict) else Reading()
+    reading = Reading(**raw) if isinstance(raw, dict) else AS_STORED
     if reading.fit not in FITS or reading.bits not in range(8, 17):
         raise ValueError(f"reading is {raw!r}")
     return reading
@@ -65,9 +68,9 @@ class Decoder:
     `size`: (height, width) that every image becomes (bilinear, by `reading.fit`); None: its own.
     """
 
-    def __init__(self, size: tuple[int, int] | None = None, reading: Reading | None = None) -> None:
+    def __init__(self, size: tuple[int, int] | None = None, reading: Reading = AS_STORED) -> None:
         self.size = size
-        self.reading = reading or Reading()
+        self.reading = reading
         self._deep = 0
         self._largest = 0
 

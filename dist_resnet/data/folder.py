@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_resnet.data.decoding import Decoder, Reading, decodable
+from dist_resnet.data.decoding import AS_STORED, Decoder, Reading, decodable
 from dist_resnet.data.images import ImageSet, Split, StoredImages, progress, tell
 from dist_resnet.data.members import Parts, explained, members
 from dist_resnet.errors import UserError
@@ -37,6 +37,9 @@ class Tolerance:
 
     damaged: int = 0
     missing: bool = False
+
+
+STRICT = Tolerance()
 
 
 @dataclass
@@ -58,8 +61,8 @@ def load_folder(
     test: Path,
     scratch: Path,
     resize: int | None = None,
-    reading: Reading | None = None,
-    tolerance: Tolerance | None = None,
+    reading: Reading = AS_STORED,
+    tolerance: Tolerance = STRICT,
 ) -> ImageSet:
     """Read two folders or archives of class folders; see the module for what they may contain.
 
@@ -70,7 +73,6 @@ def load_folder(
     if resize is not None and not 1 <= resize <= 4096:
         raise UserError(f"--resize {resize}: give a side between 1 and 4096")
     size = None if resize is None else (resize, resize)
-    reading, tolerance = reading or Reading(), tolerance or Tolerance()
     first = _read(train, scratch / "train", Decoder(size, reading), size)
     second = _read(test, scratch / "test", Decoder(size, reading), first.size)
     _judge((first, second), tolerance.damaged)

@@ -7,7 +7,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dist_resnet.data.decoding import Reading
+from dist_resnet.data.decoding import AS_STORED, Reading
 from dist_resnet.errors import UserError
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ class ImageSet:
     classes: tuple[str, ...]
     train: Split
     test: Split
-    reading: Reading = field(default_factory=Reading)
+    reading: Reading = AS_STORED
 
     def validate(self) -> None:
         """Raise UserError unless both splits are non-empty, of one image size, with valid labels.

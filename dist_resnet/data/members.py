@@ -32,7 +32,7 @@ MAX_DEPTH = 16  # ends loops of symbolic links
 LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"}
 LITTER |= {"__macosx", "icon\\r", "network trash folder", "temporary items", "lost+found"}
 LITTER |= {"@eadir", "@tmp", "@recycle", "@recently-snapshot", "@sharebin", "#recycle"}
-LITTER |= {"#snapshot", "~snapshot", "__pycache__"}
+LITTER |= {"#snapshot", "~snapshot", "__pycache__", "found.000"}
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError)
 OPENERS: dict[bytes, Callable[[Path], Any]] = {
     b"\xfd7zXZ\x00": lzma.LZMAFile,
