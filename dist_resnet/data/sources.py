@@ -210,13 +210,13 @@ class _Synthetic(LazyImages):
         self._seed, self._stream, self._patterns = seed, stream, patterns
 
     def _read(self, chosen: range) -> NDArray[np.uint8]:
-        if chosen.step != 1:
+        if chosen.step != 1 and chosen:
             return np.stack([self[number] for number in chosen])
         size = int(np.prod(self.shape[1:]))
         noise = _random_bytes(self._seed, self._stream, size * len(chosen), size * chosen.start)
         images = noise.reshape(len(chosen), *self.shape[1:])
         images >>= 1
-        images += self._patterns[np.asarray(chosen) % len(self._patterns)]
+        images += self._patterns[np.asarray(chosen, np.int64) % len(self._patterns)]
         return images
 
 
