@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
@@ -16,6 +15,7 @@ from dist_resnet.checks import check
 from dist_resnet.errors import UserError, first_line
 from dist_resnet.keys import choices_of, key_kinds, key_sections, nearest
 from dist_resnet.keys import describe_keys as describe_keys
+from dist_resnet.paths import user_path
 from dist_resnet.schema import Config, changes_trajectory
 from dist_resnet.values import Text, as_tree, read_value, read_yaml, shown, texts
 
@@ -124,7 +124,7 @@ def _is_file(argument: str) -> bool:
 
 def _exists(path: str) -> bool:
     try:
-        return Path(path).is_file()
+        return user_path(path).is_file()
     except (OSError, ValueError):  # too long for a name, or no text
         return False
 
@@ -137,7 +137,7 @@ def _read_file(path: str) -> tuple[str, Mapping[Any, Any]]:
             f"{name}: no such configuration file{hint and f'; to set a key write {hint}=VALUE'}"
         )
     try:
-        loaded = read_yaml(Path(path).read_bytes().decode("utf-8-sig"))
+        loaded = read_yaml(user_path(path).read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from None
     except ValueError as error:

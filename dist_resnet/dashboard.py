@@ -47,6 +47,8 @@ SECTIONS = (
         (
             Panel("Loss", ("train/loss", "val/loss"), log_y=True),
             Panel("Top-1", ("train/top1", "val/top1")),
+            Panel("Top-5", ("val/top5",), only_with="more than five classes"),
+            Panel("Top-1, each class weighing the same", ("val/balanced",)),
             Panel("Top-1 with mirror images", ("val/top1_tta",), only_with="eval.flip_tta=true"),
             Panel("Generalisation gap: train minus val", ("gap/top1",)),
         ),

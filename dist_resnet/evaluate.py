@@ -14,6 +14,7 @@ from typing import Any
 from dist_resnet.cli import run_command
 from dist_resnet.errors import EXIT_DONE, UserError
 from dist_resnet.launcher import environment_rank
+from dist_resnet.paths import user_path
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -69,15 +70,10 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str]) -> dict[str, Any]:
         "step": saved["state"]["step"],
         "dataset": session.dataset.name,
         "eval_set": session.eval_set,
-        "val/loss": result.loss,
-        "val/top1": result.top1,
         "correct": result.correct,
         "images": result.images,
+        **result.figures(session.dataset.classes),
     }
-    if result.top1_tta is not None:
-        figures["val/top1_tta"] = result.top1_tta
-    for name, share in zip(session.dataset.classes, result.per_class(), strict=True):
-        figures[f"val/per_class/{name}"] = share
     figures["confusion"] = result.confusion.tolist()
     return figures
 
@@ -88,13 +84,13 @@ def _parse(arguments: Sequence[str]) -> tuple[Path, Path | None, list[str]]:
         at = rest.index("--json")
         if at + 1 == len(rest):
             raise UserError("--json: needs the name of a file")
-        output = Path(rest[at + 1])
+        output = user_path(rest[at + 1])
         del rest[at : at + 2]
-    pairs = [argument for argument in rest if "=" in argument and not Path(argument).exists()]
+    pairs = [argument for argument in rest if "=" in argument and not user_path(argument).exists()]
     paths = [argument for argument in rest if argument not in pairs]
     if len(paths) != 1 or paths[0].startswith("-"):
         raise UserError("name one checkpoint or run folder, then key=value pairs; see --help")
-    return Path(paths[0]), output, pairs
+    return user_path(paths[0]), output, pairs
 
 
 def _table(figures: dict[str, Any]) -> str:
@@ -108,7 +104,7 @@ def _table(figures: dict[str, Any]) -> str:
 
 def _write(path: Path, figures: dict[str, Any]) -> None:
     try:
-        path.write_text(json.dumps(figures, indent=2) + "\n")
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 

@@ -3,7 +3,7 @@
 Shapes: N images, K classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from dist_resnet.distributed import World, all_reduce_sum
 from dist_resnet.models.resnet import ResNet
 
 BATCH_SIZE = 500
+_TOP = 5
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Evaluation:
     """Correct images when logits are averaged over each image and its mirror image."""
     confusion: Tensor
     """int64 (K, K): rows are true classes, columns predictions."""
+    correct_top5: int
+    """Images whose class is among the five likeliest; all of them up to five classes."""
     mistakes: Mistakes | None = None
     """The worst ones, where they were asked for."""
 
@@ -58,10 +61,35 @@ class Evaluation:
     def top1_tta(self) -> float | None:
         return None if self.correct_tta is None else self.correct_tta / self.images
 
-    def per_class(self) -> list[float]:
-        """Share of each class's images that are recognised; 0 for a class without images."""
-        counts = self.confusion.sum(dim=1).clamp(min=1).double()
-        return (self.confusion.diagonal() / counts).tolist()
+    @property
+    def top5(self) -> float:
+        return self.correct_top5 / self.images
+
+    @property
+    def balanced(self) -> float:
+        """Mean over the classes that have images of the share that is recognised."""
+        shares = [share for share in self.per_class() if share is not None]
+        return sum(shares) / len(shares)
+
+    def per_class(self) -> list[float | None]:
+        """Share of each class's images that are recognised; None for a class without images."""
+        counts = self.confusion.sum(dim=1).tolist()
+        hits = self.confusion.diagonal().tolist()
+        return [hit / count if count else None for hit, count in zip(hits, counts, strict=True)]
+
+    def figures(self, classes: Sequence[str]) -> dict[str, float | int]:
+        """Loss and accuracies by the names of their metrics.
+
+        Top-5 only of more than five classes, where it says something; no class without images.
+        """
+        found: dict[str, float | int] = {"val/loss": self.loss, "val/top1": self.top1}
+        if len(classes) > _TOP:
+            found["val/top5"] = self.top5
+        found["val/balanced"] = self.balanced
+        if self.top1_tta is not None:
+            found["val/top1_tta"] = self.top1_tta
+        shares = zip(classes, self.per_class(), strict=True)
+        return found | {f"val/per_class/{n}": share for n, share in shares if share is not None}
 
 
 class Evaluator:
@@ -97,12 +125,15 @@ class Evaluator:
         num_batches = -(-len(self.indices) // self.loader.batch_size)
         # One entry a batch, summed in batch order: no sum depends on the number of ranks.
         losses = torch.zeros(num_batches, dtype=torch.float64, device=device)
-        counts = torch.zeros(classes * classes + 1, dtype=torch.int64, device=device)
+        # Of the confusion; then correct among the five likeliest, and with mirror images.
+        counts = torch.zeros(classes * classes + 2, dtype=torch.int64, device=device)
         each = _Each(len(self.indices), device) if mistakes else None
         for number, labels, logits, mirrored in self._logits(model):
             losses[number] = F.cross_entropy(logits, labels, reduction="sum")
             cells = labels * classes + logits.argmax(dim=1)
-            counts[:-1] += torch.bincount(cells, minlength=classes * classes)
+            counts[:-2] += torch.bincount(cells, minlength=classes * classes)
+            likeliest = logits.topk(min(_TOP, classes), dim=1).indices
+            counts[-2] += (likeliest == labels[:, None]).sum()
             if each is not None:
                 each.add(number * self.loader.batch_size, labels, logits)
             if mirrored is not None:
@@ -110,7 +141,7 @@ class Evaluator:
         model.train(was_training)
         all_reduce_sum(losses)
         all_reduce_sum(counts)
-        confusion = counts[:-1].view(classes, classes).cpu()
+        confusion = counts[:-2].view(classes, classes).cpu()
         images = int(confusion.sum())
         assert images == len(self.indices), f"evaluated {images} of {len(self.indices)} images"
         return Evaluation(
@@ -119,6 +150,7 @@ class Evaluator:
             images=images,
             correct_tta=int(counts[-1]) if self.flip_tta else None,
             confusion=confusion,
+            correct_top5=int(counts[-2]),
             mistakes=each.worst(mistakes) if each is not None else None,
         )
 

@@ -1,5 +1,6 @@
 """Write a trained model for other programs: python -m dist_resnet.export CHECKPOINT_OR_RUN
 --format safetensors|onnx|torch_export [--output DIR] [--images PREPARED_DATASET]
+[--checkpoint newest|best]
 
 The exported model takes RGB images, float32 (N, 3, H, W) in [0, 1], and gives logits (N, K); the
 normalisation is inside (for safetensors: its two buffers). Before the file is put in place its
@@ -8,24 +9,28 @@ Several formats go into one folder; what this command did not write there is nev
 """
 
 import argparse
+import contextlib
+import io
 import json
-import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dist_resnet.card import check_place, write_card
-from dist_resnet.cli import run_command
+from dist_resnet.cli import Parser, run_command
 from dist_resnet.errors import EXIT_DONE, UserError
+from dist_resnet.paths import user_path
+from dist_resnet.storage import write_atomically
 from dist_resnet.trained import Classifier, load
+from dist_resnet.weights import CHECKPOINTS
 
 TOLERANCE = 1e-4
 _NUM_IMAGES = 1000
+Logits = Callable[[Tensor], Tensor]
 _INSTALL = "pip install 'dist-resnet[export]'"
 
 
@@ -33,40 +38,51 @@ def main(arguments: Sequence[str]) -> int:
     """Export, compare, write."""
     options = _parse(arguments)
     # torch.export stores channels-last weights with a warning.
-    model = load(options.model).to(memory_format=torch.contiguous_format)
+    model = load(options.model, options.checkpoint).to(memory_format=torch.contiguous_format)
     images, origin = _images(model, options.images)
-    options.output.mkdir(parents=True, exist_ok=True)
-    write, name = _WRITERS[options.format]
-    check_place(options.output, name, model)
-    path = Path(os.path.realpath(options.output / name))  # a link stays
-    temporary = path.with_name(f".tmp.{os.getpid()}.{name}")
-    try:
-        with warnings.catch_warnings():
-            # Of torch's exporters about themselves (2.11): nothing that a user could mend.
-            warnings.filterwarnings("ignore", "(?s).*(treespec|buffer is not writable)")
-            again = write(model, temporary)
-        error = _compare(model, again, images)
-        temporary.chmod(0o644)  # safetensors makes it private
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    compared = f"{error:.1e} on {len(images)} {origin}"
-    write_card(options.output, name, model, compared)
-    done = f"logits within {error:.1e} of the checkpoint's on {len(images)} {origin}"
-    print(f"{options.output / name}: {done}")
+    make, name = _WRITERS[options.format]
+    path = options.output / name
+    with _writing(path):
+        options.output.mkdir(parents=True, exist_ok=True)
+        check_place(options.output, name, model)
+    # Whole in memory before anything is written: torch aborts the process where a disk is full.
+    with warnings.catch_warnings():
+        # Of torch's exporters about themselves (2.11): nothing that a user could mend.
+        warnings.filterwarnings("ignore", "(?s).*(treespec|buffer is not writable)")
+        content, again = make(model)
+    error = _compare(model, again, images)
+    with _writing(path):
+        write_atomically(path, content)
+        write_card(options.output, name, model, f"{error:.1e} on {len(images)} {origin}")
+    print(f"{path}: logits within {error:.1e} of the checkpoint's on {len(images)} {origin}")
     return EXIT_DONE
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{path.parent}: is no folder; choose another --output") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{path}: cannot be written: {reason}; choose another --output") from None
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dist_resnet.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("model", type=Path, metavar="CHECKPOINT_OR_RUN")
+    parser.add_argument("model", type=user_path, metavar="CHECKPOINT_OR_RUN")
     parser.add_argument("--format", choices=sorted(_WRITERS), required=True)
-    parser.add_argument("--output", type=Path, default=Path("export"), metavar="DIR")
-    parser.add_argument("--images", type=Path, metavar="PREPARED_DATASET", help="data/<name>")
+    parser.add_argument("--output", type=user_path, default="export", metavar="DIR")
+    parser.add_argument("--images", type=user_path, metavar="PREPARED_DATASET", help="data/<name>")
+    parser.add_argument(
+        "--checkpoint", choices=CHECKPOINTS, default=CHECKPOINTS[0], help="of a run; default newest"
+    )
     return parser.parse_args(arguments)
 
 
@@ -83,10 +99,10 @@ def _images(model: Classifier, dataset: Path | None) -> tuple[Tensor, str]:
     if (found.height, found.width) != model.image_size:
         raise UserError(f"{dataset}: its images are not {width}x{height}, as the model's are")
     pixels = read_back(found.test_path).images[:_NUM_IMAGES]
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2) / 255, "test images"
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, "test images"
 
 
-def _compare(model: Classifier, again: Callable[[Tensor], Tensor], images: Tensor) -> float:
+def _compare(model: Classifier, again: Logits, images: Tensor) -> float:
     """Largest difference of a logit; refuses a file that predicts anything else."""
     with torch.inference_mode():
         wanted = model(images)
@@ -99,9 +115,9 @@ def _compare(model: Classifier, again: Callable[[Tensor], Tensor], images: Tenso
     return error
 
 
-def _write_safetensors(model: Classifier, path: Path) -> Callable[[Tensor], Tensor]:
+def _safetensors(model: Classifier) -> tuple[bytes, Logits]:
     try:
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import load, save
     except ImportError:
         raise UserError(f"--format safetensors needs a package: {_INSTALL}") from None
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -110,16 +126,16 @@ def _write_safetensors(model: Classifier, path: Path) -> Callable[[Tensor], Tens
         "image_size": json.dumps(model.image_size),
         "step": str(model.step),
     }
-    save_file(tensors, path, metadata=facts)
-    stored = load_file(path)
+    content = save(tensors, metadata=facts)
+    stored = load(content)
 
     def again(images: Tensor) -> Tensor:
         return torch.func.functional_call(model, stored, (images,))
 
-    return again
+    return content, again
 
 
-def _write_onnx(model: Classifier, path: Path) -> Callable[[Tensor], Tensor]:
+def _onnx(model: Classifier) -> tuple[bytes, Logits]:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401
@@ -129,23 +145,21 @@ def _write_onnx(model: Classifier, path: Path) -> Callable[[Tensor], Tensor]:
         model, (_example(model),), dynamo=True, dynamic_shapes=({0: _batch()},), verbose=False
     )
     assert program is not None
-    program.save(path)
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
     def again(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
-    return again
+    return content, again
 
 
-def _write_torch_export(model: Classifier, path: Path) -> Callable[[Tensor], Tensor]:
+def _torch_export(model: Classifier) -> tuple[bytes, Logits]:
     program = torch.export.export(model, (_example(model),), dynamic_shapes=({0: _batch()},))
-    with path.open("wb") as file:
-        torch.export.save(program, file)
-    with path.open("rb") as file:
-        loaded = torch.export.load(file).module()
-    return loaded
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module()
 
 
 def _example(model: Classifier) -> Tensor:
@@ -157,9 +171,9 @@ def _batch() -> torch.export.Dim:
 
 
 _WRITERS = {
-    "safetensors": (_write_safetensors, "model.safetensors"),
-    "onnx": (_write_onnx, "model.onnx"),
-    "torch_export": (_write_torch_export, "model.pt2"),
+    "safetensors": (_safetensors, "model.safetensors"),
+    "onnx": (_onnx, "model.onnx"),
+    "torch_export": (_torch_export, "model.pt2"),
 }
 
 

@@ -200,15 +200,7 @@ class Trainer:
         self._check_finite(done)
         with self.watch.pause(), self.state.evaluated_weights():
             result = self._evaluate(done, at_end)
-        row = self._row(done) | {
-            "val/loss": result.loss,
-            "val/top1": result.top1,
-            "val/images": result.images,
-        }
-        if result.top1_tta is not None:
-            row["val/top1_tta"] = result.top1_tta
-        for name, share in zip(self.classes, result.per_class(), strict=True):
-            row[f"val/per_class/{name}"] = share
+        row = self._row(done) | {"val/images": result.images} | result.figures(self.classes)
         self.last_evaluation = row | {"gap/top1": epoch.top1 - result.top1}
         self.tracker.log(self.last_evaluation)
         if result.top1 <= self.state.best.get("val/top1", -1.0):

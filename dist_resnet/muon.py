@@ -88,14 +88,15 @@ class _Stack:
         self.shape = (len(weights), rows, columns)
         heights = torch.tensor([float(weight.shape[0]) for weight in weights], device=device)
         self.norms = heights.sqrt().view(-1, 1, 1)
-        cells, places = [], []
+        cells: list[Tensor] = []
+        places: list[Tensor] = []
         for number, weight in enumerate(weights):
             # In memory a filter's values follow one another in either layout, and their order is a
             # permutation of columns, which orthogonalisation commutes with.
             own = torch.arange(weight.numel()).view(weight.shape[0], -1)
             row = torch.arange(weight.shape[0]).view(-1, 1)
             cells.append((number * rows + row) * columns + own - row * own.shape[1])
-            places.append(weight.storage_offset() + own)
+            places.append(own + weight.storage_offset())
         self._cells = torch.cat([cell.flatten() for cell in cells]).to(device)
         self._places = torch.cat([place.flatten() for place in places]).to(device)
 

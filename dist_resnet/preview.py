@@ -1,10 +1,10 @@
 """What --print-config adds to the configuration: the plan, where the dataset's size is known."""
 
 import json
-from pathlib import Path
 
 from dist_resnet.errors import UserError, first_line
 from dist_resnet.launcher import environment_world_size
+from dist_resnet.paths import user_path
 from dist_resnet.plan import check_statistics, explain, make_plan
 from dist_resnet.schema import Config
 
@@ -25,9 +25,9 @@ def preview(config: Config) -> str:
 
 def _description(config: Config) -> tuple[int, int, int] | None:
     """Training images, their height and width; None where there is no such dataset yet."""
-    path = Path(config.data.root) / config.data.dataset / "dataset.json"
+    path = user_path(config.data.root) / config.data.dataset / "dataset.json"
     try:
-        facts = json.loads(path.read_text())
+        facts = json.loads(path.read_text(encoding="utf-8"))
         return int(facts["num_train"]), int(facts["height"]), int(facts["width"])
     except FileNotFoundError:
         return _BUILTIN.get(config.data.dataset)

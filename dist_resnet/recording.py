@@ -1,7 +1,7 @@
 """Where a run leaves its traces: console, metrics.jsonl, W&B, checkpoints and status."""
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dist_resnet.checkpoint import CheckpointStore
@@ -106,6 +106,7 @@ def _header(
         "mean": list(data.mean),
         "std": list(data.std),
         "image_size": list(session.image_size),
+        "reading": asdict(data.reading),
         "wandb_id": run_id,
     }
     return header | ({"forks": forks} if forks else {})

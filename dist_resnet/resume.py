@@ -1,6 +1,5 @@
 """Which folder a run lives in, and which checkpoint it finds there."""
 
-from pathlib import Path
 from typing import Any
 
 from dist_resnet.checkpoint import CheckpointStore, read_checkpoint
@@ -9,6 +8,7 @@ from dist_resnet.distributed import from_main, on_main
 from dist_resnet.environment import differences
 from dist_resnet.errors import EXIT_DIVERGED, Diverged, UserError
 from dist_resnet.launcher import job_id, restart_count
+from dist_resnet.paths import user_path
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
 from dist_resnet.tracking.tracker import say_on_stderr
@@ -77,8 +77,8 @@ def find_checkpoint(config: Config, folder: RunFolder) -> dict[str, Any] | None:
                     "name it with run.name, or a checkpoint with run.resume"
                 )
         else:
-            content = read_checkpoint(Path(wanted))
-            if Path(wanted).resolve().parent != folder.checkpoints.resolve():
+            content = read_checkpoint(user_path(wanted))
+            if user_path(wanted).resolve().parent != folder.checkpoints.resolve():
                 # Another run's: that one's record on W&B is not this one's to rewind.
                 content |= {"wandb_id": None, "wandb_position": None}
             found.append(content)

@@ -1,7 +1,6 @@
 """One run from start to end: open what it needs, train, close whatever happened."""
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 from dist_resnet import signals, watchdog
@@ -17,6 +16,7 @@ from dist_resnet.fork import forks_told, starting_point
 from dist_resnet.gallery import Gallery
 from dist_resnet.gpu_memory import explaining_memory
 from dist_resnet.loop import Trainer
+from dist_resnet.paths import user_path
 from dist_resnet.plan import Plan, check_statistics, explain, make_plan, rates
 from dist_resnet.recording import Recording, open_recording
 from dist_resnet.resume import (
@@ -51,7 +51,7 @@ def run(config: Config, named: Collection[str] = ()) -> None:
     signals.install()
     world = start(config.parallel.device, config.parallel.timeout_seconds)
     orderly = False
-    folder = RunFolder(Path(config.run.dir) / run_name(config))
+    folder = RunFolder(user_path(config.run.dir) / run_name(config))
     try:
         on_main(lambda: open_folder(config, folder))
         try:

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +16,7 @@ from dist_resnet.distributed import World, from_all, from_main, on_main, togethe
 from dist_resnet.errors import UserError
 from dist_resnet.evaluation import BATCH_SIZE, Evaluator
 from dist_resnet.launcher import environment_int, environment_rank
+from dist_resnet.paths import user_path
 from dist_resnet.precision import (
     check_convolutions,
     choose_dtype,
@@ -146,11 +146,11 @@ def with_replicas(config: Config, replicas: int) -> Config:
 
 
 def _open_dataset(config: Config) -> Dataset:
-    folder = Path(config.data.root) / config.data.dataset
+    folder = user_path(config.data.root) / config.data.dataset
 
     def prepare_and_verify() -> None:
         if not Dataset.exists(folder):
-            prepare_builtin(config.data.dataset, Path(config.data.root))
+            prepare_builtin(config.data.dataset, user_path(config.data.root))
         Dataset.load(folder, verify=True)
 
     on_main(prepare_and_verify)

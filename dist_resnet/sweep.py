@@ -14,12 +14,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from dist_resnet.cli import run_command
 from dist_resnet.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED, UserError
+from dist_resnet.paths import user_path
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.sweep_plan import Grid, Trial, read_grid
 from dist_resnet.terminal import forgive
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     words = [word for word in words if word != "--retry-failed"]
     if len(words) != 1 or words[0].startswith("-"):
         raise UserError("write it as FILE -- ARGUMENT ...; see python -m dist_resnet.sweep --help")
-    grid = read_grid(Path(words[0]), extra)
+    grid = read_grid(user_path(words[0]), extra)
     runner = _Runner()
     for number, trial in enumerate(grid.trials, 1):
         title = f"sweep: {number} of {len(grid.trials)}, {trial.folder}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from dist_resnet.config import load_config, trajectory_hash
 from dist_resnet.errors import UserError, first_line
+from dist_resnet.paths import user_path
 from dist_resnet.schema import changes_figures
 from dist_resnet.values import read_yaml, texts
 
@@ -118,7 +119,7 @@ def _trial(stem: str, values: dict[str, Any], command: list[str], extra: Sequenc
     name = f"{readable}-{digits}"
     group = config.wandb.group or stem
     full += [f"run.name={name}", f"wandb.group={group}"]
-    return Trial(values, Path(config.run.dir) / name, full)
+    return Trial(values, user_path(config.run.dir) / name, full)
 
 
 def _word(value: Any) -> str:

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from dist_resnet.config import stored_config
+from dist_resnet.data.decoding import Reading, stored_reading
+from dist_resnet.errors import UserError
 from dist_resnet.models.resnet import ResNet
+from dist_resnet.paths import user_path
 from dist_resnet.weights import find_weights, trained_model
 
 
@@ -17,6 +20,7 @@ class Classifier(nn.Module):
         classes: names, by the index of their logit.
         image_size: (height, width) of the images it was trained on.
         step: training step of its weights.
+        reading: how the image files that it was trained on became pixels.
     """
 
     mean: Tensor
@@ -30,12 +34,14 @@ class Classifier(nn.Module):
         mean: list[float],
         std: list[float],
         step: int,
+        reading: Reading,
     ) -> None:
         super().__init__()
         self.network = network
         self.classes = classes
         self.image_size = image_size
         self.step = step
+        self.reading = reading
         shape = (1, 3, 1, 1)
         self.register_buffer("mean", torch.tensor(mean).view(shape) / 255)
         inverse = torch.tensor([255 / (value or 1.0) for value in std])
@@ -46,16 +52,23 @@ class Classifier(nn.Module):
         return self.network((images - self.mean) * self.scale)
 
 
-def load(path: str | Path) -> Classifier:
+def load(path: str | Path, checkpoint: str = "newest") -> Classifier:
     """The classifier of a run folder or of one checkpoint, on the CPU, in evaluation mode.
 
         model = dist_resnet.load("runs/NAME")
         names = [model.classes[i] for i in model(images).argmax(1)]
 
+    Args:
+        checkpoint: of a run folder, newest or best.
+
     Raises:
         UserError: no valid checkpoint there.
     """
-    _, saved = find_weights(Path(path))
+    file, saved = find_weights(user_path(str(path)), checkpoint)
+    try:
+        reading = stored_reading(saved.get("reading"))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: damaged: {error}") from None
     network = trained_model(saved, stored_config(saved["config"]))
     height, width = saved["image_size"]
     classifier = Classifier(
@@ -65,5 +78,6 @@ def load(path: str | Path) -> Classifier:
         saved["mean"],
         saved["std"],
         saved["state"]["step"],
+        reading,
     )
     return classifier.eval()

@@ -8,24 +8,44 @@ import torch
 from dist_resnet.checkpoint import CheckpointStore, read_checkpoint
 from dist_resnet.errors import UserError
 from dist_resnet.models.resnet import ResNet, build_model
+from dist_resnet.paths import printable
 from dist_resnet.schema import Config
 from dist_resnet.state import load_tensors
 from dist_resnet.tracking.tracker import say_on_stderr
 
+CHECKPOINTS = ("newest", "best")
 
-def find_weights(path: Path) -> tuple[Path, dict[str, Any]]:
-    """File and content of a checkpoint, or of the newest valid one of a run folder.
+
+def find_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, dict[str, Any]]:
+    """File and content of a checkpoint, or of the newest valid or the best one of a run folder.
 
     Raises:
         UserError: there is none.
     """
+    if checkpoint not in CHECKPOINTS:
+        raise UserError(f"checkpoint {checkpoint}: choose {' or '.join(CHECKPOINTS)}")
     if not path.is_dir():
-        return path, read_checkpoint(path)
+        if checkpoint != CHECKPOINTS[0]:
+            raise UserError(f"{path}: is no run folder, which alone has a {checkpoint} checkpoint")
+        return path, _checked(path, read_checkpoint(path))
     store = CheckpointStore(path / "checkpoints", keep=1)
-    found = store.newest(say_on_stderr, set_aside=False)
+    if checkpoint == "best":
+        best = store.best_path()
+        found = None if best is None else (best, read_checkpoint(best))
+    else:
+        found = store.newest(say_on_stderr, set_aside=False)
     if found is None:
-        raise UserError(f"{path}: holds no checkpoint; name a run folder or a .pt file")
-    return found
+        kind = "best " if checkpoint == "best" else ""
+        raise UserError(f"{path}: holds no {kind}checkpoint; name a run folder or a .pt file")
+    return found[0], _checked(*found)
+
+
+def _checked(file: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    missing = {"config", "classes", "mean", "std", "image_size", "state"} - saved.keys()
+    if missing:
+        raise UserError(f"{file}: not a checkpoint of a training: it lacks {min(missing)}")
+    # As `Dataset.load` gives them, also from checkpoints of before it did.
+    return saved | {"classes": [printable(str(name)) for name in saved["classes"]]}
 
 
 def trained_model(saved: dict[str, Any], config: Config) -> ResNet:

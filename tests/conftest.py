@@ -13,7 +13,7 @@ from hypothesis import settings
 
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.folder import load_folder
-from dist_resnet.data.images import ImageSet
+from dist_resnet.data.images import ImageSet, Split
 from dist_resnet.data.prepare import prepare, prepare_builtin
 from dist_resnet.data.sources import load_synthetic
 from dist_resnet.errors import UserError
@@ -52,7 +52,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 @pytest.fixture(scope="session")
 def tiny_images() -> ImageSet:
     """53 and 29 images of 12x12 in 5 classes: primes, so that nothing divides by accident."""
-    return load_synthetic(53, 29, classes=5, size=12, seed=3)
+    images = load_synthetic(53, 29, classes=5, size=12, seed=3)
+    splits = (Split(part.images[:], part.labels) for part in (images.train, images.test))
+    return ImageSet(images.classes, *splits)
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +87,8 @@ def cifar10(request: pytest.FixtureRequest) -> Dataset:
     key = "-".join(f"{fact.st_size:x}.{fact.st_mtime_ns:x}" for fact in facts)
     folder = Path(tempfile.gettempdir()) / f"dist_resnet-tests-{os.getuid()}" / f"cifar10-{key}"
     if not Dataset.exists(folder):
-        prepare(load_folder(train, test), folder, "folder", "cifar10")
+        with tempfile.TemporaryDirectory() as scratch:
+            prepare(load_folder(train, test, Path(scratch)), folder, "folder", "cifar10")
     return Dataset.load(folder)
 
 

@@ -14,12 +14,12 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from dist_resnet.cli import Parser, run_command
 from dist_resnet.config import load_config
 from dist_resnet.errors import EXIT_DONE, UserError
 from dist_resnet.launcher import under_torchrun
+from dist_resnet.paths import user_path
 
 NAMES = {"loader": 7, "step": 7, "train": 6, "scaling": 8, "peers": 7, "startup": 5}
 """Benchmarks, and their default number of rounds."""
@@ -71,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("name", help=" | ".join(NAMES))
     parser.add_argument("pairs", nargs="*", metavar="key=value", help="the trainer's keys")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the main table")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write everything to FILE")
+    parser.add_argument("--plot", type=user_path, metavar="FILE.svg", help="draw the main table")
     parser.add_argument("--rounds", type=int, help="how often each candidate takes its turn")
     parser.add_argument("--quick", action="store_true", help="seconds, for tests; digits")
     parser.add_argument("--full", action="store_true", help="also what takes long")

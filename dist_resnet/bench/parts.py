@@ -88,8 +88,7 @@ def operators_of_step(
     step: TrainStep, draw: Callable[[], Batch], steps: int
 ) -> list[dict[str, Any]]:
     """Shares of the operators in a step's time, grouped, and how often each is called."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile, record_function
+    from torch.profiler import DeviceType, ProfilerActivity, profile, record_function
 
     activities = [ProfilerActivity.CPU]
     if step.device.type == "cuda":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,7 @@ def gather_facts(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
 
     device = torch.device("cuda" if cuda_count(config.parallel.device) else "cpu")
     return {
-        "command": " ".join(["python -m dist_resnet.bench", *map(_without_path, arguments)]),
+        "command": f"python -m dist_resnet.bench {shlex.join(map(_without_path, arguments))}",
         "commit": git_commit(),
         "versions": versions(),
         "hardware": {

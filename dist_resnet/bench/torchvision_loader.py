@@ -20,7 +20,7 @@ class ArrayDataset(Dataset[tuple[Any, int]]):
         from torchvision import transforms
 
         split = read_back(prepared.train_path)
-        self.images: np.ndarray = split.images
+        self.images = np.asarray(split.images)
         self.labels: list[int] = split.labels.tolist()
         steps: list[Any] = []
         if padding:

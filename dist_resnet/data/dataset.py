@@ -3,24 +3,23 @@
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
+import shlex
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 import dist_resnet
 from dist_resnet.data.beton import check_beton
+from dist_resnet.data.content import Channels, channel_statistics, fingerprint
+from dist_resnet.data.decoding import AS_STORED, FITS, Reading, stored_reading
 from dist_resnet.data.images import ImageSet
 from dist_resnet.errors import UserError
+from dist_resnet.paths import printable
 
 DESCRIPTION = "dataset.json"
 TRAIN, TEST = "train.beton", "test.beton"
-Channels = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Dataset:
     `mean` and `std`: per channel (R, G, B) over all training pixels, on the scale 0 ... 255; a
     channel that never varies has std 0. `fingerprint`: SHA-256 of pixels, labels and class names,
     independent of how they are stored. `files`: name -> {"bytes": int, "sha256": str}.
+    `reading`: how image files became these pixels.
     """
 
     folder: Path
@@ -45,6 +45,7 @@ class Dataset:
     fingerprint: str
     files: dict[str, dict[str, Any]]
     created_by: dict[str, str]
+    reading: Reading = AS_STORED
 
     @property
     def train_path(self) -> Path:
@@ -108,10 +109,14 @@ class Dataset:
     @property
     def prepare_command(self) -> str:
         """The command that prepares this data set again."""
-        details = {"folder": " --train PATH --test PATH", "synthetic": " ..."}
+        fit, bits = self.reading.fit, self.reading.bits
+        sized = "" if fit == FITS[0] else f" --resize {self.height} --fit {fit}"
+        deep = "" if bits == 16 else f" --bits {bits}"
+        details = {"folder": f" --train PATH --test PATH{sized}{deep}", "synthetic": " ..."}
         return (
             f"python -m dist_resnet.data.prepare {self.source}{details.get(self.source, '')} "
-            f"--output {self.folder.parent} --name {self.folder.name}"
+            f"--output {shlex.quote(str(self.folder.parent))} "
+            f"--name {shlex.quote(self.folder.name)}"
         )
 
 
@@ -166,7 +171,11 @@ def _checked(raw: Any) -> dict[str, Any]:
     for name in (TRAIN, TEST):
         if set(raw["files"].get(name, ())) != {"bytes", "sha256"}:
             raise ValueError(f"files lacks {name}")
-    return {**{key: raw[key] for key in kinds}, "classes": tuple(raw["classes"])}
+    return {
+        **{key: raw[key] for key in kinds},
+        "classes": tuple(map(printable, raw["classes"])),
+        "reading": stored_reading(raw.get("reading")),
+    }
 
 
 def describe(folder: Path, image_set: ImageSet, name: str, source: str) -> Dataset:
@@ -191,6 +200,7 @@ def describe(folder: Path, image_set: ImageSet, name: str, source: str) -> Datas
             # ffcv.__version__ of the 1.0.2 package says 0.0.3rc1
             **{package: importlib.metadata.version(package) for package in ("ffcv", "numpy")},
         },
+        reading=image_set.reading,
     )
     content = asdict(dataset)
     del content["folder"]
@@ -206,33 +216,3 @@ def file_facts(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
-
-
-def fingerprint(image_set: ImageSet) -> str:
-    """SHA-256 over class names, shapes, labels and pixels of both splits, in their order."""
-    digest = hashlib.sha256(json.dumps(image_set.classes).encode())
-    for split in (image_set.train, image_set.test):
-        digest.update(json.dumps(split.images.shape).encode())
-        digest.update(np.ascontiguousarray(split.labels, "<i8").data)
-        digest.update(np.ascontiguousarray(split.images).data)
-    return digest.hexdigest()
-
-
-def channel_statistics(images: NDArray[np.uint8]) -> tuple[Channels, Channels]:
-    """Mean and standard deviation (population) of each channel of (N, H, W, 3) uint8 images.
-
-    Sums are exact integers, so that neither order nor machine shows in the last digit.
-    """
-    counts = np.zeros((3, 256), np.int64)
-    for start in range(0, len(images), 1000):  # bincount makes 8 bytes of every byte
-        for channel in range(3):
-            block = images[start : start + 1000, :, :, channel]
-            counts[channel] += np.bincount(block.reshape(-1), minlength=256)
-    mean, std = [], []
-    for histogram in counts.tolist():  # Python's integers do not overflow
-        number = sum(histogram)
-        total = sum(value * n for value, n in enumerate(histogram))
-        squares = sum(value * value * n for value, n in enumerate(histogram))
-        mean.append(total / number)
-        std.append(math.sqrt(number * squares - total * total) / number)
-    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])

@@ -12,7 +12,7 @@ import errno
 import fcntl
 import glob
 import os
-import re
+import shlex
 import shutil
 import signal
 import sys
@@ -20,20 +20,21 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
+from dist_resnet.cli import run_command
+from dist_resnet.data.arguments import SYNTHETIC, parser, reading_of, tolerance_of
 from dist_resnet.data.beton import read_back, write_beton
-from dist_resnet.data.dataset import DESCRIPTION, TEST, TRAIN, Dataset, describe, fingerprint
+from dist_resnet.data.content import fingerprint
+from dist_resnet.data.dataset import DESCRIPTION, TEST, TRAIN, Dataset, describe
 from dist_resnet.data.folder import load_folder
-from dist_resnet.data.images import ImageSet
+from dist_resnet.data.images import ImageSet, blocks, tell
 from dist_resnet.data.sources import CIFAR, load_cifar, load_digits, load_synthetic
 from dist_resnet.errors import UserError
 from dist_resnet.storage import sync_folder
 
 BUILTIN = (*CIFAR, "digits", "synthetic")
-SYNTHETIC = {"num-train": 50_000, "num-test": 10_000, "classes": 10, "size": 32, "seed": 0}
 LOCK_SECONDS = 1800.0  # how long to wait for another preparation of the same data set
 
 
@@ -57,8 +58,8 @@ def prepare_builtin(name: str, data_root: Path) -> Dataset:
     if name not in BUILTIN:
         raise UserError(
             f"there is no data set {name!r} in {data_root}; prepare it: python -m "
-            f"dist_resnet.data.prepare folder --train PATH --test PATH --output {data_root} "
-            f"--name {name}"
+            "dist_resnet.data.prepare folder --train PATH --test PATH "
+            f"--output {shlex.quote(str(data_root))} --name {shlex.quote(name)}"
         )
     with _workspace(folder) as workspace:
         if present := _intact(folder):  # perhaps made by another process while this one waited
@@ -120,7 +121,7 @@ def _lock(path: Path) -> Iterator[bool]:
                 if time.monotonic() > deadline:
                     raise UserError(f"{path} has been locked for {LOCK_SECONDS:.0f} s") from None
                 if not waiting:
-                    print("waiting for another process that prepares it ...", file=sys.stderr)
+                    tell("waiting for another process that prepares it ...")
                 waiting = True
                 time.sleep(0.1)
             except OSError:
@@ -136,16 +137,18 @@ def _place(
 ) -> Dataset:
     image_set.validate()
     present = _intact(folder)
-    if present and present.fingerprint == fingerprint(image_set):
-        print(f"{folder} is already prepared with the same content")
+    alike = present is not None and present.reading == image_set.reading
+    if present and alike and present.fingerprint == fingerprint(image_set):
+        tell(f"{folder} is already prepared with the same content", sys.stdout)
         return present
     built = workspace / "built"
     built.mkdir()
     for file, split in ((TRAIN, image_set.train), (TEST, image_set.test)):
         write_beton(built / file, split)
         found = read_back(built / file)
-        pixels_agree = np.array_equal(found.images, split.images)
-        if not (pixels_agree and np.array_equal(found.labels, split.labels)):
+        both = zip(blocks(found.images), blocks(split.images), strict=True)
+        agree = np.array_equal(found.labels, split.labels)
+        if not (agree and all(np.array_equal(mine, given) for mine, given in both)):
             raise UserError(f"{file} reads back differently from what was written; check the disk")
     describe(built, image_set, name, source_name)
     sync_folder(built)
@@ -167,75 +170,53 @@ def _swap(built: Path, place: Path) -> None:
     sync_folder(place.parent)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m dist_resnet.data.prepare --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m dist_resnet.data.prepare", description=__doc__.split(":")[0])
-    common = _Parser(add_help=False)
-    common.add_argument("--output", type=Path, default=Path("data"), help="default: data")
-    common.add_argument("--name", help="of the data set; default: the source's")
-    sources = parser.add_subparsers(dest="source", metavar="SOURCE", required=True)
-    for name in CIFAR:
-        cifar = sources.add_parser(name, parents=[common], help="downloaded, or --input ROOT")
-        cifar.add_argument("--input", type=Path, help="folder with torchvision's files or .tar.gz")
-    folder = sources.add_parser("folder", parents=[common], help="class folders, .tar* or .zip")
-    folder.add_argument("--train", type=Path, required=True, help="folder or archive")
-    folder.add_argument("--test", type=Path, required=True, help="folder or archive")
-    folder.add_argument("--resize", type=int, metavar="N", help="make every image NxN")
-    sources.add_parser("digits", parents=[common], help="1,797 bundled digits, 32x32")
-    synthetic = sources.add_parser("synthetic", parents=[common], help="a pattern a class, noise")
-    for key, default in SYNTHETIC.items():
-        synthetic.add_argument(f"--{key}", type=int, default=default, help=f"default: {default}")
-    return parser
-
-
 def _run(options: argparse.Namespace) -> None:
     start, source = time.perf_counter(), options.source
     name = options.name or source
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-        raise UserError(f"--name {name!r}: use letters, digits, '.', '_' and '-', no '.' in front")
     folder = options.output / name
     with _workspace(folder) as workspace:
         dataset = _intact(folder)
         # A download always has the same content: no need to repeat it to compare.
         if dataset and dataset.source == source in CIFAR and not options.input:
-            print(f"{folder} is already prepared")
+            tell(f"{folder} is already prepared", sys.stdout)
         else:
             if source == "folder":
-                image_set = load_folder(options.train, options.test, options.resize)
+                scratch = workspace / "scratch"
+                scratch.mkdir()
+                reading, tolerance = reading_of(options), tolerance_of(options)
+                paths = options.train, options.test, scratch
+                image_set = load_folder(*paths, options.resize, reading, tolerance)
             elif source == "synthetic":
                 values = [getattr(options, key.replace("-", "_")) for key in SYNTHETIC]
                 image_set = load_synthetic(*values)
             else:
                 image_set = _load_builtin(source, getattr(options, "input", None), workspace)
             dataset = _place(image_set, folder, workspace, source, name)
-    print(
+    tell(
         f"{folder}: {dataset.num_train:,} training and {dataset.num_test:,} test images, "
         f"{dataset.width}x{dataset.height}\n"
         f"{len(dataset.classes)} classes: {', '.join(dataset.classes)}\n"
         f"mean {', '.join(f'{value:.3f}' for value in dataset.mean)}\n"
         f"std  {', '.join(f'{value:.3f}' for value in dataset.std)}\n"
         f"fingerprint {dataset.fingerprint}\n"
-        f"{time.perf_counter() - start:.1f} s"
+        f"{time.perf_counter() - start:.1f} s",
+        sys.stdout,
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0, 2 (user's mistake) or 130 (Ctrl-C)."""
     try:
-        _run(_parser().parse_args(arguments))
+        _run(parser(__doc__.split(":")[0]).parse_args(arguments))
     except UserError as error:
-        print(f"dist_resnet: {' '.join(str(error).split())}", file=sys.stderr)
+        tell(f"dist_resnet: {' '.join(str(error).split())}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; nothing was changed", file=sys.stderr)
+        tell("interrupted; nothing was changed")
         return 130
     return 0
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workspace is removed
-    sys.exit(main())
+    run_command(main)

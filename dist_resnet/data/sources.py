@@ -20,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dist_resnet.data.images import MAX_SIDE, ImageSet, Split
+from dist_resnet.data.images import MAX_SIDE, ImageSet, LazyImages, Split
 from dist_resnet.errors import UserError
 
 CIFAR = ("cifar10", "cifar100")
 # No answer within this time: no network. Also the longest pause within a download.
 NETWORK_SECONDS = 8.0
+_PHILOX_BYTES = 32  # of one position of its counter
 
 
 def load_cifar(name: str, input_root: Path | None, download_root: Path) -> ImageSet:
@@ -206,24 +207,40 @@ def load_synthetic(
             raise UserError(f"--{what} {value}: give a number between 1 and {most}")
     if not 0 <= seed < 1 << 63:
         raise UserError(f"--seed {seed}: give a number between 0 and 2^63 - 1")
-    coarse = _random_bytes(seed, 0, (classes, 4, 4, 3)) >> 1
+    coarse = _random_bytes(seed, 0, classes * 48).reshape(classes, 4, 4, 3) >> np.uint8(1)
     cell = np.arange(size) * 4 // size
-    patterns = coarse[:, cell][:, :, cell]
+    patterns: NDArray[np.uint8] = coarse[:, cell][:, :, cell]
 
     def make(stream: int, number: int) -> Split:
         labels = np.arange(number, dtype=np.int64) % classes
-        images = _random_bytes(seed, stream, (number, size, size, 3))
-        for start in range(0, number, 1000):  # patterns[labels] at once would double the memory
-            block = images[start : start + 1000]
-            block >>= 1  # half noise, half pattern: at most 127 + 127
-            block += patterns[labels[start : start + 1000]]
-        return Split(images, labels)
+        return Split(_Synthetic(seed, stream, patterns, number), labels)
 
     names = tuple(f"class{index:0{len(str(classes - 1))}d}" for index in range(classes))
     return ImageSet(names, make(1, train), make(2, test))
 
 
-def _random_bytes(seed: int, stream: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    count = int(np.prod(shape))
-    words = np.random.Philox(key=[seed, stream]).random_raw((count + 7) // 8)
-    return np.asarray(words, "<u8").view(np.uint8)[:count].reshape(shape)
+class _Synthetic(LazyImages):
+    """Half noise, half the pattern of the class: at most 127 + 127."""
+
+    def __init__(self, seed: int, stream: int, patterns: NDArray[np.uint8], number: int) -> None:
+        super().__init__(number, *patterns.shape[1:3])
+        self._seed, self._stream, self._patterns = seed, stream, patterns
+
+    def _read(self, chosen: range) -> NDArray[np.uint8]:
+        if chosen.step != 1 and chosen:
+            return np.stack([self[number] for number in chosen])
+        size = int(np.prod(self.shape[1:]))
+        noise = _random_bytes(self._seed, self._stream, size * len(chosen), size * chosen.start)
+        images = noise.reshape(len(chosen), *self.shape[1:])
+        images >>= 1
+        images += self._patterns[np.asarray(chosen, np.int64) % len(self._patterns)]
+        return images
+
+
+def _random_bytes(seed: int, stream: int, count: int, start: int = 0) -> NDArray[np.uint8]:
+    """Bytes `start` to `start + count` of Philox's raw bits; it can be entered anywhere."""
+    first, skipped = divmod(start, _PHILOX_BYTES)
+    generator = np.random.Philox(key=[seed, stream])
+    generator.advance(first)
+    words = generator.random_raw((skipped + count + 7) // 8)
+    return np.asarray(words, "<u8").view(np.uint8)[skipped : skipped + count]

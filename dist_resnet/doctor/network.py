@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -15,6 +14,7 @@ from dist_resnet.distributed import World, all_reduce_sum, from_all, gather_rows
 from dist_resnet.doctor import Finding, examine
 from dist_resnet.environment import git_commit, versions
 from dist_resnet.errors import UserError
+from dist_resnet.paths import user_path
 from dist_resnet.schema import Config
 
 SMALL, MODEL, LARGE = 4, 1_080_000, 16 << 20
@@ -49,7 +49,7 @@ def network_findings(config: Config, world: World) -> list[Finding]:
 
 
 def _facts(config: Config, world: World) -> Facts:
-    folder = Path(config.data.root) / config.data.dataset
+    folder = user_path(config.data.root) / config.data.dataset
     try:
         fingerprint = Dataset.load(folder, verify=False).fingerprint[:12]
     except (UserError, OSError):  # what is wrong with it is in its node's own line

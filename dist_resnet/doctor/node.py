@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from dist_resnet.doctor import Examination, Finding, examine
 from dist_resnet.doctor.gpu import device_finding, gpu_examinations, usable_gpus
 from dist_resnet.environment import versions
 from dist_resnet.launcher import under_torchrun
+from dist_resnet.paths import user_path
 from dist_resnet.precision import choose_dtype
 from dist_resnet.schema import Config
 from dist_resnet.session import choose_threads
@@ -46,7 +48,7 @@ def node_findings(config: Config, local_size: int) -> Iterator[Finding]:
         "ffcv": _ffcv,
         "dataset": lambda: _dataset(config),
         "wandb": lambda: _wandb(config),
-        "disk": lambda: _disk(Path(config.run.dir)),
+        "disk": lambda: _disk(user_path(config.run.dir)),
         "shared memory": lambda: _shared_memory(gpus, local_size),
         "threads": lambda: _threads(config, local_size),
     }
@@ -97,8 +99,9 @@ def _ffcv() -> Finding:
         # A batch may be overwritten by the next one.
         read = [(x.numpy().copy(), y.numpy().copy()) for x, y in loader.batches(wanted)]
     pixels = np.concatenate([batch for batch, _ in read])
+    given = np.asarray(images.train.images)
     labels = np.concatenate([batch for _, batch in read])
-    right = np.array_equal(pixels, images.train.images[wanted]) and np.array_equal(
+    right = np.array_equal(pixels, given[wanted]) and np.array_equal(
         labels.reshape(-1), images.train.labels[wanted]
     )
     text = f"{versions().get('ffcv', '?')}, 32 images written and read back"
@@ -108,9 +111,9 @@ def _ffcv() -> Finding:
 
 
 def _dataset(config: Config) -> Finding:
-    name, folder = config.data.dataset, Path(config.data.root) / config.data.dataset
+    name, folder = config.data.dataset, user_path(config.data.root) / config.data.dataset
     if not Dataset.exists(folder):
-        command = f"{_PREPARE} {name} --output {config.data.root}"
+        command = f"{_PREPARE} {name} --output {shlex.quote(config.data.root)}"
         place = next(p for p in folder.absolute().parents if p.exists())
         if name in _BUILTIN and (why := _why_not_writable(place)):
             text = f"{folder} is not there, and {place} cannot be written ({why})"

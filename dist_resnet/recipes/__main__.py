@@ -10,11 +10,11 @@ DIR is benchmarks/runs. Runs of one GROUP stand in one table, a row for each set
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from dist_resnet.bench.report import write
 from dist_resnet.cli import Parser, run_command
 from dist_resnet.errors import EXIT_DONE, UserError
+from dist_resnet.paths import user_path
 from dist_resnet.recipes.curves import curve_chart
 from dist_resnet.recipes.kept import condense, read_kept, write_kept
 from dist_resnet.recipes.tables import with_runs
@@ -47,10 +47,10 @@ def _parser() -> argparse.ArgumentParser:
     keep, tables, plot = (actions.add_parser(name) for name in ("keep", "tables", "plot"))
     for action in (keep, plot):
         action.add_argument("group")
-        action.add_argument("--folder", type=Path, default=Path("benchmarks/runs"))
-    keep.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    plot.add_argument("file", type=Path)
-    tables.add_argument("file", type=Path)
+        action.add_argument("--folder", type=user_path, default="benchmarks/runs")
+    keep.add_argument("runs", nargs="+", type=user_path, metavar="RUN")
+    plot.add_argument("file", type=user_path)
+    tables.add_argument("file", type=user_path)
     return parser
 
 

@@ -95,7 +95,7 @@ def write_kept(kept: Kept, folder: Path) -> Path:
         raise UserError(f"{path} holds another run; give one of them another run.name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{{\n{lines}\n}}\n")
+        path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     return path
@@ -119,7 +119,7 @@ def read_kept(folder: Path, group: str) -> list[Kept]:
 
 def _read(path: Path) -> Kept:
     try:
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a kept run: {error}") from None
     if not isinstance(kept, dict) or not {"group", "name", "settings", "figures"} <= kept.keys():

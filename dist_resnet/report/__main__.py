@@ -16,8 +16,9 @@ from pathlib import Path
 
 from dist_resnet.cli import Parser, run_command
 from dist_resnet.errors import EXIT_DONE, UserError
+from dist_resnet.paths import user_path
 from dist_resnet.report.record import read_records
-from dist_resnet.report.text import render_text
+from dist_resnet.report.text import BLOCKS, render_text
 from dist_resnet.storage import check_writable, write_atomically
 
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     asked = _parse(arguments)
     records = read_records(asked.runs)
     if asked.text:
-        print(render_text(records))
+        print(render_text(records, plain=not _shows_blocks()))
         return EXIT_DONE
     from dist_resnet.report.page import render_page
 
@@ -38,13 +39,21 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror}") from None
     print("report: evaluating the checkpoints that are here ...", file=sys.stderr)
-    page = render_page(records).encode()
+    page = render_page(records).encode("utf-8", "backslashreplace")
     try:
         write_atomically(output, page, durable=False)
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror}") from None
     print(f"{output}: {len(records)} run{'s' * (len(records) > 1)}, {len(page):,} bytes")
     return EXIT_DONE
+
+
+def _shows_blocks() -> bool:
+    try:
+        BLOCKS.encode(sys.stdout.encoding if sys.stdout else "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -55,8 +64,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         usage="%(prog)s RUN [RUN ...] [--output FILE.html] [--text]",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=argparse.SUPPRESS)
-    parser.add_argument("--output", "--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help=argparse.SUPPRESS)
+    parser.add_argument("--output", "--out", type=user_path, help=argparse.SUPPRESS)
     parser.add_argument("--text", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if asked.text and asked.output is not None:

@@ -18,6 +18,7 @@ from dist_resnet.data.stream import open_loader, training_batches
 from dist_resnet.distributed import start, stop
 from dist_resnet.errors import UserError
 from dist_resnet.gallery import augmented
+from dist_resnet.paths import user_path
 from dist_resnet.plan import make_plan
 from dist_resnet.randomness import step_keys
 from dist_resnet.session import Session, open_session
@@ -75,7 +76,7 @@ def find_examples(run: Path) -> Examples:
     """
     file, saved = find_weights(run)
     config = stored_config(saved["config"], ["parallel.device=auto"])
-    folder = Path(config.data.root) / config.data.dataset
+    folder = user_path(config.data.root) / config.data.dataset
     if not Dataset.exists(folder):
         raise UserError(f"there is no dataset at {folder}")
     world = start("auto", config.parallel.timeout_seconds)

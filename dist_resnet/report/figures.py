@@ -34,16 +34,17 @@ def headline(run: RunRecord) -> list[Figure]:
     best = _best(run)
 
     def either(key: str, newest: Callable[[], Value]) -> Value:
-        found = summary.get(key) if summary else newest()
-        return found if isinstance(found, float | int | str) else None
+        return _value(summary.get(key)) if summary else newest()
 
-    step, total = either("step", lambda: run.last("step")), run.plan.get("total_steps")
+    step, total = either("step", lambda: run.last("step")), _value(run.plan.get("total_steps"))
     return [
         Figure("state", str(run.status.get("state", "unknown"))),
         Figure("step", step, ",d"),
         Figure("of steps", total, ",d"),
         Figure("epoch", either("epoch", lambda: run.last("epoch")), ".4g"),
         Figure("val/top1", either("val/top1", lambda: run.last("val/top1")), ".4f"),
+        Figure("val/top5", either("val/top5", lambda: run.last("val/top5")), ".4f"),
+        Figure("val/balanced", either("val/balanced", lambda: run.last("val/balanced")), ".4f"),
         Figure("best/val/top1", either("best/val/top1", lambda: best[0]), ".4f"),
         Figure("best/step", either("best/step", lambda: best[1]), ",d"),
         Figure("val/loss", either("val/loss", lambda: run.last("val/loss")), ".4f"),
@@ -55,7 +56,7 @@ def headline(run: RunRecord) -> list[Figure]:
             ",.0f",
         ),
         Figure("wall seconds", either("wall_seconds", lambda: run.last("seconds")), ",.0f"),
-        Figure("parameters", summary.get("parameters"), ",d"),
+        Figure("parameters", _value(summary.get("parameters")), ",d"),
     ]
 
 
@@ -64,13 +65,18 @@ def per_class(run: RunRecord) -> list[Figure]:
     prefix = "val/per_class/"
     source = run.summary or (run.evaluations[-1] if run.evaluations else {})
     found = ((key, value) for key, value in source.items() if key.startswith(prefix))
-    return [Figure(key.removeprefix(prefix), value, ".3f") for key, value in found]
+    return [Figure(key.removeprefix(prefix), _value(value), ".3f") for key, value in found]
+
+
+def _value(found: object) -> Value:
+    """What a figure can be; a damaged file may hold anything in its place."""
+    return found if isinstance(found, float | int | str) else None
 
 
 def train_curve(run: RunRecord) -> list[tuple[float, float]]:
     """(epoch, train/top1 over the epoch before an evaluation): val/top1 plus the gap."""
     return [
-        (float(row["epoch"] or 0), val + gap)
+        (float(row.get("epoch") or 0), val + gap)
         for row in run.evaluations
         if (val := row.get("val/top1")) is not None and (gap := row.get("gap/top1")) is not None
     ]

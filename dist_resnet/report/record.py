@@ -11,6 +11,8 @@ from dist_resnet.diagnosis import diagnose
 from dist_resnet.errors import UserError
 from dist_resnet.tracking.jsonl import read_rows
 
+_LARGEST = 1e100
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -51,8 +53,10 @@ class RunRecord:
 
     @property
     def diagnosis(self) -> list[dict[str, str]]:
-        """The summary's; of a run without one, that of the rows so far."""
-        return self.summary["diagnosis"] if "diagnosis" in self.summary else diagnose(self.rows)
+        """The summary's; of a run without one, or a damaged one, that of the rows so far."""
+        told = self.summary.get("diagnosis")
+        whole = isinstance(told, list) and all(map(_is_finding, told))
+        return told if isinstance(told, list) and whole else diagnose(self.rows)
 
 
 def read_records(paths: Sequence[Path]) -> list[RunRecord]:
@@ -91,7 +95,9 @@ def read_record(path: Path, label: str) -> RunRecord:
         rows = []
     except OSError as error:
         raise UserError(f"{metrics}: cannot be read: {error.strerror}") from None
-    rows = [row for row in rows if all(_is_figure(value) for value in row.values())]
+    rows = [
+        _without_nonsense(row) for row in rows if all(_is_figure(value) for value in row.values())
+    ]
     if not any("epoch" in row for row in rows):
         raise UserError(f"{path}: no metrics yet; the first row comes after log.every_steps steps")
     config, note = _read_config(path / "config.yaml")
@@ -109,11 +115,26 @@ def _read_config(path: Path) -> tuple[dict[str, Any], str]:
 def _read_json(path: Path) -> dict[str, Any]:
     """A file's object; empty where there is none, or none yet."""
     try:
-        loaded = json.loads(path.read_text())
+        loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return loaded if isinstance(loaded, dict) else {}
+    return _without_nonsense(loaded) if isinstance(loaded, dict) else {}
 
 
 def _is_figure(value: object) -> bool:
     return value is None or isinstance(value, int | float)
+
+
+def _without_nonsense(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that cannot be drawn become None: JSON's readers take NaN and 400 digits too."""
+    return {
+        k: None if isinstance(v, int | float) and not _drawable(v) else v for k, v in values.items()
+    }
+
+
+def _drawable(value: float) -> bool:
+    return -_LARGEST <= value <= _LARGEST  # false of NaN
+
+
+def _is_finding(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(k), str) for k in ("name", "text"))

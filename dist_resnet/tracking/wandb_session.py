@@ -170,11 +170,11 @@ class WandbSession:
 
     def resend(self) -> str:
         """The command that sends everything on disk, the parts of a resumed run in their order."""
-        folder = shlex.quote(str(self._folder))
+        folder, run = shlex.quote(str(self._folder)), shlex.quote(self.run_id)
         # The last star: a restart within the same second gets a folder that ends in "-1".
         if self.mode == "offline":
-            return f"wandb sync {folder}/offline-run-*-{self.run_id}*"
-        return f"wandb sync --include-online {folder}/*run-*-{self.run_id}*"
+            return f"wandb sync {folder}/offline-run-*-{run}*"
+        return f"wandb sync --include-online {folder}/*run-*-{run}*"
 
     def _start(self, wandb: Any, options: dict[str, Any], mode: str, deadline: float) -> None:
         """wandb.init; where taking back rows is refused, continue after them, if there is time."""

@@ -73,7 +73,7 @@ def test_the_worst_mistakes_are_wrong_and_sorted(found: Examples, digits: Datase
     assert losses == sorted(losses, reverse=True)
     for mistake in found.mistakes:
         assert mistake.truth != mistake.predicted
-        same = (test.images == mistake.pixels).all(axis=(1, 2, 3))
+        same = (test.images[:] == mistake.pixels).all(axis=(1, 2, 3))
         assert digits.classes.index(mistake.truth) in test.labels[same]
 
 

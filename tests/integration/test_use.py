@@ -1,9 +1,13 @@
 """A trained model in use: load, predict, export."""
 
+import hashlib
 import io
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,3 +181,78 @@ def test_export_mixes_no_two_models_in_one_folder(run: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match="from another checkpoint"):
         _export(save(3), output, "torch_export")
     assert {path.name for path in output.iterdir()} == {"README.md", "model.safetensors"}
+
+
+def _changed(run: Path, place: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A checkpoint of the run, changed, as place/step-00000001-<checksum>.pt."""
+    (file,) = (run / "checkpoints").glob("step-*")
+    saved = torch.load(file, weights_only=True)
+    change(saved)
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:16]
+    path = place / f"step-00000001-{digest}.pt"
+    path.write_bytes(buffer.getvalue())
+    return path
+
+
+def test_predict_reads_an_image_as_the_training_images_were_read(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file,) = (run / "checkpoints").glob("step-*")
+    reading = torch.load(file, weights_only=True)["reading"]
+    assert reading == {"fit": "stretch", "bits": 16}
+    rng = np.random.default_rng(0)
+    deep = rng.integers(0, 4096, (32, 48), dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+
+    def shares(model: Path, *options: str) -> list[float]:
+        assert predict.main([str(model), str(tmp_path / "deep.png"), "--json", *options]) == 0
+        row = json.loads(capsys.readouterr().out)
+        return [entry["probability"] for entry in row["top"]]
+
+    def wanted(grey: np.ndarray) -> list[float]:
+        image = Image.fromarray(grey.astype(np.uint8))
+        sized = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
+        batch = torch.from_numpy(sized.copy()).expand(1, 3, 32, 32) / 255
+        with torch.inference_mode():
+            return dist_resnet.load(run)(batch).softmax(1).sort(descending=True).values[0].tolist()
+
+    model = _changed(run, tmp_path, lambda saved: saved.update(reading={"fit": "crop", "bits": 12}))
+    middle = (deep >> 4)[:, 8:40]
+    assert shares(model, "--top", "10") == pytest.approx(wanted(middle), abs=1e-5)
+    old = _changed(run, tmp_path, lambda saved: saved.pop("reading"))
+    assert shares(old, "--top", "10") == pytest.approx(wanted(deep >> 8), abs=1e-5)
+    assert shares(old, "--top", "10", "--bits", "12") == pytest.approx(wanted(deep >> 4), abs=1e-5)
+    bad = _changed(run, tmp_path, lambda saved: saved.update(reading={"fit": "squeeze"}))
+    with pytest.raises(UserError, match=r"damaged: reading is .*squeeze"):
+        dist_resnet.load(bad)
+
+
+def test_the_best_checkpoint_is_exported_where_it_is_asked_for(run: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    def raise_bias(saved: dict[str, Any]) -> None:
+        weights = saved["state"]["ema"] or saved["state"]["model"]
+        weights["head.bias"] += 7
+
+    shutil.copytree(run, tmp_path / "job")
+    folder = tmp_path / "job" / "checkpoints"
+    for path in folder.glob("best-*"):
+        path.unlink()
+    best = _changed(run, folder, raise_bias)
+    best.rename(best.with_name(best.name.replace("step-", "best-")))
+    biases = {}
+    for checkpoint in ("newest", "best"):
+        out = tmp_path / checkpoint
+        arguments = [str(tmp_path / "job"), "--format", "safetensors", "--output", str(out)]
+        assert export.main([*arguments, "--checkpoint", checkpoint]) == 0
+        biases[checkpoint] = load_file(out / "model.safetensors")["network.head.bias"]
+    assert torch.allclose(biases["best"], biases["newest"] + 7)
+    loaded = dist_resnet.load(tmp_path / "job", checkpoint="best").state_dict()
+    assert torch.equal(loaded["network.head.bias"], biases["best"])
+
+
+def test_closed_standard_input_is_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert predict.main([str(run), "-"]) == 2

@@ -19,6 +19,7 @@ from dist_resnet.data.beton import (
     write_beton,
 )
 from dist_resnet.data.images import Split
+from dist_resnet.data.sources import load_synthetic
 from dist_resnet.errors import UserError
 
 # What FFCV itself reads, and what its own writer writes; apart, for its threads and warnings.
@@ -235,3 +236,32 @@ def test_images_beyond_ffcv_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="too large for FFCV"):
         write_beton(tmp_path / "x.beton", Split(images, np.zeros(1, np.int64)))
     assert list(tmp_path.iterdir()) == []
+
+
+SLICES = [slice(None), slice(3, 9), slice(-4, None), slice(None, None, 3), slice(9, 2, -2)]
+
+
+@pytest.mark.parametrize(
+    "index", [0, 7, -1, np.int64(5), *SLICES, slice(None, None, -1), slice(5, 5)]
+)
+def test_images_that_are_read_when_asked_for_are_indexed_as_arrays(
+    tmp_path: Path, index: Any
+) -> None:
+    split = _split(20, 8, 6)
+    write_beton(tmp_path / "x.beton", split)
+    lazy = load_synthetic(20, 1, classes=3, size=5, seed=2).train.images
+    for images, whole in (
+        (read_back(tmp_path / "x.beton").images, split.images),
+        (lazy, np.asarray(lazy)),
+    ):
+        np.testing.assert_array_equal(images[index], whole[index])
+        assert images.shape == whole.shape
+    with pytest.raises(IndexError):
+        lazy[20]
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_one_line(small: Path) -> None:
+    images = read_back(small).images
+    os.truncate(small, 5000)
+    with pytest.raises(UserError, match="has become shorter"):
+        images[:]

@@ -1,6 +1,7 @@
 """What the doctor says of one machine, and how it judges several."""
 
 import os
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -102,6 +103,12 @@ def test_a_damaged_dataset(tmp_path: Path, tiny: Dataset, digits: Dataset) -> No
     found = findings(tmp_path, digits, f"data.root={root}")
     assert found["dataset"].level == "FAIL"
     assert "python -m dist_resnet.data.prepare digits" in found["dataset"].remedy
+
+
+def test_the_command_that_prepares_a_dataset_can_be_copied(tmp_path: Path, digits: Dataset) -> None:
+    found = findings(tmp_path, digits, f"data.root={tmp_path}/my data")
+    command = found["dataset"].remedy.split("do it now: ")[1]
+    assert shlex.split(command)[-2:] == ["--output", f"{tmp_path}/my data"]
 
 
 def test_an_exception_is_a_finding_with_a_remedy() -> None:

@@ -127,8 +127,40 @@ def test_confusion_and_per_class_are_scikit_learns(truth: dict[str, Any]) -> Non
     recall = recall_score(
         labels, truth["guesses"], labels=range(CLASSES), average=None, zero_division=0
     )
-    assert found.per_class() == pytest.approx(recall.tolist())
-    assert found.per_class()[CLASSES - 1] == 0.0
+    *with_images, absent = found.per_class()
+    assert with_images == pytest.approx(recall.tolist()[:-1])
+    assert absent is None  # not 0.0: nothing of it was mistaken
+
+
+def test_top5_and_balanced_accuracy_are_scikit_learns() -> None:
+    from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+
+    classes, count = 9, 200
+    rng = np.random.default_rng(4)
+    # A class is far more frequent than the others, and the last one is absent.
+    labels = np.minimum(rng.integers(0, 24, count), classes - 2)
+    images = rng.integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
+    model = build_model(ModelConfig(widths=[8, 8, 16]), classes, 3)
+    statistics = Normalisation.of(MEAN, STD, SIDE, CPU)
+    loader = ArrayLoader(images, labels, 32)
+    evaluate = Evaluator(loader, np.arange(count), statistics, torch.float32, False, ALONE)
+    found = evaluate(model)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).double()
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
+    with torch.no_grad():
+        logits = model.double().eval()((pixels - mean) / std).numpy()
+    wanted = top_k_accuracy_score(labels, logits, k=5, labels=range(classes))
+    assert found.top5 == pytest.approx(wanted)
+    assert found.top1 < wanted < 1
+    balanced = balanced_accuracy_score(labels, logits.argmax(1))
+    assert found.balanced == pytest.approx(balanced)
+    assert found.balanced != pytest.approx(found.top1, abs=0.01)
+    names = [f"c{k}" for k in range(classes)]
+    figures = found.figures(names)
+    assert figures["val/top5"] == found.top5
+    assert "val/per_class/c7" in figures
+    assert "val/per_class/c8" not in figures
+    assert "val/top5" not in _evaluate(ALONE, 8).figures("abcde")  # always 1 of five classes
 
 
 def test_without_mirror_images() -> None:

@@ -3,7 +3,10 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -11,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from dist_resnet.data.folder import load_folder
-from dist_resnet.data.images import decode_image
+from dist_resnet.data import folder
+from dist_resnet.data.decoding import Decoder, Reading
+from dist_resnet.data.folder import Tolerance
+from dist_resnet.data.images import ImageSet
 from dist_resnet.errors import UserError
 
 CIFAR_ROOT = Path(
@@ -22,6 +27,15 @@ CIFAR_ROOT = Path(
         "DIST_RESNET_CIFAR10", Path(__file__).resolve().parents[3] / "shared" / "cifar10"
     )
 )
+
+
+def load_folder(train: Path, test: Path, resize: int | None = None, **options: Any) -> ImageSet:
+    with tempfile.TemporaryDirectory() as scratch:  # its open file outlives it
+        return folder.load_folder(train, test, Path(scratch), resize, **options)
+
+
+def decode_image(data: bytes, where: str) -> np.ndarray:
+    return Decoder()(data, where)
 
 
 def _encoded(
@@ -368,6 +382,109 @@ def test_real_cifar10_is_in_the_original_order_of_classes() -> None:
     assert " ".join(image_set.classes) == names
     assert np.bincount(image_set.train.labels).tolist() == [5000] * 10
     assert np.bincount(image_set.test.labels).tolist() == [1000] * 10
-    flat = image_set.train.images.reshape(-1, 3)
+    flat = np.asarray(image_set.train.images).reshape(-1, 3)
     np.testing.assert_allclose(flat.mean(0), (125.307, 122.950, 113.865), atol=1e-3)
     np.testing.assert_allclose(flat.std(0), (62.993, 62.089, 66.705), atol=1e-3)
+
+
+_XMP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-'
+    b'syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/"%b</rdf:RDF>'
+    b"</x:xmpmeta>"
+)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        b' tiff:Orientation="6"/>',
+        b" tiff:Orientation='6'/>",
+        b" tiff:Orientation = '6' />",
+        b"><tiff:Orientation>6</tiff:Orientation></rdf:Description>",
+    ],
+)
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG"])
+def test_orientation_that_stands_in_the_xmp_alone(kind: str, spelling: bytes) -> None:
+    """6: the camera was turned to the left, so the picture is turned to the right."""
+    rgb = np.zeros((16, 32, 3), np.uint8)
+    rgb[:, :16] = (250, 0, 0)
+    xmp = _XMP.replace(b"%b", spelling)
+    options: dict[str, Any] = {"xmp": xmp}
+    if kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        options = {"pnginfo": info}
+    elif kind == "WEBP":
+        options["lossless"] = True
+    elif kind == "TIFF":
+        options = {"tiffinfo": {700: xmp}}
+    image = decode_image(_encoded(rgb, kind, **options), "x").astype(int)
+    assert image.shape == (32, 16, 3)
+    assert np.abs(image - np.rot90(rgb, -1)).mean() < 8
+
+
+def test_exif_wins_over_xmp() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    rgb = _random(3, 16, 8, 3)
+    data = _encoded(rgb, exif=exif, xmp=_XMP.replace(b"%b", b' tiff:Orientation="6"/>'))
+    np.testing.assert_array_equal(decode_image(data, "x"), rgb[::-1, ::-1])
+
+
+def test_resizing_that_keeps_the_aspect(tmp_path: Path) -> None:
+    """A wide image: its middle, or all of it between black bars."""
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, :20], wide[:, 20:40], wide[:, 40:] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    root = _write_tree(tmp_path / "w", {"a/0.png": _encoded(wide)})
+
+    def read(fit: str) -> np.ndarray:
+        found = load_folder(root, root, 12, reading=Reading(fit))
+        assert found.reading.fit == fit
+        return found.train.images[0]
+
+    crop, pad, stretched = read("crop"), read("pad"), read("stretch")
+    assert crop.shape == pad.shape == stretched.shape == (12, 12, 3)
+    np.testing.assert_array_equal(crop[:, 1:-1], np.broadcast_to(wide[0, 30], (12, 10, 3)))
+    assert pad[:4].max() == pad[8:].max() == 0
+    np.testing.assert_array_equal(pad[5, [1, 6, 10]], wide[0, [5, 30, 55]])
+    np.testing.assert_array_equal(stretched[:, 1], np.broadcast_to(wide[0, 5], (12, 3)))
+
+
+def test_fewer_bits_than_sixteen(tmp_path: Path) -> None:
+    deep = np.array([[0, 15, 16, 4095]], np.uint16)
+    root = _write_tree(tmp_path / "w", {"a/0.png": _encoded(deep)})
+    assert load_folder(root, root).train.images[0][0, :, 0].tolist() == [0, 0, 0, 15]
+    found = load_folder(root, root, reading=Reading(bits=12))
+    assert found.train.images[0][0, :, 0].tolist() == [0, 0, 1, 255]
+
+
+def test_classes_missing_from_the_test_set(tmp_path: Path, good: Path) -> None:
+    for tree in ({"b/1.png": _tree()["b/1.png"]}, {"b/deep/1.png": _tree()["b/1.png"]}):
+        test = _write_tree(tmp_path / str(len(str(tree))), tree)
+        with pytest.raises(UserError, match=r"only in .*good: a; add images, or give --allow-mis"):
+            load_folder(good, test)
+        found = load_folder(good, test, tolerance=Tolerance(missing=True))
+        assert found.classes == ("a", "b")
+        assert found.test.labels.tolist() == [1]
+        found.validate()
+
+
+def test_names_that_read_alike_are_refused(tmp_path: Path, good: Path) -> None:
+    for name in (os.fsdecode(b"\xe9"), "\\xe9"):
+        _write_tree(tmp_path / "t", {f"{name}/1.png": _tree()["b/1.png"]})
+    assert "two names read" in _refusal(tmp_path / "t", good)
+
+
+def test_names_are_the_same_in_every_locale(tmp_path: Path) -> None:
+    _write_tree(tmp_path / "t", {f"{name}/1.png": _tree()["b/1.png"] for name in ("é", "a")})
+    _pack(tmp_path / "t.tar", {f"{name}/1.png": _tree()["b/1.png"] for name in ("é", "a")})
+    program = (
+        "import sys, pathlib; from dist_resnet.data.folder import load_folder\n"
+        "train, test, scratch = map(pathlib.Path, sys.argv[1:])\n"
+        "print(ascii(load_folder(train, test, scratch).classes))"
+    )
+    command = [sys.executable, "-c", program, tmp_path / "t", tmp_path / "t.tar", tmp_path]
+    locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for environment in ({}, locale):
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+        assert done.stdout.strip() == r"('a', '\xe9')", done.stderr

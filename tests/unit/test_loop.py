@@ -34,7 +34,7 @@ class Watcher:
 
 
 def _evaluation(correct: int, images: int) -> Evaluation:
-    return Evaluation(1.0, correct, images, None, torch.eye(CLASSES, dtype=torch.int64))
+    return Evaluation(1.0, correct, images, None, torch.eye(CLASSES, dtype=torch.int64), correct)
 
 
 def _fitted(correct: list[int], *pairs: str, images: int = 10_000) -> tuple[Trainer, Watcher]:

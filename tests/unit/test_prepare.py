@@ -1,11 +1,14 @@
 """Preparing data sets: content and statistics, damage, kills, races, full disks, the commands."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +22,8 @@ from PIL import Image
 from dist_resnet.data import prepare as prepare_module
 from dist_resnet.data import sources
 from dist_resnet.data.beton import read_back
-from dist_resnet.data.dataset import Dataset, channel_statistics, fingerprint
+from dist_resnet.data.content import channel_statistics, fingerprint
+from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.images import ImageSet, Split
 from dist_resnet.data.prepare import main, prepare, prepare_builtin
 from dist_resnet.data.sources import load_synthetic
@@ -30,7 +34,9 @@ LEFT_OVER = {".x.lock"}
 
 
 def _images(seed: int = 0, train: int = 40) -> ImageSet:
-    return load_synthetic(train=train, test=10, classes=3, size=8, seed=seed)
+    images = load_synthetic(train=train, test=10, classes=3, size=8, seed=seed)
+    train_set, test_set = (Split(s.images[:], s.labels) for s in (images.train, images.test))
+    return ImageSet(images.classes, train_set, test_set)
 
 
 @pytest.fixture
@@ -318,6 +324,28 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(three_megabytes: Path, numbe
     assert _names(three_megabytes) == LEFT_OVER | {"filler"}
 
 
+def test_a_full_disk_while_images_are_read(three_megabytes: Path, capsys: Any) -> None:
+    (three_megabytes.parent / "set" / "class").mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 256, (1000, 1500, 3), dtype=np.uint8)
+    Image.fromarray(noise[:1]).resize((1500, 1000)).save(three_megabytes.parent / "set/class/0.png")
+    arguments = ["--train", "set", "--test", "set", "--output", str(three_megabytes)]
+    with contextlib.chdir(three_megabytes.parent):
+        assert main(["folder", *arguments]) == 2
+    assert "no space left" in capsys.readouterr().err.splitlines()[-1]
+    assert _names(three_megabytes) == {".folder.lock"}
+
+
+def test_names_of_classes_become_text_also_of_older_sets(folder: Path) -> None:
+    """They were kept as Python reads them from the disk: what no file can hold."""
+    description = json.loads((folder / "dataset.json").read_text())
+    description["classes"] = ["caf\udce9", "a\nb", "c"]
+    del description["reading"]
+    (folder / "dataset.json").write_text(json.dumps(description))
+    dataset = Dataset.load(folder)
+    assert dataset.classes == ("caf\\xe9", "a\\nb", "c")
+    assert (dataset.reading.fit, dataset.reading.bits) == ("stretch", 16)
+
+
 def test_builtin_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digits = prepare_builtin("digits", tmp_path)
     assert (digits.num_train, digits.num_test, digits.source) == (1437, 360, "digits")
@@ -392,3 +420,38 @@ def test_help_works(capsys: Any) -> None:
         main(["folder", "--help"])
     assert caught.value.code == 0
     assert "--resize" in capsys.readouterr().out
+
+
+_PEAK = """
+import resource, sys
+from dist_resnet.data.prepare import main
+
+def peak(name, *source):
+    assert main([*source, "--output", sys.argv[1], "--name", name]) == 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+small = ["synthetic", "--num-train", "10", "--num-test", "10", "--size", "64"]
+before = peak("small", *small)  # what is imported counts for nothing
+tar = [f"{sys.argv[1]}/{name}.tar" for name in ("train", "test")]
+print(before, peak("folder", "folder", "--train", tar[0], "--test", tar[1]),
+      peak("synthetic", *small, "--num-train", "8000"), file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
+    """98 MB of pixels: once they were held five times at the same moment."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "BMP")
+    for split, number in (("train", 8000), ("test", 1)):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            for index in range(number):
+                info = tarfile.TarInfo(f"class/{index}.bmp")
+                info.size = len(buffer.getvalue())
+                tar.addfile(info, io.BytesIO(buffer.getvalue()))
+    command = [sys.executable, "-c", _PEAK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    before, *after = map(int, done.stderr.splitlines()[-1].split())
+    assert max(after) - before < 8000 * pixels.nbytes / 2

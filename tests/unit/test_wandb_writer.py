@@ -1,6 +1,7 @@
 """What stands between W&B and training, against everything that misbehaves. No wandb here."""
 
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from dist_resnet.schema import WandbConfig
 from dist_resnet.tracking import writer
 from dist_resnet.tracking.reach import wanted_mode, why_unreachable
 from dist_resnet.tracking.tracker import Artifact, Media, Row
+from dist_resnet.tracking.wandb_session import WandbSession
 from dist_resnet.tracking.writer import WandbTracker
 from tests.wandb_stub import WandbStub
 
@@ -255,3 +258,18 @@ def test_only_a_server_in_trouble_is_ruled_out(code: int, usable: bool) -> None:
     with WandbStub() as server:
         server.fault = lambda kind, what: ("status", code)
         assert (why_unreachable(server.url) is None) is usable
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_the_command_that_sends_the_record_can_be_copied(tmp_path: Path, mode: str) -> None:
+    """The shell itself says which folders the printed words mean."""
+    run = tmp_path / "a run's folder"
+    record = run / "wandb" / "offline-run-20241127_101010-my run-12ab"
+    record.mkdir(parents=True)
+    session = WandbSession(WandbConfig(), run, {}, "my run-12ab", "my run", lambda _: None)
+    session.mode = mode
+    command = (
+        session.resend().replace("wandb sync", "printf '%s\\n'").replace("--include-online", "")
+    )
+    shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines() == [str(record)]
