@@ -22,10 +22,13 @@ def step():
 
 for _ in range(60):  # until the heap has grown to what a step needs
     step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    step()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20)
+faults = []
+for _ in range(5):  # the quietest of five: under memory pressure pages of the program fault too
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        step()
+    faults.append((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20)
+print(min(faults))
 """
 
 

@@ -107,8 +107,9 @@ def test_a_graph_that_differs_from_pytorch_is_given_up(
 ) -> None:
     """As if a kernel were wrong on this card: the run goes on as PyTorch's operations would."""
     told: list[str] = []
-    plain = train_step(small_config(), 2)
-    graphed = CapturedStep(train_step(small_config(), 2), told.append)
+    config = small_config("train.step_mode=eager")
+    plain = train_step(config, 2)
+    graphed = CapturedStep(train_step(config, 2), told.append)
     played: list[Played] = []
 
     def wrong(action: Callable[[], None]) -> Played:

@@ -68,7 +68,7 @@ def test_so_ends_a_run(
     monkeypatch.setattr(run, "find_checkpoint", full)  # what a run does first stands for all of it
     alone = World(0, 1, 0, 1, torch.device("cpu"))
     with pytest.raises(OutOfMemory, match=r"data\.batch_size_per_replica=16 would fit"):
-        run._run_in(load_config([]), alone, RunFolder(tmp_path))
+        run._run_in(load_config([]), (), alone, RunFolder(tmp_path))
 
 
 def test_memory_of_others_is_no_reason_for_a_smaller_batch(held: dict[str, float]) -> None:

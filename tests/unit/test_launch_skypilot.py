@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_resnet.data.prepare import _parser
+from dist_resnet.data.arguments import parser
 from tests.launching import LAUNCH, assert_meets, played
 
 EXIT_PREEMPTED = 75
@@ -75,6 +75,6 @@ def test_the_setup_section(tmp_path: Path, works: bool) -> None:
         assert module == "dist_resnet.data.prepare"
         # Where the run section's configuration looks for it; the options are prepare's own.
         assert arguments == ["cifar10", "--output", "data"]
-        _parser().parse_args(arguments)
+        parser("").parse_args(arguments)
     else:
         assert prepared == []
