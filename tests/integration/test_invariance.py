@@ -67,15 +67,17 @@ def test_exact_run_continued_on_other_numbers_of_ranks(
 
 @pytest.mark.timeout(300)
 def test_fast_reduction_differs_by_rounding_only(tmp_path: Path, digits: Dataset) -> None:
-    keys = ("precision.dtype=fp32", "parallel.threads=1", f"train.max_steps={2 * EPOCH}")
+    """Replicas side by side are summed otherwise than over ranks: seen before it has grown."""
+    keys = ("precision.dtype=fp32", "parallel.threads=1", "train.max_steps=1", "log.every_steps=1")
     runs = [train(tmp_path, digits, ranks, f"on{ranks}", *keys) for ranks in (0, 2, 4)]
     states = [final_state(run) for run in runs]
     for other in states[1:]:
         for name, value in states[0].items():
             if name.startswith("model.") and isinstance(value, torch.Tensor):
-                assert (value - other[name]).abs().max() <= 1e-5, name
-    accuracies = [[row.get("val/top1") for row in metric_rows(run)] for run in runs]
-    assert accuracies[0] == accuracies[1] == accuracies[2]
+                difference = (value - other[name]).abs().max()
+                assert difference <= 1e-5 * value.abs().max() + 1e-9, name
+    losses = [metric_rows(run)[0]["train/loss"] for run in runs]
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
 
 
 @pytest.mark.slow

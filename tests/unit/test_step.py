@@ -67,6 +67,21 @@ def test_replicas_on_one_rank_are_averaged(replicas: int, reduction: str) -> Non
     assert means.grad_norm == pytest.approx(sum(plain.norms) / 6, rel=1e-4)
 
 
+@pytest.mark.parametrize("replicas", [4, 6, 7])
+def test_replicas_side_by_side_are_those_one_after_the_other(replicas: int) -> None:
+    """One step; `parallel.reduction=exact` runs them one after the other."""
+    states = []
+    for reduction in ("fast", "exact"):
+        step = train_step(small_config(f"parallel.reduction={reduction}"), replicas)
+        assert step.group == ({4: 4, 6: 3, 7: 1}[replicas] if reduction == "fast" else 1)
+        step(batch_of(0, replicas))
+        states.append(step.state)
+    one, other = (state.flat for state in states)
+    for found, expected in ((one.values, other.values), (one.statistics, other.statistics)):
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    torch.testing.assert_close(one.row, other.row, rtol=1e-5, atol=1e-6)
+
+
 def test_two_replicas_are_not_one_of_twice_the_size() -> None:
     """BatchNorm statistics are the replica's own: 2 x 8 images and 1 x 16 must differ."""
     two = train_step(small_config(), 2)
