@@ -1,12 +1,11 @@
 """The whole step as one CUDA graph: captured once, replayed with one launch instead of hundreds."""
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from dist_resnet.cuda_graph import Graph, capture, warm_up
 from dist_resnet.data.stream import Batch
 from dist_resnet.distributed import from_all
 from dist_resnet.state import TrainState
@@ -160,55 +159,6 @@ class CapturedStep:
 def as_configured(step: TrainStep, report: Callable[[str], None]) -> TrainStep | CapturedStep:
     """`step`, captured if its train.step_mode says graph; `report` as for `CapturedStep`."""
     return CapturedStep(step, report) if step.config.train.step_mode == "graph" else step
-
-
-def warm_up(action: Callable[[], None]) -> None:
-    """Run `action` on the stream that is captured later: autograd remembers where it was used."""
-    current, side = torch.cuda.current_stream(), side_stream(torch.cuda.current_device())
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        action()
-    current.wait_stream(side)
-
-
-@cache
-def side_stream(device: int) -> torch.cuda.Stream:
-    """One for all: memory that a stream has freed is kept for that stream."""
-    return torch.cuda.Stream(device)
-
-
-class Graph:
-    """A recorded action: torch's graph, and what it must outlive."""
-
-    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
-        self._graph = graph
-        self.replay = graph.replay
-
-    def reset(self) -> None:
-        """Free it when the device is done with it."""
-        with suppress(RuntimeError):  # of a device that has failed; its own error is told
-            torch.cuda.synchronize()
-        self._graph.reset()
-
-
-def capture(action: Callable[[], None]) -> Graph:
-    """What repeats the device work of `action`, which is recorded and not executed.
-
-    Raises:
-        RuntimeError: it does something that a graph cannot hold.
-    """
-    graph = torch.cuda.CUDAGraph()
-    current, side = torch.cuda.current_stream(), side_stream(torch.cuda.current_device())
-    try:
-        # The loader's thread goes on allocating and copying: only this one is watched for misuse.
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            action()
-    except RuntimeError:
-        # An invalidated capture raises before torch restores the stream: the loader's next batches
-        # would be copied unordered with the steps that read them.
-        torch.cuda.set_stream(current)
-        raise
-    return Graph(graph)
 
 
 def _restore(tensors: Sequence[Tensor], contents: Sequence[Tensor]) -> None:
