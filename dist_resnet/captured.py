@@ -93,12 +93,13 @@ class CapturedStep:
         if self._graph is None and not self._capture():
             return
         assert self._graph is not None
-        assert self._batch is not None
+        batch = self._batch
+        assert batch is not None
         tensors = [*self.state.tensors(), self._position]
         before = [tensor.clone() for tensor in tensors]
         with self._step.by_torch():
             key = self._step.keys.index_select(0, self._position).squeeze(0)
-            warm_up(lambda: self._step.average_over_replicas(self._batch, key))
+            warm_up(lambda: self._step.average_over_replicas(batch, key))
             expected = self.state.flat.exchange.clone()
         _restore(tensors, before)
         self._graph.replay()

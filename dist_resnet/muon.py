@@ -95,7 +95,7 @@ class _Stack:
             own = torch.arange(weight.numel()).view(weight.shape[0], -1)
             row = torch.arange(weight.shape[0]).view(-1, 1)
             cells.append((number * rows + row) * columns + own - row * own.shape[1])
-            places.append(weight.storage_offset() + own)
+            places.append(int(weight.storage_offset()) + own)
         self._cells = torch.cat([cell.flatten() for cell in cells]).to(device)
         self._places = torch.cat([place.flatten() for place in places]).to(device)
 

@@ -88,7 +88,7 @@ def operators_of_step(
     step: TrainStep, draw: Callable[[], Batch], steps: int
 ) -> list[dict[str, Any]]:
     """Shares of the operators in a step's time, grouped, and how often each is called."""
-    from torch.autograd import DeviceType
+    from torch.autograd import DeviceType  # type: ignore[attr-defined]
     from torch.profiler import ProfilerActivity, profile, record_function
 
     activities = [ProfilerActivity.CPU]

@@ -45,6 +45,7 @@ class NormAct(nn.BatchNorm2d):
     def _side_by_side(self, x: Tensor) -> Tensor:
         assert self.running_mean is not None
         assert self.running_var is not None
+        assert self.momentum is not None
         results, means, variances = [], [], []
         for part in x.chunk(self.replicas):
             mean, variance = self.running_mean.clone(), self.running_var.clone()

@@ -52,6 +52,8 @@ class Projection(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C', H / stride, W / stride)."""
         conv, norm = self
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, NormAct)
         return conv_norm_act(conv, norm, x)[0]
 
 
