@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor, nn
 
+from dist_resnet.kernels import conv_kernels as kernels
 from dist_resnet.kernels import norm_act
 
 TYPES = (torch.bfloat16, torch.float16)
@@ -154,7 +154,7 @@ def convolve(
     )  # fmt: skip
     block_m, block_n, span, programs = _tiles(rows, filters, replicas)
     parts = torch.empty(replicas, programs, 2, filters, device=x.device)
-    _convolve[(programs, triton.cdiv(filters, block_n), replicas)](
+    kernels.convolve[(programs, triton.cdiv(filters, block_n), replicas)](
         x, weight, z, origin, parts, None, rows, span, programs, height, width, out_height,
         out_width, CHANNELS=channels, FILTERS=filters, SIZE=size, STRIDE=stride, TRANSPOSED=False,
         MOMENTS=True, ADD=False, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=_FACTORS,
@@ -170,7 +170,7 @@ def input_gradient(
     filters, _, size, _ = weight.shape
     dx, rows = torch.empty_like(x), count * height * width
     block_m, block_n, span, programs = _tiles(rows, channels, 1)
-    _convolve[(programs, triton.cdiv(channels, block_n), 1)](
+    kernels.convolve[(programs, triton.cdiv(channels, block_n), 1)](
         dz, weight, dx, None, None, added, rows, span, programs, dz.shape[2], dz.shape[3], height,
         width, CHANNELS=filters, FILTERS=channels, SIZE=size, STRIDE=stride, TRANSPOSED=True,
         MOMENTS=False, ADD=added is not None, BLOCK_M=block_m, BLOCK_N=block_n,
@@ -190,7 +190,7 @@ def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tenso
     span = triton.cdiv(blocks, max(1, min(blocks, 128, _PARTS // chunks))) * block_m
     programs = triton.cdiv(rows, span)
     parts = torch.empty(programs, weight.numel(), device=x.device)
-    _weight_gradient[(programs, chunks)](
+    kernels.weight_gradient[(programs, chunks)](
         dz, x, parts, rows, span, height, width, out_height, out_width, CHANNELS=channels,
         FILTERS=filters, PADDED_FILTERS=max(16, triton.next_power_of_2(filters)), SIZE=size,
         STRIDE=stride, BLOCK_M=block_m, BLOCK_K=block_k,
@@ -198,118 +198,7 @@ def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tenso
     dw = torch.empty_like(weight)
     padded = triton.next_power_of_2(programs)
     block = max(16, _CELLS // padded)
-    _add_up[(triton.cdiv(weight.numel(), block),)](
+    kernels.add_up[(triton.cdiv(weight.numel(), block),)](
         parts, dw, programs, weight.numel(), PARTS=padded, BLOCK=block
     )
     return dw
-
-
-@triton.jit
-def _convolve(
-    x, weight, z, origin, parts, added, rows, span, programs, height, width, out_height, out_width,
-    CHANNELS: tl.constexpr, FILTERS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    TRANSPOSED: tl.constexpr, MOMENTS: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """z = conv(x), or, TRANSPOSED, the gradient of x from that of z, with the names exchanged.
-
-    Factors of a result are numbered tap by tap, channel by channel, and taken BLOCK_K at a time.
-    """
-    program, replica = tl.program_id(0), tl.program_id(2)
-    filter_ = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    wanted = filter_ < FILTERS
-    first, last = program * span, tl.minimum(program * span + span, rows)
-    if MOMENTS:
-        shift = tl.load(origin + filter_, mask=wanted, other=0.0)
-        sums, squares = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(first, last, BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        there = row < last
-        place = replica * rows + row
-        column, line = place % out_width, place // out_width % out_height
-        image = place // (out_width * out_height)
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for chunk in range(0, SIZE * SIZE * CHANNELS, BLOCK_K):
-            factor = chunk + tl.arange(0, BLOCK_K)
-            known = factor < SIZE * SIZE * CHANNELS
-            tap, channel = factor // CHANNELS, factor % CHANNELS
-            if TRANSPOSED:
-                down = line[:, None] + (SIZE // 2 - tap // SIZE)[None, :]
-                across = column[:, None] + (SIZE // 2 - tap % SIZE)[None, :]
-                inside = (down >= 0) & (across >= 0)
-                if STRIDE > 1:
-                    inside = inside & (down % STRIDE == 0) & (across % STRIDE == 0)
-                    down, across = down // STRIDE, across // STRIDE
-                taken = (channel * (SIZE * SIZE) + tap)[:, None] * FILTERS + filter_[None, :]
-            else:
-                down = line[:, None] * STRIDE + (tap // SIZE - SIZE // 2)[None, :]
-                across = column[:, None] * STRIDE + (tap % SIZE - SIZE // 2)[None, :]
-                inside = (down >= 0) & (across >= 0)
-                taken = filter_[None, :] * (SIZE * SIZE * CHANNELS) + factor[:, None]
-            inside = inside & (down < height) & (across < width)
-            inside = inside & there[:, None] & known[None, :]
-            at = ((image[:, None] * height + down) * width + across) * CHANNELS + channel[None, :]
-            pixels = tl.load(x + at, mask=inside, other=0.0)
-            mask = known[:, None] & wanted[None, :]
-            factors = tl.load(weight + taken, mask=mask, other=0.0)
-            total = tl.dot(pixels, factors, total, input_precision="ieee")
-        mask = there[:, None] & wanted[None, :]
-        at = place[:, None] * FILTERS + filter_[None, :]
-        if ADD:
-            total += tl.load(added + at, mask=mask, other=0.0).to(tl.float32)
-        values = total.to(z.dtype.element_ty)
-        tl.store(z + at, values, mask=mask)
-        if MOMENTS:
-            deviation = tl.where(mask, values.to(tl.float32) - shift[None, :], 0.0)
-            sums += tl.sum(deviation, 0)
-            squares += tl.sum(deviation * deviation, 0)
-    if MOMENTS:
-        mean = sums / (last - first).to(tl.float32)
-        parts += (replica * programs + program) * 2 * FILTERS + filter_
-        tl.store(parts, shift + mean, mask=wanted)
-        tl.store(parts + FILTERS, squares - sums * mean, mask=wanted)
-
-
-@triton.jit
-def _weight_gradient(
-    dz, x, parts, rows, span, height, width, out_height, out_width,
-    CHANNELS: tl.constexpr, FILTERS: tl.constexpr, PADDED_FILTERS: tl.constexpr,
-    SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The gradient of BLOCK_K factors of every filter over one program's pixels."""
-    program = tl.program_id(0)
-    filter_ = tl.arange(0, PADDED_FILTERS)
-    factor = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    known, wanted = factor < SIZE * SIZE * CHANNELS, filter_ < FILTERS
-    tap, channel = factor // CHANNELS, factor % CHANNELS
-    first, last = program * span, tl.minimum(program * span + span, rows)
-    total = tl.zeros((PADDED_FILTERS, BLOCK_K), tl.float32)
-    for start in range(first, last, BLOCK_M):
-        place = start + tl.arange(0, BLOCK_M)
-        there = place < last
-        column, line = place % out_width, place // out_width % out_height
-        image = place // (out_width * out_height)
-        down = line[:, None] * STRIDE + (tap // SIZE - SIZE // 2)[None, :]
-        across = column[:, None] * STRIDE + (tap % SIZE - SIZE // 2)[None, :]
-        inside = (down >= 0) & (across >= 0) & (down < height) & (across < width)
-        inside = inside & there[:, None] & known[None, :]
-        at = ((image[:, None] * height + down) * width + across) * CHANNELS + channel[None, :]
-        pixels = tl.load(x + at, mask=inside, other=0.0)
-        slopes = tl.load(
-            dz + place[:, None] * FILTERS + filter_[None, :],
-            mask=there[:, None] & wanted[None, :], other=0.0,
-        )  # fmt: skip
-        total = tl.dot(tl.trans(slopes), pixels, total, input_precision="ieee")
-    cell = filter_[:, None] * (SIZE * SIZE * CHANNELS) + factor[None, :]
-    parts += program * FILTERS * SIZE * SIZE * CHANNELS
-    tl.store(parts + cell, total, mask=wanted[:, None] & known[None, :])
-
-
-@triton.jit
-def _add_up(parts, total, programs, count, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum the programs' parts of each value, in a fixed order."""
-    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    program = tl.arange(0, PARTS)
-    mask = (program < programs)[:, None] & (cell < count)[None, :]
-    values = tl.load(parts + program[:, None] * count + cell[None, :], mask=mask, other=0.0)
-    tl.store(total + cell, tl.sum(values, 0).to(total.dtype.element_ty), mask=cell < count)

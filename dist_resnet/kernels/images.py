@@ -109,6 +109,7 @@ def _draw(
     features, dropped, kept_factor,
     MIXUP: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    """The choices of BLOCK images of a replica; its first program draws lam too."""
     replica = tl.program_id(1)
     start = replica * count
     root = tl.load(key).to(tl.uint64)
@@ -182,6 +183,7 @@ def _augment(
     CROP: tl.constexpr, FLIP: tl.constexpr, CUT: tl.constexpr, MIX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """BLOCK values of one image."""
     image = tl.program_id(0)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < height * width * 3

@@ -54,6 +54,7 @@ def _loss(
     MIX: tl.constexpr, SCALED: tl.constexpr, CLASSES: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One program a replica: the mean over its images, and their gradient."""
     replica = tl.program_id(0)
     klass = tl.arange(0, PADDED)
     own = 1.0

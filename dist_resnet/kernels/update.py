@@ -66,6 +66,7 @@ def _update(
     momentum_factor, weight_decay, NESTEROV: tl.constexpr, AVERAGE: tl.constexpr,
     LR_THERE: tl.constexpr, WEIGHT_THERE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One program's values: gradient squared, momentum, parameter, average."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = at < count
     rate = tl.load(lr) if LR_THERE else lr
@@ -89,6 +90,7 @@ def _update(
 
 @triton.jit
 def _account(squares, row, sums, finite, finite_steps, count, BLOCK: tl.constexpr):
+    """One program: the gradient's norm, both windows of the totals, the count of good steps."""
     place = tl.arange(0, BLOCK)
     parts = tl.load(squares + place, mask=place < count, other=0.0)
     norm = tl.sqrt(tl.sum(parts, 0))
