@@ -8,11 +8,10 @@ import torch
 
 from dist_resnet.environment import onednn_limit
 from dist_resnet.errors import UserError
-from dist_resnet.schema import Config, PrecisionConfig
+from dist_resnet.schema import PrecisionConfig
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
-_AVX2 = {"AVX2", "AVX2_VNNI", "AVX2_VNNI_2"}
 
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
@@ -50,30 +49,6 @@ def _cpu_has_bf16() -> bool:
     if onednn_limit().upper() in _WITHOUT_BF16:
         return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def check_convolutions(config: Config, device: torch.device) -> None:
-    """Refuse a net that oneDNN's AVX2 kernels corrupt memory with; those for AVX-512 do not.
-
-    The weights' gradient of a 1x1 convolution with stride 2 and fewer than 8 input
-    channels: https://github.com/uxlfoundation/oneDNN/issues/6035, in torch 2.14.
-
-    Raises:
-        UserError: the processor has AVX2 only, and the net such a shortcut.
-    """
-    limit = onednn_limit().upper()
-    avx2 = limit in _AVX2 or (
-        torch.cpu._is_avx2_supported() and not torch.cpu._is_avx512_supported()
-    )
-    net = config.model
-    narrow = (
-        net.name.startswith("resnet") and net.shortcut == "projection" and min(net.widths[:2]) < 8
-    )
-    if device.type == "cpu" and avx2 and narrow:
-        raise UserError(
-            f"model.widths={net.widths}: the first two must be 8 or more on a CPU without AVX-512, "
-            "where torch crashes (oneDNN issue 6035); or use model.shortcut=pad"
-        )
 
 
 def make_deterministic() -> None:

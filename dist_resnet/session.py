@@ -17,13 +17,7 @@ from dist_resnet.errors import UserError
 from dist_resnet.evaluation import BATCH_SIZE, Evaluator
 from dist_resnet.launcher import environment_int, environment_rank
 from dist_resnet.paths import user_path
-from dist_resnet.precision import (
-    check_convolutions,
-    choose_dtype,
-    choose_precision,
-    make_deterministic,
-    set_up_cuda,
-)
+from dist_resnet.precision import choose_dtype, choose_precision, make_deterministic, set_up_cuda
 from dist_resnet.schema import Config
 from dist_resnet.step_mode import choose_step_mode
 
@@ -123,7 +117,6 @@ def settle(config: Config, world: World, saved: dict[str, Any] | None) -> Config
     Raises:
         UserError: the precision or the mode does not exist here, or torch crashes on the net.
     """
-    check_convolutions(config, world.device)
     if config.parallel.replicas == "auto":
         began = saved["config"]["parallel"]["replicas"] if saved else world.size
         config = with_replicas(config, began)

@@ -75,4 +75,16 @@ def conv_norm_act(
 
         if triton.accepts(conv, x, shortcut, norm.replicas):
             return triton.conv_norm_act(conv, norm, x, shortcut, norm.relu, norm.replicas)
-    return norm(conv(x), shortcut), x
+    return norm(_convolved(conv, x), shortcut), x
+
+
+def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(x), a narrow 1x1 one with a stride on the pixels that it reads only.
+
+    Of fewer than 8 channels, oneDNN's AVX2 kernel for the weight's gradient corrupts memory
+    (https://github.com/uxlfoundation/oneDNN/issues/6035, in torch 2.14).
+    """
+    down, across = conv.stride
+    if conv.kernel_size == (1, 1) and (down, across) != (1, 1) and conv.in_channels < 8:
+        return F.conv2d(x[:, :, ::down, ::across], conv.weight, conv.bias)
+    return conv(x)

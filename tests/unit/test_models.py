@@ -1,6 +1,9 @@
 """ResNets: published sizes, a second implementation with the same weights, initialisation."""
 
 import copy
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -193,3 +196,26 @@ def test_initial_weights_are_he_normal() -> None:
         if tensor.ndim == 1:
             one = name.endswith(("running_var", "weight"))
             assert torch.equal(tensor, torch.full_like(tensor, float(one))), name
+
+
+NARROW = """
+import torch
+from dist_resnet.config import load_config
+from dist_resnet.models.resnet import build_model
+
+for widths in ([4, 4, 4], [4, 6, 8], [5, 7, 9]):
+    model = build_model(load_config([f"model.widths={widths}"]).model, 10)
+    model = model.to(memory_format=torch.channels_last)
+    for images in (4, 33):
+        for _ in range(4):
+            model(torch.randn(images, 3, 32, 32)).sum().backward()
+"""
+
+
+def test_narrow_nets_do_not_crash_where_there_is_avx2_only() -> None:
+    """oneDNN's kernel for their shortcuts writes where it may not: the process dies, mostly."""
+    limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MALLOC_CHECK_": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", NARROW], env={**os.environ, **limits}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

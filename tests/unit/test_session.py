@@ -59,23 +59,6 @@ def test_where_onednn_may_not_use_bf16_it_is_not_chosen(monkeypatch: pytest.Monk
     assert choose_precision("bf16", CPU) == ("bf16", "bf16 (this CPU emulates it: slow)")
 
 
-def test_a_net_that_torch_crashes_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    narrow = ["model.widths=[4,8,16]"]
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    with pytest.raises(UserError, match=r"model\.widths=\[4, 8, 16\]: the first two must be 8"):
-        settle(load_config(narrow), world(1), None)
-    for good in (
-        ["model.widths=[8,8,16]"], [*narrow, "model.shortcut=pad"], [*narrow, "model.name=m6"],
-    ):  # fmt: skip
-        settle(load_config(good), world(1), None)
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
-    settle(load_config(narrow), world(1), None)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
-    with pytest.raises(UserError):
-        settle(load_config(narrow), world(1), None)
-
-
 def test_fp16_is_refused_on_a_cpu() -> None:
     with pytest.raises(UserError, match=r"precision\.dtype=fp16"):
         choose_precision("fp16", CPU)
