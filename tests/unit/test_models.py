@@ -216,6 +216,10 @@ def test_narrow_nets_do_not_crash_where_there_is_avx2_only() -> None:
     """oneDNN's kernel for their shortcuts writes where it may not: the process dies, mostly."""
     limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MALLOC_CHECK_": "3"}
     done = subprocess.run(
-        [sys.executable, "-c", NARROW], env={**os.environ, **limits}, capture_output=True, text=True
+        [sys.executable, "-c", NARROW],
+        env={**os.environ, **limits},
+        capture_output=True,
+        text=True,
+        timeout=100,  # a corrupted heap may also hang
     )
     assert done.returncode == 0, done.stderr
