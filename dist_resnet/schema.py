@@ -104,7 +104,7 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Decay per step of the moving average of the weights that is evaluated; 0: none."""
     step_mode: Literal["auto", "eager", "compile", "fused", "graph"] = "auto"
-    """eager, compile, fused (our kernel; CPUs), graph (one CUDA graph); auto: fused, else eager."""
+    """eager, compile, fused (our kernels), graph (one CUDA graph: auto on GPUs); auto: fused."""
 
 
 @dataclass(frozen=True)
