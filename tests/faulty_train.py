@@ -21,23 +21,23 @@ from dist_resnet.train import main
 
 fault, _, file = sys.argv[1].partition(":")
 rank, step = int(sys.argv[2]), int(sys.argv[3])
-original = step_module.TrainStep._forward
+original = step_module.TrainStep.sum_over_group
 
 
-def faulty(self: step_module.TrainStep, images: torch.Tensor, *rest: Any) -> Any:
-    loss, correct = original(self, images, *rest)
+def faulty(self: step_module.TrainStep, *batch: Any) -> None:
+    original(self, *batch)
     struck = environment_rank() == rank and self.state.step == step and restart_count() == 0
     if struck and fault == "hang":
         time.sleep(3600)
     while struck and fault == "hold" and not (signals.received() or (file and Path(file).exists())):
         time.sleep(0.01)
     if struck and fault == "nan":
-        loss = loss * torch.nan
-    return loss, correct
+        self.state.flat.gradients.mul_(torch.nan)
+        self.state.flat.loss.mul_(torch.nan)
 
 
 if __name__ == "__main__":
     if fault == "decline":
         loop.decline_threshold = lambda top1, images: -1.0  # type: ignore[attr-defined]
-    step_module.TrainStep._forward = faulty  # type: ignore[method-assign]
+    step_module.TrainStep.sum_over_group = faulty  # type: ignore[method-assign]
     run_command(lambda: main(sys.argv[4:]))
