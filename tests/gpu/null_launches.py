@@ -1,4 +1,4 @@
-"""Launches and waits of one training step on a null CUDA device, as JSON: "MODE DTYPE [key=value]"."""
+"""Launches and waits of a step on a null CUDA device, as JSON: "MODE DTYPE [key=value]" ..."""
 
 import ctypes
 import json
