@@ -19,7 +19,6 @@ from dist_resnet.kernels import norm_act
 
 TYPES = (torch.bfloat16, torch.float16)
 MAX_CHANNELS = 128
-_PROGRAMS = 256  # of a convolution, about
 _FACTORS = 64  # of a result that are multiplied at a time
 _PARTS = 264  # of a weight gradient, about: programs over pixels and factors
 _CELLS = 4096  # values that a program adds up
@@ -128,7 +127,7 @@ def _tiles(rows: int, filters: int, groups: int) -> tuple[int, int, int, int]:
     if triton.cdiv(rows, block_m) * groups < 128 and block_n > 32:
         block_n = 32
     blocks = triton.cdiv(rows, block_m)
-    span = triton.cdiv(blocks, max(1, min(blocks, _PROGRAMS // groups))) * block_m
+    span = triton.cdiv(blocks, min(blocks, norm_act.most_programs(filters, groups))) * block_m
     return block_m, block_n, span, triton.cdiv(rows, span)
 
 

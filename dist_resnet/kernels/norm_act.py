@@ -20,6 +20,9 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CHANNELS = 1024
 _TILE = 4096  # values a program holds of a tensor at a time
 _PROGRAMS = 256  # of a launch, at most, where there are fewer replicas
+# Values of the other programs' parts that a program holds. With four times as many it would spill
+# its registers to memory, and compile for minutes.
+_HELD = 16384
 
 
 def accepts(x: Tensor, shortcut: Tensor | None, replicas: int) -> bool:
@@ -157,6 +160,11 @@ def gradients(
     return dx, dshortcut, total[0], total[1]
 
 
+def most_programs(channels: int, replicas: int) -> int:
+    """Into how many parts a replica's rows are cut, where each program later reads all parts."""
+    return max(1, min(_PROGRAMS // replicas, _HELD // triton.next_power_of_2(channels)))
+
+
 def _add_replicas(each: Tensor, first: Tensor, second: Tensor) -> None:
     """Sum both rows of float32 (R, 2, C) over the replicas, into float32 (C,) each."""
     replicas, _, channels = each.shape
@@ -174,7 +182,7 @@ class _Cut:
         padded = triton.next_power_of_2(self.channels)
         block = max(1, min(_TILE // padded, triton.next_power_of_2(rows)))
         blocks = triton.cdiv(rows, block)
-        self.span = triton.cdiv(blocks, max(1, min(blocks, _PROGRAMS // replicas))) * block
+        self.span = triton.cdiv(blocks, min(blocks, most_programs(padded, replicas))) * block
         self.programs = triton.cdiv(rows, self.span)
         self.grid = (self.programs, replicas)
         self.sizes = (rows, self.span, self.programs, replicas)

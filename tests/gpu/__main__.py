@@ -64,11 +64,11 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         for part in chosen:
             left = end - time.monotonic()
+            print(f"== {part} ({left:.0f} s left)", flush=True)
             if left < 5:
                 found[part] = {"ending": "no time left"}
-                continue
-            print(f"== {part} ({left:.0f} s left)", flush=True)
-            found[part] = _run(part, min(PARTS[part], left), Path(name), rehearsed + pairs)
+            else:
+                found[part] = _run(part, min(PARTS[part], left), Path(name), rehearsed + pairs)
             whole = target.with_suffix(".new")
             whole.write_text(json.dumps(found, indent=1))
             whole.replace(target)

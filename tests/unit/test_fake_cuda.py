@@ -1,0 +1,118 @@
+"""The step's parts on cards that are not there: a wait of the host, or mixed devices, raise."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dist_resnet.augment import ChoiceDrawer, Normalisation, augment_by_torch
+from dist_resnet.config import load_config
+from dist_resnet.flat import flatten_model
+from dist_resnet.loss import mixed_cross_entropy, weighted_top1
+from dist_resnet.metrics import Totals
+from dist_resnet.models.resnet import ResNet, build_model
+from dist_resnet.muon import FlatMuon
+from dist_resnet.optim import LossScale
+from dist_resnet.randomness import step_keys
+from dist_resnet.step_mode import forward_function
+
+CUDA = torch.device("cuda", 0)
+SIDE, COUNT, CLASSES = 16, 8, 10
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
+    """Tensors without contents, on any device; reading one raises."""
+    table = "dist_resnet.augment.beta_quantiles"  # which NumPy makes, before the first step
+    monkeypatch.setattr(table, lambda alpha: torch.empty(1 << 16))
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        yield mode
+
+
+def _model() -> ResNet:
+    model = build_model(load_config([]).model, CLASSES)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                own = torch.empty_like(parameter, device=CUDA)
+                module._parameters[name] = torch.nn.Parameter(own)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(CUDA)
+    return model
+
+
+def _choices(*pairs: str) -> tuple[Tensor, object, object, Normalisation]:
+    config = load_config(["augment.cutout=4", *pairs])
+    draw = ChoiceDrawer(config.augment, (SIDE, SIDE), 0.3, 64, CUDA)
+    key, samples = step_keys(0, 4).to(CUDA)[2], torch.empty(COUNT, dtype=torch.int64, device=CUDA)
+    statistics = Normalisation(
+        torch.empty(3 * SIDE, device=CUDA), torch.empty(3 * SIDE, device=CUDA)
+    )
+    return samples, draw.by_torch(key, samples), config, statistics
+
+
+def _augmentation() -> Tensor:
+    _, choices, config, statistics = _choices()
+    pixels = torch.empty(COUNT, SIDE, SIDE, 3, dtype=torch.uint8, device=CUDA)
+    images = augment_by_torch(pixels, choices, config.augment, statistics)  # type: ignore
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    return images
+
+
+def _loss() -> Tensor:
+    samples, choices, _, _ = _choices()
+    logits = torch.empty(COUNT, CLASSES, dtype=torch.bfloat16, device=CUDA)
+    loss = mixed_cross_entropy(logits, samples, choices, 0.1)  # type: ignore[arg-type]
+    return loss + weighted_top1(logits, samples, choices)  # type: ignore[arg-type]
+
+
+def _forward() -> Tensor:
+    run = forward_function("eager", _model(), 2)
+    images = torch.empty(COUNT, 3, SIDE, SIDE, device=CUDA)
+    return run(images, torch.empty(COUNT, 64, device=CUDA))
+
+
+def _totals() -> Tensor:
+    totals = Totals(CUDA)
+    totals.add(torch.empty(5, device=CUDA))
+    return totals.sums
+
+
+def _loss_scale() -> Tensor:
+    scaling = LossScale(CUDA)
+    scaling.update(torch.empty((), device=CUDA))
+    return scaling.scale
+
+
+PARTS = {part.__name__: part for part in (_augmentation, _loss, _forward, _totals, _loss_scale)}
+
+
+@pytest.mark.parametrize("name", list(PARTS))
+def test_nothing_waits_or_mixes_devices(name: str) -> None:
+    assert PARTS[name]().device == CUDA
+
+
+def test_muon_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the fused update of what is no convolution, which these tensors do not know."""
+    config = load_config(["optim.name=muon"])
+    flat = flatten_model(_model())
+    monkeypatch.setattr("dist_resnet.optim.FlatSGD.step", lambda *arguments: None)
+    optimizer = FlatMuon(flat, config.optim)
+    for rate in (0.1, torch.empty((), device=CUDA)):
+        optimizer.step(rate)
+    assert optimizer.momentum.device == CUDA
+    assert len(optimizer._stacks) == 1
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(), lambda x: bool(x.sum() > 0), lambda x: x.nonzero(),
+        lambda x: x + torch.empty(3), lambda x: x[torch.empty(3, dtype=torch.bool, device=CUDA)],
+    ],
+)  # fmt: skip
+def test_these_tensors_would_show_it(wait: Callable[[Tensor], object]) -> None:
+    with pytest.raises(Exception, match=r"aten\.(nonzero|_local_scalar_dense)|[Dd]evice"):
+        wait(torch.empty(3, device=CUDA))
