@@ -15,7 +15,7 @@ import triton
 from torch import Tensor, nn
 
 from dist_resnet.kernels import conv_kernels as kernels
-from dist_resnet.kernels import norm_act
+from dist_resnet.kernels import norm_act, support
 
 TYPES = (torch.bfloat16, torch.float16)
 MAX_CHANNELS = 128
@@ -33,7 +33,8 @@ def accepts(conv: nn.Conv2d, x: Tensor, shortcut: Tensor | None, replicas: int) 
     plain = conv.groups == 1 and conv.bias is None and conv.padding == (size // 2, size // 2)
     rows = x.shape[0] * (-(-x.shape[2] // stride)) * (-(-x.shape[3] // stride))
     return (
-        small
+        support.multiplies(x.device)
+        and small
         and square
         and plain
         and conv.stride == (stride, stride)

@@ -20,3 +20,8 @@ def usable(device: torch.device) -> bool:
     if device.type == "cuda":
         return _has_triton() and torch.cuda.get_device_capability(device) >= (7, 0)
     return os.environ.get("TRITON_INTERPRET") == "1" and device.type == "cpu" and _has_triton()
+
+
+def multiplies(device: torch.device) -> bool:
+    """Whether Triton multiplies matrices on `device` by tensor cores; below sm_80 it does not."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
