@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_resnet import captured, distributed, run
-from dist_resnet.captured import capture
+from dist_resnet import cuda_graph, distributed, run
+from dist_resnet.cuda_graph import capture
 from dist_resnet.distributed import CUDA_ERRORS, World, collective, stop
 from dist_resnet.errors import Diverged, PeerLost, Preempted, UserError
 
@@ -59,14 +59,14 @@ def test_the_graph_is_given_up_before_the_process_group(
     session = SimpleNamespace(world=world)
     recording = SimpleNamespace(close=lambda *a: None)
 
-    def run_in(config: Any, world: World, folder: Any) -> None:
+    def run_in(config: Any, named: Any, world: World, folder: Any) -> None:
         run._fit_and_close(trainer, session, folder, recording)  # type: ignore[arg-type]
 
     stubs = {
         "start": lambda *a: world, "stop": lambda orderly: calls.append(f"stop {orderly}"),
         "RunFolder": lambda path: SimpleNamespace(
             path=tmp_path, metrics=None, status=dict, set_status=lambda *a: None,
-            write_json=lambda *a: None,
+            write_json=lambda *a: None, begun=True, close=lambda: None,
         ),
         "run_name": lambda config: "run", "open_folder": lambda *a: None, "_run_in": run_in,
         "read_rows": lambda path: [], "_facts": lambda *a: {}, "_conclusion": lambda *a: [],
@@ -107,7 +107,7 @@ class Streams:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "set_stream", self.set)
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
-        monkeypatch.setattr(captured, "side_stream", lambda device: "side")
+        monkeypatch.setattr(cuda_graph, "side_stream", lambda device: "side")
 
     def set(self, stream: str) -> None:
         self.current = stream
