@@ -41,7 +41,7 @@ def some_evaluation(self: evaluation.Evaluator, model: Any, mistakes: int = 0) -
         confusion = torch.zeros(10, 10, dtype=torch.int64)
         confusion[0, 0] = count
         flipped = count if self.flip_tta else None
-        return evaluation.Evaluation(1.0, count, count, flipped, confusion, None)
+        return evaluation.Evaluation(1.0, count, count, flipped, confusion, count)
 
 
 if __name__ == "__main__":
