@@ -27,7 +27,6 @@ PARTS = {
     "command": 120,
     "profile": 60,
     "nccl": 60,
-    "side_stream": 60,
     "sharing": 60,
     "tuning": 90,
 }

@@ -334,52 +334,6 @@ def tuning(found: Found, pairs: list[str]) -> None:
                 found[f"tile {tile} programs {programs}: ms at 32, 1024"] = row
 
 
-def side_stream(found: Found, pairs: list[str]) -> None:
-    """Weight gradients on a stream of their own."""
-    from dist_resnet.flat import FlatModel
-
-    if not CUDA:
-        return
-    torch.backends.cudnn.benchmark = True
-    side, collect = torch.cuda.Stream(), FlatModel.collect
-    back = torch.ops.aten.convolution_backward
-
-    class Split(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, w, stride, padding):
-            ctx.save_for_backward(x, w)
-            ctx.place = stride, padding
-            return torch.conv2d(x, w, None, stride, padding)
-
-        @staticmethod
-        def backward(ctx, dy):
-            x, w = ctx.saved_tensors
-            rest = (None, *map(list, ctx.place), [1, 1], False, [0, 0], 1)
-            current = torch.cuda.current_stream()
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                dw = back(dy, x, w, *rest, [False, True, False])[1]
-            for tensor in (x, dy, w):
-                tensor.record_stream(side)
-            dx = back(dy, x, w, *rest, [True, False, False])[0] if ctx.needs_input_grad[0] else None
-            return dx, dw, None, None
-
-    def forward(self, x):
-        return Split.apply(x.to(self.weight.dtype), self.weight, self.stride, self.padding)
-
-    def joined(self, gradients):
-        torch.cuda.current_stream().wait_stream(side)
-        collect(self, gradients)
-
-    own = torch.nn.Conv2d.forward
-    for size, replicas in ((32, 1), (32, 8), (1024, 1)):
-        with found.attempt(f"together {size}x{replicas}"):
-            found[f"one stream {size}x{replicas}"] = speed(size, replicas, "graph")
-            torch.nn.Conv2d.forward, FlatModel.collect = forward, joined
-            found[f"two streams {size}x{replicas}"] = speed(size, replicas, "graph")
-        torch.nn.Conv2d.forward, FlatModel.collect = own, collect
-
-
 def spin(found: Found, pairs: list[str]) -> None:
     torch.backends.cudnn.benchmark = True
     step, batches = make(32, 1, "graph")
