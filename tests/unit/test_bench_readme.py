@@ -60,7 +60,9 @@ def test_what_is_missing_is_named(folder: Path) -> None:
 
 
 def test_figures_were_measured_on_committed_code_by_an_idle_machine() -> None:
-    files = {path.name: json.loads(path.read_text()) for path in (ROOT / "benchmarks").glob("*.json")}
+    files = {
+        path.name: json.loads(path.read_text()) for path in (ROOT / "benchmarks").glob("*.json")
+    }
     assert len(files) > 1
     for visit in files.pop("gpu.json")["visits"]:  # made by the card's script, not by the bench
         assert re.fullmatch("[0-9a-f]{40}", visit["commit"])
