@@ -2,7 +2,9 @@
 
 import os
 
+from dist_resnet.builtins import MODELS, OPTIMIZERS
 from dist_resnet.errors import UserError
+from dist_resnet.keys import nearest
 from dist_resnet.schema import Config
 from dist_resnet.values import as_tree, shown
 
@@ -15,6 +17,7 @@ def check(config: Config) -> None:
     Raises:
         UserError: naming the key, the value and what it must be.
     """
+    _check_names(config)
     _check_run_and_data(config)
     _check_training(config)
     _check_cadence(config)
@@ -24,6 +27,30 @@ def check(config: Config) -> None:
 def _require(condition: bool, key: str, value: object, wanted: str) -> None:
     if not condition:
         raise UserError(f"{key}={shown(as_tree(value))}: must be {wanted}")
+
+
+def _check_names(config: Config) -> None:
+    model, optim = config.model, config.optim
+    for key, name, args, builtin in (
+        ("model", model.name, model.args, MODELS),
+        ("optim", optim.name, optim.args, OPTIMIZERS),
+    ):
+        if ":" in name:
+            continue
+        if name not in builtin:
+            hint = nearest(name, list(builtin))
+            raise UserError(
+                f"{key}.name={shown(as_tree(name))}: must be one of {', '.join(builtin)}, or "
+                f"module:callable{hint and f'; did you mean {hint}?'}"
+            )
+        _require(not args, f"{key}.args", args, f"empty with {key}.name={name}")
+    for entry in config.augment.extra:
+        parts = entry if isinstance(entry, dict) else {"name": entry}
+        name, args = parts.get("name"), parts.get("args", {})
+        good = isinstance(name, str) and ":" in name and isinstance(args, dict)
+        good = good and parts.keys() <= {"name", "args"}
+        wanted = "module:callable, or {name: module:callable, args: {...}}"
+        _require(good, "augment.extra", entry, wanted)
 
 
 def _check_run_and_data(config: Config) -> None:

@@ -6,8 +6,8 @@ The only module that imports omegaconf.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any, cast
+from dataclasses import asdict, replace
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -87,7 +87,7 @@ def trajectory_hash(config: Config, counts: Callable[[str], bool] = changes_traj
     relevant = {
         key: value
         for key, value in flatten(to_dict(config))
-        if counts(key) and value != default[key]
+        if counts(key) and (key not in default or value != default[key])
     }
     text = json.dumps(relevant, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -96,17 +96,38 @@ def trajectory_hash(config: Config, counts: Callable[[str], bool] = changes_traj
 def _merge(overlays: Iterable[tuple[str, Mapping[Any, Any]]]) -> Config:
     values: dict[str, Any] = {}
     for source, overlay in overlays:
-        for key, given in flatten(overlay):
-            values |= _read(key, given, source)
-    nested: dict[str, Any] = {}
-    for key, value in values.items():
-        *section, name = key.split(".")
-        (nested.setdefault(section[0], {}) if section else nested)[name] = value
-    config = cast(
-        Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), nested))
-    )
+        for key, given in _entries(overlay):
+            for name, value in _read(key, given, source).items():
+                kept = values.get(name, {}) if isinstance(value, dict) and value else {}
+                values[name] = kept | value if isinstance(value, dict) else value
+    sections: dict[str, dict[str, Any]] = {section: {} for section in key_sections()}
+    for key in key_kinds():
+        section, _, name = key.rpartition(".")
+        if section and key in values:
+            sections[section][name] = values.pop(key)
+    default = Config()
+    built = {name: replace(getattr(default, name), **given) for name, given in sections.items()}
+    config = replace(default, **built, **values)
     check(config)
     return config
+
+
+def _entries(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """As `flatten`, but a key that takes a mapping has one for its value."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value and key_kinds().get(name) != "dict":
+            yield from _entries(value, f"{name}.")
+            continue
+        section = next((k for k in _mappings() if name.startswith(f"{k}.")), None)
+        if section is None:
+            yield name, value
+        else:
+            yield section, {name.removeprefix(f"{section}."): value}
+
+
+def _mappings() -> list[str]:
+    return [key for key, kind in key_kinds().items() if kind == "dict"]
 
 
 def _overlays(arguments: Sequence[str]) -> list[tuple[str, Mapping[Any, Any]]]:
@@ -187,15 +208,22 @@ def _read(key: str, given: Any, source: str) -> dict[str, Any]:
     try:
         return {key: read_value(kind, tree)}
     except ValueError:
-        example = " such as [a,b]" if kind.startswith("list") else ""
+        example = {"l": " such as [a,b]", "d": " such as {depth: 16}"}.get(kind[0], "")
         raise UserError(f"{name}={value}: must be of type {kind}{example}") from None
 
 
 def _refuse_text(name: str, tree: Any, source: str) -> None:
-    for item in tree if isinstance(tree, list) else [tree]:
-        text = str(item)
+    for text in _scalars(tree):
         # ${oc.env:WANDB_API_KEY} would write a secret into config.yaml and W&B.
         if "${" in text:
             raise UserError(f"{name}={shown(tree)} ({source}): interpolation is not supported")
         if not text.isprintable() or text == "???":  # OmegaConf's word for a missing value
             raise UserError(f"{name}={shown(tree)} ({source}): must be one line of plain text")
+
+
+def _scalars(tree: Any) -> Iterator[str]:
+    if isinstance(tree, list | dict):
+        for item in [*tree, *tree.values()] if isinstance(tree, dict) else tree:
+            yield from _scalars(item)
+    else:
+        yield str(tree)

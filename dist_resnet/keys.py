@@ -69,7 +69,14 @@ def _documented(cls: type) -> Iterator[tuple[str, Any, Any, str]]:
 def _type_name(kind: Any) -> str:
     if "Literal" in str(kind):
         return " | ".join(repr(choice) for choice in get_args(kind))
-    return str(kind.__name__ if isinstance(kind, type) else kind).replace("None", "null")
+    text = str(kind.__name__ if type(kind) is type else kind)
+    for python, ours in (
+        ("None", "null"),
+        ("list[typing.Any]", "list"),
+        ("dict[str, typing.Any]", "dict"),
+    ):
+        text = text.replace(python, ours)
+    return text
 
 
 def _show(value: Any) -> str:

@@ -18,7 +18,8 @@ def run_name(config: Config) -> str:
     """The configured name, or one that the configuration decides: same command, same run."""
     if config.run.name is not None:
         return config.run.name
-    return f"{config.model.name}-{config.data.dataset}-s{config.seed}-{trajectory_hash(config)}"
+    model = config.model.name.replace(":", ".")
+    return f"{model}-{config.data.dataset}-s{config.seed}-{trajectory_hash(config)}"
 
 
 def open_folder(config: Config, folder: RunFolder) -> None:

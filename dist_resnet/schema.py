@@ -6,7 +6,7 @@ them are possible is said in `checks.py`.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,18 @@ class AugmentConfig:
     """Parameter of the Beta distribution of mixup's weight (Zhang et al. 2017); 0: no mixup."""
     cutout: int = 0
     """Side, in pixels, of the square set to the mean (DeVries and Taylor 2017); 0: none."""
+    extra: list[Any] = field(default_factory=list)
+    """Your own, as module:callable or {name: module:callable, args: {...}}; before mixing."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "m6"] = "resnet20"
-    """resnetN: He et al. 2015, section 4.2; m6: six residual blocks at 32/64/128 filters."""
+    name: str = "resnet20"
+    """resnet20 to resnet110: He et al. 2015; m6: six wide blocks; or your own, module:callable."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of your own model, beside the number of classes."""
+    init: str | None = None
+    """Starting weights: a run, a checkpoint or a .safetensors file; null: random."""
     widths: list[int] = field(default_factory=lambda: [16, 32, 64])
     """Filters of the three stages; m6 reads the default as its own 32/64/128."""
     shortcut: Literal["projection", "pad"] = "projection"
@@ -63,8 +69,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["sgd", "muon"] = "sgd"
-    """muon: orthogonalised momentum for convolutions (Jordan et al. 2024), SGD for the rest."""
+    name: str = "sgd"
+    """sgd; muon (convolutions: Jordan et al. 2024); or your own, such as torch.optim:AdamW."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of your own optimizer, beside the rate and the weight decay."""
+    freeze: list[str] = field(default_factory=list)
+    """Parameters that stay as they are, by name, where * stands for anything: [stages.0.*]."""
     muon_lr: float = 0.1
     """Rate of optim.name=muon where SGD's is optim.lr, which it follows: relative to a weight."""
     lr: float = 0.05

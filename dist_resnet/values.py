@@ -4,6 +4,7 @@ YAML decides by a value's looks: 007 is 7, 0012 is 10, 12:30 is 750, on is true.
 and one of type text takes the text as it stands.
 """
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping
@@ -68,16 +69,26 @@ def read_value(kind: str, given: Tree) -> Any:
         if given is None or (str(given) in _NULLS and not _is_quoted(given)):
             return None
         kind = kind.removesuffix(" | null")
+    if kind == "dict":
+        found = plain(read_yaml(given.text) if isinstance(given, Text) else given)
+        if not isinstance(found, dict):
+            raise ValueError("no mapping")
+        return found
+    if kind == "list":
+        found = plain(read_yaml(given.text) if isinstance(given, Text) else given)
+        if not isinstance(found, list):
+            raise ValueError("no list")
+        return found
     if kind.startswith("list["):
         items = _items(given) if isinstance(given, Text) else given
         if not isinstance(items, list):
             raise ValueError("no list")
         return [read_value(kind[5:-1], item) for item in items]
-    if kind == "int | str":
-        try:
-            return read_value("int", given)
-        except ValueError:
-            kind = "str"
+    first, *others = kind.split(" | ")
+    if others:
+        with contextlib.suppress(ValueError):
+            return read_value(first, given)
+        return read_value(" | ".join(others), given)
     if not isinstance(given, Text):
         raise ValueError("no single value")
     if given.text in _NULLS and not given.quoted:
@@ -85,10 +96,29 @@ def read_value(kind: str, given: Tree) -> Any:
     return _single(kind, given.text)
 
 
+def plain(tree: Tree) -> Any:
+    """The tree with each text as what it looks like: a number, true, false, null, else a string."""
+    if isinstance(tree, list):
+        return [plain(item) for item in tree]
+    if isinstance(tree, dict):
+        return {str(key): plain(value) for key, value in tree.items()}
+    if not isinstance(tree, Text) or tree.quoted:
+        return str(tree) if isinstance(tree, Text) else tree
+    if tree.text in _NULLS:
+        return None
+    # Not infinity or nan, which are words.
+    for kind in ("int", "float") if re.search("[0-9]", tree.text) else ():
+        with contextlib.suppress(ValueError):
+            return _single(kind, tree.text)
+    return {"true": True, "false": False}.get(tree.text.lower(), tree.text)
+
+
 def as_tree(value: Any) -> Tree:
     """A value that was read before, as it would be written."""
-    if isinstance(value, Text | dict):
+    if isinstance(value, Text):
         return value
+    if isinstance(value, dict):
+        return {key: as_tree(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_tree(item) for item in value]
     return None if value is None else Text(str(value), quoted=isinstance(value, str))
@@ -97,7 +127,9 @@ def as_tree(value: Any) -> Tree:
 def shown(given: Tree) -> str:
     """A value for a message: one line, not too long."""
     whole = texts(given)
-    if isinstance(whole, list):
+    if isinstance(whole, dict):
+        text = "{" + ", ".join(f"{key}: {value}" for key, value in whole.items()) + "}"
+    elif isinstance(whole, list):
         text = f"[{', '.join(map(str, whole[:50]))}]"
     else:
         text = "null" if whole is None else str(whole)[:200]

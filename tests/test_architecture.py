@@ -28,6 +28,8 @@ LAYERS: list[set[str]] = [
         "distributed",
         "config",
         "keys",
+        "builtins",
+        "plugins",
         "values",
         "checks",
         "precision",
