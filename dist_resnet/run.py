@@ -136,6 +136,7 @@ def _trainer(
         session.precision,
         session.normalisation(),
         session.image_size,
+        together(session.class_weights),
     )
     wandb = recording.keeper.wandb if recording.keeper is not None else None
     every = config.wandb.media_every_epochs

@@ -35,6 +35,7 @@ class TrainStep:
         precision: torch.dtype,
         statistics: Normalisation,
         image_size: tuple[int, int],
+        class_weights: Tensor | None = None,
     ) -> None:
         keep_freed_memory()
         self.config = config
@@ -70,7 +71,13 @@ class TrainStep:
             config.augment, image_size, config.model.dropout, head.in_features, self.device
         )
         self.replica_pass = build_pass(
-            config.augment, config.optim.label_smoothing, draw, statistics, self.group, precision
+            config.augment,
+            config.optim.label_smoothing,
+            draw,
+            statistics,
+            self.group,
+            precision,
+            class_weights,
         )
 
     @contextmanager

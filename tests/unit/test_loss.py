@@ -63,6 +63,36 @@ def test_loss_under_mixup_is_the_mix_of_losses(smoothing: float) -> None:
     torch.testing.assert_close(found, 0.3 * own + 0.7 * other)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("lam", [None, 0.3])
+def test_class_weights_are_torchs(lam: float | None, smoothing: float) -> None:
+    """Without mixup divided by the labels' weights, with it by the number of images."""
+    logits, labels, partner = _case(5)
+    weights = torch.rand(K) + 0.2
+    choices = _choices(None if lam is None else partner, lam)
+    found = mixed_cross_entropy(logits, labels, choices, smoothing, weights)
+    log_p = torch.log_softmax(logits.double(), 1)
+    total, divisor = 0.0, 0.0
+    for i in range(N):
+        shares = {int(labels[i]): 1.0} if lam is None else {}
+        if lam is not None:
+            for label, share in ((labels[i], lam), (labels[partner[i]], 1 - lam)):
+                shares[int(label)] = shares.get(int(label), 0.0) + share
+        for k in range(K):
+            target = (1 - smoothing) * shares.get(k, 0.0) + smoothing / K
+            total -= float(weights[k] * target * log_p[i, k])
+        divisor += float(weights[labels[i]]) if lam is None else 1.0
+    assert float(found) == pytest.approx(total / divisor, rel=1e-5)
+    if lam is None:
+        torchs = F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing)
+        assert torch.equal(found, torchs)
+    else:
+        one_hot = torch.eye(K)
+        mixed = lam * one_hot[labels] + (1 - lam) * one_hot[labels[partner]]
+        torchs = F.cross_entropy(logits, mixed, weight=weights, label_smoothing=smoothing)
+        torch.testing.assert_close(found, torchs)
+
+
 @pytest.mark.parametrize("lam", [None, 0.4])
 def test_gradient_is_softmax_minus_target(lam: float | None) -> None:
     logits, labels, partner = _case(4)
