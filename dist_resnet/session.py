@@ -14,7 +14,7 @@ from dist_resnet.data.content import Channels
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.normalisation import channel_scale
 from dist_resnet.data.order import split_indices
-from dist_resnet.data.prepare import prepare_builtin
+from dist_resnet.data.prepare import check_source, prepare_builtin
 from dist_resnet.data.stream import open_loader
 from dist_resnet.distributed import World, from_all, from_main, on_main, together
 from dist_resnet.errors import UserError
@@ -180,8 +180,8 @@ def _open_dataset(config: Config) -> Dataset:
 
     def prepare_and_verify() -> None:
         if not Dataset.exists(folder):
-            prepare_builtin(config.data.dataset, user_path(config.data.root))
-        Dataset.load(folder, verify=True)
+            prepare_builtin(config.data.dataset, user_path(config.data.root), config.data.source)
+        check_source(Dataset.load(folder, verify=True), config.data.source)
 
     on_main(prepare_and_verify)
     dataset = together(lambda: Dataset.load(folder, verify=False))
