@@ -48,8 +48,8 @@ def _check_names(config: Config) -> None:
         _require(not args, f"{key}.args", args, f"empty with {key}.name={name}")
     for entry in config.augment.extra:
         parts = entry if isinstance(entry, dict) else {"name": entry}
-        name, args = parts.get("name"), parts.get("args", {})
-        good = isinstance(name, str) and ":" in name and isinstance(args, dict)
+        own, own_args = parts.get("name"), parts.get("args", {})
+        good = isinstance(own, str) and ":" in own and isinstance(own_args, dict)
         good = good and parts.keys() <= {"name", "args"}
         wanted = "module:callable, or {name: module:callable, args: {...}}"
         _require(good, "augment.extra", entry, wanted)
