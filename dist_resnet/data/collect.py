@@ -55,6 +55,8 @@ def collect(
     classes = feed.classes or train.classes()
     test = _Part(feed, "test", decoder, scratch, train.size, classes)
     names = tuple(map(printable, classes))
+    if len(set(names)) < len(names) or "" in names:
+        raise UserError(f"{feed.key}={feed.name}: two classes read alike, or one has no name")
     seen = set(test.numbers(classes).tolist())
     if absent := [name for number, name in enumerate(names) if number not in seen]:
         tell(f"no test image is of class {', '.join(absent[:5])}{', ...' * (len(absent) > 5)}")

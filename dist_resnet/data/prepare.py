@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -72,7 +73,7 @@ def check_source(dataset: Dataset, source: str | None) -> None:
     if source is not None and shlex.split(dataset.source)[:2] != ["source", source]:
         raise UserError(
             f"data.source={source}: {dataset.folder} was prepared from {dataset.source}; "
-            "choose another data.dataset, or leave data.source out"
+            "choose another data.dataset, or data.source=null for any"
         )
 
 
@@ -204,8 +205,16 @@ def _run(options: argparse.Namespace) -> None:
     )
 
 
+class _Terminated(BaseException):
+    """By SIGTERM: no SystemExit, which somebody's source may raise too."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, 2 (user's mistake) or 130 (Ctrl-C)."""
+    """Run the command line. Returns the exit code: 0, 2 (user's mistake), 130 (Ctrl-C) or 143."""
     try:
         _run(parser(__doc__.split(":")[0]).parse_args(arguments))
     except UserError as error:
@@ -214,9 +223,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         tell("interrupted; nothing was changed")
         return 130
+    except _Terminated:
+        return 143
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workspace is removed
+    signal.signal(signal.SIGTERM, _terminate)  # so that the workspace is removed
     run_command(main)

@@ -170,6 +170,12 @@ def test_a_bad_item_is_one_line_with_its_number(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("names", [("a\n", "a\\n"), ("", "b")])
+def test_classes_that_would_read_alike_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="two classes read alike, or one has no name"):
+        _collect(tmp_path, [(A, name) for name in names], [(A, names[0])])
+
+
 @pytest.mark.parametrize("classes", [["owl", "owl"], "owl", [1, 2], []])
 def test_names_that_are_no_names_are_refused(tmp_path: Path, classes: Any) -> None:
     with pytest.raises(UserError, match="its classes must be a list of different names"):
@@ -238,6 +244,9 @@ def test_a_dataset_is_prepared_from_its_source_and_then_used(working_folder: Pat
         ("def birds(split): yield [[0]], 0", "item 0 of train: its image is list"),
         ("def birds(split): yield 1 / 0, 0", "item 0 of train: raised ZeroDivisionError"),
         ("def birds(split): return 7", "gives int for 'train'"),
+        ("import sys; sys.exit()", "importing it raised SystemExit"),
+        ("import sys\ndef birds(split): sys.exit(0)", "raised SystemExit: 0 (*bad_birds.py:2)"),
+        ("def birds(split): yield b'', 0", "item 0 of train: is not an image or is damaged"),
     ],
 )  # fmt: skip
 def test_a_bad_callable_is_one_line(
