@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dist_resnet.augment import Choices
+from dist_resnet.augment import ChoiceDrawer, Choices, Normalisation
 from dist_resnet.loss import mixed_cross_entropy, mixed_targets, weighted_top1
+from dist_resnet.replica_pass import KernelPass, TorchPass, torch_pass
+from dist_resnet.schema import AugmentConfig
 
 K, N = 10, 33
 
@@ -127,3 +129,13 @@ def test_weighted_accuracy_by_a_loop(lam: float | None) -> None:
         expected += weight * (guess == own) + (1 - weight) * (guess == other)
     assert float(found) == pytest.approx(expected / N, abs=1e-6)
     assert 0 < expected < N
+
+
+def test_the_pass_that_kernels_are_held_to_weighs_alike() -> None:
+    weights, host = torch.rand(K), torch.device("cpu")
+    draw = ChoiceDrawer(AugmentConfig(), (8, 8), 0.0, 4, host)
+    statistics = Normalisation.of((120.0,) * 3, (60.0,) * 3, 8, host)
+    own = KernelPass(AugmentConfig(), 0.1, draw, statistics, 2, torch.float32, weights)
+    found = torch_pass(own)
+    assert isinstance(found, TorchPass)
+    assert found.weights is weights
