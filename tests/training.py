@@ -66,7 +66,7 @@ def train_step(
     weights = class_weights(config)
     return TrainStep(
         config, state, rates(steps), replicas, dtype, statistics, (SIDE, SIDE),
-        None if weights is None else weights.to(device),
+        class_weights=None if weights is None else weights.to(device),
     )  # fmt: skip
 
 
