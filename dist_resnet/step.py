@@ -81,15 +81,8 @@ class TrainStep:
             num_features(self.dropouts),
             self.device,
         )
-        self.replica_pass = build_pass(
-            config.augment,
-            config.optim.label_smoothing,
-            draw,
-            statistics,
-            self.group,
-            precision,
-            class_weights,
-        )
+        settings = config.augment, config.optim.label_smoothing, draw, statistics
+        self.replica_pass = build_pass(*settings, self.group, precision, class_weights)
 
     @contextmanager
     def by_torch(self) -> Iterator[None]:
