@@ -1,6 +1,8 @@
 """Which values are possible: one line for the first that is not, before anything starts."""
 
+import math
 import os
+from typing import Any
 
 from dist_resnet.builtins import MODELS, OPTIMIZERS
 from dist_resnet.errors import UserError
@@ -76,6 +78,7 @@ def _check_run_and_data(config: Config) -> None:
     short = len(os.fsencode(data.dataset)) <= _LONGEST_NAME - 55
     _require(short, "data.dataset", data.dataset, "shorter: too long for a name")
 
+    _check_lists(config)
     padding, alpha = augment.crop_padding, augment.mixup_alpha
     _require(0 <= padding <= 64, "augment.crop_padding", padding, "0 to 64")
     _require(0 <= alpha <= 100, "augment.mixup_alpha", alpha, "0 to 100")
@@ -92,6 +95,39 @@ def _check_run_and_data(config: Config) -> None:
         "non-decreasing with model.shortcut=pad",
     )
     _require(0 <= model.dropout < 1, "model.dropout", model.dropout, "at least 0 and below 1")
+
+
+def _check_lists(config: Config) -> None:
+    """Keys that take a word or numbers."""
+    scale, weights, source = (
+        config.data.normalisation,
+        config.optim.class_weights,
+        config.data.source,
+    )
+    wanted = "dataset, imagenet, or [[means],[deviations]] of three channels in 0 to 1"
+    if isinstance(scale, str):
+        _require(scale in ("dataset", "imagenet"), "data.normalisation", scale, wanted)
+    else:
+        good = len(scale) == 2 and all(_numbers(row, 3) and max(row) <= 1 for row in scale)
+        good = good and min(scale[0]) >= 0 and min(scale[1]) > 0
+        _require(good, "data.normalisation", scale, f"{wanted}, deviations above 0")
+    wanted = "none, balanced, or a number above 0 for each class, such as [1,2.5]"
+    if isinstance(weights, str):
+        _require(weights in ("none", "balanced"), "optim.class_weights", weights, wanted)
+    else:
+        good = _numbers(weights, len(weights)) and min(weights, default=0) > 0
+        _require(good, "optim.class_weights", weights, wanted)
+    good = source is None or ":" in source
+    _require(good, "data.source", source, "module:callable, such as my_data:birds, or null")
+
+
+def _numbers(row: Any, count: int) -> bool:
+    """Whether a list holds `count` finite numbers."""
+    return (
+        isinstance(row, list)
+        and len(row) == count
+        and all(type(value) in (int, float) and math.isfinite(value) for value in row)
+    )
 
 
 def _check_training(config: Config) -> None:

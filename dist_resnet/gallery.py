@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_resnet import pictures
 from dist_resnet.augment import ChoiceDrawer, Normalisation, augment
 from dist_resnet.data.dataset import Dataset
+from dist_resnet.data.normalisation import channel_scale
 from dist_resnet.data.stream import Batch
 from dist_resnet.evaluation import Evaluation, Evaluator
 from dist_resnet.randomness import step_keys
@@ -99,7 +100,8 @@ def augmented(
         samples: int64 (N,), indices in the training set.
     """
     size = dataset.height, dataset.width
-    statistics = Normalisation.of(dataset.mean, dataset.std, dataset.width, _HOST)
+    scale = channel_scale(config.data.normalisation, dataset)
+    statistics = Normalisation.of(*scale, dataset.width, _HOST)
     draw = ChoiceDrawer(config.augment, size, 0.0, 0, _HOST)
     choices = draw(step_keys(config.seed, step + 1, _HOST)[step], samples)
     inputs = augment(images, choices, config.augment, statistics)[:SHOWN]

@@ -74,9 +74,10 @@ class TorchPass:
         draw: Callable[[Tensor, Tensor], Choices],
         statistics: Normalisation,
         replicas: int,
+        weights: Tensor | None = None,
     ) -> None:
         self.config, self.smoothing, self.draw = config, smoothing, draw
-        self.statistics, self.replicas = statistics, replicas
+        self.statistics, self.replicas, self.weights = statistics, replicas, weights
 
     def inputs(self, images: Tensor, samples: Tensor, key: Tensor) -> tuple[Tensor, ReplicaChoices]:
         chosen = [self.draw(key, part) for part in samples.chunk(self.replicas)]
@@ -91,7 +92,7 @@ class TorchPass:
         for part, own, chosen in zip(
             logits.chunk(self.replicas), labels.chunk(self.replicas), choices.parts, strict=True
         ):
-            losses.append(mixed_cross_entropy(part, own, chosen, self.smoothing))
+            losses.append(mixed_cross_entropy(part, own, chosen, self.smoothing, self.weights))
             shares.append(weighted_top1(part.detach(), own, chosen))
         loss = losses[0] if self.replicas == 1 else torch.stack(losses).sum()
         top1 = shares[0] if self.replicas == 1 else torch.stack(shares).sum()
@@ -110,9 +111,11 @@ class KernelPass:
         statistics: Normalisation,
         replicas: int,
         precision: torch.dtype,
+        weights: Tensor | None = None,
     ) -> None:
         self.config, self.smoothing, self.draw = config, smoothing, draw
         self.statistics, self.replicas, self.precision = statistics, replicas, precision
+        self.weights = weights
 
     def inputs(self, images: Tensor, samples: Tensor, key: Tensor) -> tuple[Tensor, Choices]:
         from dist_resnet.kernels import images as kernels  # Triton is not everywhere
@@ -153,7 +156,7 @@ class KernelPass:
         if choices.partner is not None and choices.lam is not None:
             mixup = choices.partner, choices.lam
         found, gradient = loss_and_gradient(
-            logits.detach(), labels, mixup, self.smoothing, scale, self.replicas
+            logits.detach(), labels, mixup, self.smoothing, scale, self.replicas, self.weights
         )
         return Objective(logits, gradient, found.sum(dim=0))
 
@@ -165,11 +168,16 @@ def build_pass(
     statistics: Normalisation,
     replicas: int,
     precision: torch.dtype,
+    weights: Tensor | None = None,
 ) -> ReplicaPass:
-    """The kernels' where they run, else PyTorch's."""
+    """The kernels' where they run, else PyTorch's.
+
+    Args:
+        weights: of the classes in the loss, float32 (K,); None: 1.
+    """
     if support.usable(statistics.mean.device):
-        return KernelPass(config, smoothing, draw, statistics, replicas, precision)
-    return TorchPass(config, smoothing, draw, statistics, replicas)
+        return KernelPass(config, smoothing, draw, statistics, replicas, precision, weights)
+    return TorchPass(config, smoothing, draw, statistics, replicas, weights)
 
 
 def torch_pass(own: ReplicaPass) -> ReplicaPass:
@@ -177,7 +185,7 @@ def torch_pass(own: ReplicaPass) -> ReplicaPass:
     if not isinstance(own, KernelPass):
         return own
     draw = own.draw.by_torch
-    return TorchPass(own.config, own.smoothing, draw, own.statistics, own.replicas)
+    return TorchPass(own.config, own.smoothing, draw, own.statistics, own.replicas, own.weights)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

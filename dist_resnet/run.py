@@ -145,6 +145,7 @@ def _trainer(
         session.normalisation(),
         session.image_size,
         together(lambda: build_distillation(teachers, session, session.normalisation())),
+        together(session.class_weights),
     )
     wandb = recording.keeper.wandb if recording.keeper is not None else None
     every = config.wandb.media_every_epochs

@@ -37,6 +37,10 @@ class DataConfig:
     """Images in one replica's batch, over which its BatchNorm statistics are taken."""
     val_split: int = 0
     """Training images held out by the seed and evaluated in place of the test set; 0: none."""
+    source: str | None = None
+    """Your own images, module:callable, which the dataset is prepared from if missing."""
+    normalisation: list[Any] | str = "dataset"
+    """dataset: by the training set's statistics; imagenet; or [[means],[deviations]] in 0..1."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class OptimConfig:
     """Global batch size at which optim.lr holds."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes (Szegedy et al. 2016); 0: none."""
+    class_weights: list[Any] | str = "none"
+    """Of the training loss: none, balanced (the rarer the heavier), or a number a class."""
 
 
 @dataclass(frozen=True)
@@ -217,17 +223,10 @@ class Config:
 
 # Keys that alter no step's weights but by rounding: they may change when a run is continued.
 FREE_SECTIONS = ("run", "eval", "checkpoint", "log", "wandb")
+# The data are known by their fingerprint, wherever they came from.
 FREE_KEYS = frozenset(
-    {
-        "parallel.device",
-        "data.root",
-        "data.loader",
-        "parallel.timeout_seconds",
-        "parallel.threads",
-        "train.early_stop",
-        "train.max_steps",
-        "train.step_mode",
-    }
+    {"data.root", "data.loader", "data.source", "parallel.device", "parallel.timeout_seconds"}
+    | {"parallel.threads", "train.early_stop", "train.max_steps", "train.step_mode"}
 )
 
 

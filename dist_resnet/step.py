@@ -38,6 +38,7 @@ class TrainStep:
         statistics: Normalisation,
         image_size: tuple[int, int],
         distillation: Distillation | None = None,
+        class_weights: Tensor | None = None,
     ) -> None:
         keep_freed_memory()
         self.config = config
@@ -80,9 +81,8 @@ class TrainStep:
             num_features(self.dropouts),
             self.device,
         )
-        self.replica_pass = build_pass(
-            config.augment, config.optim.label_smoothing, draw, statistics, self.group, precision
-        )
+        settings = config.augment, config.optim.label_smoothing, draw, statistics
+        self.replica_pass = build_pass(*settings, self.group, precision, class_weights)
 
     @contextmanager
     def by_torch(self) -> Iterator[None]:

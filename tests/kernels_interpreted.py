@@ -247,13 +247,14 @@ def test_choices_and_images(
 
 
 @pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("replicas", "count", "classes"),
     [(1, 32, 10), (2, 70, 7), (3, 5, 100), (1, 9, 1), (1, 3, 5000)],
 )
 def test_loss_top1_and_gradient(
-    replicas: int, count: int, classes: int, smoothing: float, mixed: bool
+    replicas: int, count: int, classes: int, smoothing: float, weighted: bool, mixed: bool
 ) -> None:
     total = replicas * count
     labels = torch.randint(classes, (total,))
@@ -261,17 +262,20 @@ def test_loss_top1_and_gradient(
     partners = [torch.randperm(count) for _ in range(replicas)]
     lam = torch.rand(replicas)
     scale = torch.tensor(64.0) if mixed else None
+    weights = 0.2 + torch.rand(classes) if weighted else None
     places = torch.cat([own + number * count for number, own in enumerate(partners)])
     found, gradient = loss_and_gradient(
-        logits.detach(), labels, (places, lam) if mixed else None, smoothing, scale, replicas
-    )
+        logits.detach(), labels, (places, lam) if mixed else None, smoothing, scale, replicas,
+        weights,
+    )  # fmt: skip
     rows, losses = [], []
     for number in range(replicas):
         part = slice(number * count, (number + 1) * count)
         choices = Choices(*[None] * 8)
         if mixed:
             choices = Choices(*[None] * 5, partners[number], lam[number], None)
-        losses.append(mixed_cross_entropy(logits[part], labels[part], choices, smoothing))
+        own = mixed_cross_entropy(logits[part], labels[part], choices, smoothing, weights)
+        losses.append(own)
         rows.append([losses[-1].detach(), weighted_top1(logits[part], labels[part], choices)])
     (torch.stack(losses).sum() * (1 if scale is None else scale)).backward()
     _close(found, torch.tensor(rows), "loss and top-1")
