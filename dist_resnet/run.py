@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 from dist_resnet import signals, watchdog
+from dist_resnet.augment.trial import try_extras
 from dist_resnet.captured import as_configured
 from dist_resnet.config import to_dict
 from dist_resnet.data.stream import Loader, open_loader, training_batches
@@ -78,6 +79,8 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     session = open_session(config, world)
     plan = make_plan(config, len(session.train_indices), world.size)
     check_statistics(config, *session.image_size)
+    statistics = session.normalisation()
+    together(lambda: try_extras(config.augment, session.image_size, statistics))
     if saved is not None:
         saved = starting_point(saved, config, session.dataset.fingerprint, named)
     step = saved["state"]["step"] if saved is not None else 0
@@ -136,6 +139,7 @@ def _trainer(
         session.precision,
         session.normalisation(),
         session.image_size,
+        plan.steps_per_epoch,
     )
     wandb = recording.keeper.wandb if recording.keeper is not None else None
     every = config.wandb.media_every_epochs

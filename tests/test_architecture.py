@@ -95,7 +95,9 @@ OWN_THE_TERMINAL = {
 }  # fmt: skip
 # What runs in every step: the host must not wait there.
 WAITLESS = (
-    "step", "captured", "augment", "loss", "flat", "reduction", "summing", "replica_pass", "shadow",
+    "step", "captured", "augment.choices", "augment.colour", "augment.erase", "augment.geometry",
+    "augment.mix", "augment.named", "augment.normalisation", "augment.pipeline", "augment.trivial",
+    "loss", "flat", "reduction", "summing", "replica_pass", "shadow",
     "update", "models.norm_act", "kernels.conv", "kernels.images", "kernels.loss",
     "kernels.norm_act", "kernels.update",
 )  # fmt: skip

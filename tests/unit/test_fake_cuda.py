@@ -25,7 +25,8 @@ SIDE, COUNT, CLASSES = 16, 8, 10
 @pytest.fixture(autouse=True)
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     """Tensors without contents, on any device; reading one raises."""
-    table = "dist_resnet.augment.beta_quantiles"  # which NumPy makes, before the first step
+    # Which NumPy makes, before the first step.
+    table = "dist_resnet.augment.choices.beta_quantiles"
     monkeypatch.setattr(table, lambda alpha: torch.empty(1 << 16))
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         yield mode
