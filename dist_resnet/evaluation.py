@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_resnet import watchdog
@@ -16,7 +16,6 @@ from dist_resnet.augment import Normalisation, normalise
 from dist_resnet.data.order import eval_batches
 from dist_resnet.data.stream import Loader
 from dist_resnet.distributed import World, all_reduce_sum
-from dist_resnet.models.resnet import ResNet
 
 BATCH_SIZE = 500
 _TOP = 5
@@ -103,6 +102,7 @@ class Evaluator:
         precision: torch.dtype,
         flip_tta: bool,
         world: World,
+        classes: int,
     ) -> None:
         self.loader = loader
         self.indices = indices
@@ -110,9 +110,10 @@ class Evaluator:
         self.precision = precision
         self.flip_tta = flip_tta
         self.world = world
+        self.classes = classes
 
     @torch.no_grad()
-    def __call__(self, model: ResNet, mistakes: int = 0) -> Evaluation:
+    def __call__(self, model: nn.Module, mistakes: int = 0) -> Evaluation:
         """Evaluate in evaluation mode; the mode before is restored. All ranks must call it.
 
         Args:
@@ -120,7 +121,7 @@ class Evaluator:
         """
         was_training = model.training
         model.eval()
-        classes = model.head.out_features
+        classes = self.classes
         device = self.world.device
         num_batches = -(-len(self.indices) // self.loader.batch_size)
         # One entry a batch, summed in batch order: no sum depends on the number of ranks.
@@ -160,7 +161,7 @@ class Evaluator:
         parts = [images.cpu().clone() for images, _ in batches]  # a batch lives until the next
         return torch.cat(parts) if parts else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
 
-    def _logits(self, model: ResNet) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+    def _logits(self, model: nn.Module) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
         """(batch number, labels, logits, logits of the mirror images) of this rank's batches."""
         rank, size = self.world.rank, self.world.size
         mine = eval_batches(self.indices, self.loader.batch_size, rank, size)

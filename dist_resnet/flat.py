@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dist_resnet.models.resnet import ResNet
-
 # Values: 64 bytes of float32, 32 of bfloat16. cuDNN's BatchNorm fails where weights or statistics
 # do not begin at a multiple of 16 bytes.
 _ALIGNED = 16
@@ -23,7 +21,7 @@ _ALIGNED = 16
 class FlatModel:
     """Buffers that a model's tensors are views of; all float32."""
 
-    model: ResNet
+    model: nn.Module
     values: Tensor
     """(P,): parameters, the decayed ones first."""
     exchange: Tensor
@@ -75,7 +73,7 @@ class FlatModel:
         torch.cat(rows[count:], out=self.gradients[self.num_decayed :])
 
 
-def flatten_model(model: ResNet) -> FlatModel:
+def flatten_model(model: nn.Module) -> FlatModel:
     """Move `model`'s parameters, their gradients and its BatchNorm statistics into flat buffers.
 
     Memory layout is kept. Weight decay is for the weights of convolutions and dense layers, told by

@@ -1,6 +1,7 @@
 """One run from start to end: open what it needs, train, close whatever happened."""
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from dist_resnet import signals, watchdog
@@ -40,11 +41,14 @@ from dist_resnet.terminal import say
 from dist_resnet.tracking.jsonl import read_rows
 
 
-def run(config: Config, named: Collection[str] = ()) -> None:
+def run(config: Config, named: Collection[str] = ()) -> Path:
     """Train as configured, from the newest checkpoint if there is one.
 
     Args:
         named: dotted keys that the command names, for run.extend.
+
+    Returns:
+        The run folder.
 
     Raises:
         DistResnetError: how it ended, if not well; status.json tells it too.
@@ -68,6 +72,7 @@ def run(config: Config, named: Collection[str] = ()) -> None:
         watchdog.disarm()
         folder.close()
         stop(orderly)
+    return folder.path
 
 
 @explaining_memory
@@ -79,8 +84,7 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     session = open_session(config, world)
     plan = make_plan(config, len(session.train_indices), world.size)
     check_statistics(config, *session.image_size)
-    statistics = session.normalisation()
-    together(lambda: try_extras(config.augment, session.image_size, statistics))
+    together(lambda: try_extras(config.augment, session.image_size, session.normalisation()))
     if saved is not None:
         saved = starting_point(saved, config, session.dataset.fingerprint, named)
     step = saved["state"]["step"] if saved is not None else 0

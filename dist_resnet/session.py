@@ -61,7 +61,8 @@ class Session:
         indices = held_out if len(held_out) else np.arange(data.num_test)
         loader = open_loader(self.config.data.loader, path, BATCH_SIZE, self.world.device)
         tta = self.config.eval.flip_tta
-        return Evaluator(loader, indices, statistics, self.precision, tta, self.world)
+        classes = len(data.classes)
+        return Evaluator(loader, indices, statistics, self.precision, tta, self.world, classes)
 
 
 def open_session(config: Config, world: World) -> Session:

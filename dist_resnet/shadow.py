@@ -29,6 +29,6 @@ class Shadow:
         with torch.no_grad():
             self._copy.copy_(self._source)
 
-    def forward(self, *inputs: Tensor | None) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """The model's forward pass with these weights in the place of its own."""
-        return torch.func.functional_call(self._model, self._tensors, inputs)
+        return torch.func.functional_call(self._model, self._tensors, (images,))

@@ -11,6 +11,7 @@ from dist_resnet.allocator import keep_freed_memory
 from dist_resnet.augment import ChoiceDrawer, Normalisation
 from dist_resnet.data.stream import Batch
 from dist_resnet.distributed import world_size
+from dist_resnet.models.dropout import dropouts, num_features, probability_of, set_factors
 from dist_resnet.models.norm_act import NormAct
 from dist_resnet.optim import ema_weight
 from dist_resnet.randomness import step_keys, turn_keys
@@ -50,7 +51,7 @@ class TrainStep:
             state.flat.exchange.device,
         )
         self.precision = precision
-        flat, head = state.flat, state.flat.model.head
+        flat = state.flat
         self.device = flat.values.device
         mode, _ = choose_step_mode(config.train.step_mode, config, self.device)
         self.group = replicas_at_once(config, self.local, self.device)
@@ -58,6 +59,8 @@ class TrainStep:
         if mode != "compile" and precision != torch.float32 and self.device.type == "cuda":
             self.shadow = Shadow(flat, precision)
         self.leaves = flat.parameters if self.shadow is None else self.shadow.leaves
+        # Each gradient where it belongs, while it is in the cache; on a GPU that is a launch each.
+        self.in_place = self.shadow is None and self.device.type == "cpu"
         self.forward = forward_function(mode, flat.model, self.group)
         if self.shadow is not None:
             self.forward = self.shadow.forward
@@ -70,8 +73,13 @@ class TrainStep:
         self.autocast = torch.autocast(
             self.device.type, precision, enabled=precision != torch.float32
         )
+        self.dropouts = dropouts(flat.model)
         draw = ChoiceDrawer(
-            config.augment, image_size, config.model.dropout, head.in_features, self.device
+            config.augment,
+            image_size,
+            probability_of(self.dropouts),
+            num_features(self.dropouts),
+            self.device,
         )
         self.replica_pass = build_pass(
             config.augment, config.optim.label_smoothing, draw, statistics, self.group, precision
@@ -161,11 +169,16 @@ class TrainStep:
         inputs, choices = self.replica_pass.inputs(images, samples, key, turn)
         if not self.config.precision.channels_last:
             inputs = inputs.contiguous()
+        set_factors(self.dropouts, choices.keep)
         with self.autocast:
-            logits = self.forward(inputs, choices.keep)
+            logits = self.forward(inputs)
         scale = None if scaling is None else scaling.scale
         objective = self.replica_pass.objective(logits, labels, choices, scale)
-        gradients = torch.autograd.grad(objective.output, self.leaves, objective.gradient)
-        flat.collect(gradients)
+        if self.in_place:
+            flat.gradients.zero_()
+            torch.autograd.backward(objective.output, objective.gradient, inputs=flat.parameters)
+        else:
+            found = torch.autograd.grad(objective.output, self.leaves, objective.gradient)
+            flat.collect(found)
         flat.row[:2].copy_(objective.row)
         flat.stop.copy_(self.stop)

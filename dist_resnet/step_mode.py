@@ -4,12 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_resnet.errors import UserError
 from dist_resnet.kernels import support
 from dist_resnet.models.norm_act import NormAct
-from dist_resnet.models.resnet import ResNet
 from dist_resnet.native.build import load
 from dist_resnet.schema import Config
 
@@ -61,9 +60,7 @@ def replicas_at_once(config: Config, local: int, device: torch.device) -> int:
     return max(count for count in range(1, _AT_ONCE_ON_CPU + 1) if local % count == 0)
 
 
-def forward_function(
-    mode: str, model: ResNet, replicas: int = 1
-) -> Callable[[Tensor, Tensor | None], Tensor]:
+def forward_function(mode: str, model: nn.Module, replicas: int = 1) -> Callable[[Tensor], Tensor]:
     """The model's forward pass in training, as `mode` (not auto) wants it.
 
     Args:

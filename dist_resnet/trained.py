@@ -8,13 +8,12 @@ from torch import Tensor, nn
 from dist_resnet.config import stored_config
 from dist_resnet.data.decoding import Reading, stored_reading
 from dist_resnet.errors import UserError
-from dist_resnet.models.resnet import ResNet
 from dist_resnet.paths import user_path
 from dist_resnet.weights import find_weights, trained_model
 
 
 class Classifier(nn.Module):
-    """A ResNet with its normalisation in front.
+    """A net with its normalisation in front.
 
     Attributes:
         classes: names, by the index of their logit.
@@ -28,7 +27,7 @@ class Classifier(nn.Module):
 
     def __init__(
         self,
-        network: ResNet,
+        network: nn.Module,
         classes: tuple[str, ...],
         image_size: tuple[int, int],
         mean: list[float],

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dist_resnet.checkpoint import CheckpointStore, read_checkpoint
 from dist_resnet.errors import UserError
-from dist_resnet.models.resnet import ResNet, build_model
+from dist_resnet.models.resnet import build_model
 from dist_resnet.paths import printable
 from dist_resnet.schema import Config
 from dist_resnet.state import load_tensors
@@ -48,7 +49,7 @@ def _checked(file: Path, saved: dict[str, Any]) -> dict[str, Any]:
     return saved | {"classes": [printable(str(name)) for name in saved["classes"]]}
 
 
-def trained_model(saved: dict[str, Any], config: Config) -> ResNet:
+def trained_model(saved: dict[str, Any], config: Config) -> nn.Module:
     """The model with the weights that training evaluated: the moving average where one was kept.
 
     Raises:

@@ -139,6 +139,7 @@ def forward(config: Config, model: nn.Module, step: int, batch: Batch) -> tuple[
     images = augment(batch.images, choices, settings, STATISTICS)
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     assert isinstance(inner, ResNet)
+    inner.dropout.eval()  # its factors are multiplied by here
     handle = inner.head.register_forward_pre_hook(
         lambda _module, inputs: inputs if choices.keep is None else (inputs[0] * choices.keep,)
     )

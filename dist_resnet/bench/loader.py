@@ -149,6 +149,7 @@ def _ours(session: Any, kind: Literal["ffcv", "resident"]) -> Epoch:
     """What TrainStep does with a batch before the model, and the stream that feeds it."""
     from dist_resnet.augment import Augmenter, ChoiceDrawer
     from dist_resnet.bench.our_loop import open_batches, quiet
+    from dist_resnet.models.dropout import dropouts, num_features, probability_of
     from dist_resnet.models.resnet import build_model
     from dist_resnet.plan import make_plan
     from dist_resnet.randomness import step_keys, turn_keys
@@ -158,8 +159,9 @@ def _ours(session: Any, kind: Literal["ffcv", "resident"]) -> Epoch:
     plan = make_plan(config, len(session.train_indices), 1)
     stream = open_batches(session, plan)
     device, statistics = session.world.device, session.normalisation()
-    features = build_model(config.model, len(session.dataset.classes)).head.in_features
-    draw = ChoiceDrawer(config.augment, session.image_size, config.model.dropout, features, device)
+    drops = dropouts(build_model(config.model, len(session.dataset.classes)))
+    chance, features = probability_of(drops), num_features(drops)
+    draw = ChoiceDrawer(config.augment, session.image_size, chance, features, device)
     augment = Augmenter(config.augment, statistics)
     keys = step_keys(config.seed, plan.total_steps, device)
     turns = turn_keys(config.seed, plan.total_steps, plan.steps_per_epoch, device)

@@ -88,13 +88,11 @@ class ReferenceLoop:
 
 
 def as_torch_makes_it(config: Config, classes: int) -> nn.Module:
-    """The configured model with nn.BatchNorm2d's counter of batches and nn.Dropout."""
+    """The configured model with nn.BatchNorm2d's counter of batches."""
     model = build_model(config.model, classes, config.seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.num_batches_tracked = torch.tensor(0)
-    if config.model.dropout:
-        model.add_module("head", nn.Sequential(nn.Dropout(config.model.dropout), model.head))
     return model
 
 

@@ -1,7 +1,5 @@
 """Our own loop on batches in memory, with the configured model or with a single dense layer."""
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +10,6 @@ from dist_resnet.data.stream import Batch
 from dist_resnet.distributed import World
 from dist_resnet.flat import flatten_model
 from dist_resnet.metrics import Totals
-from dist_resnet.models.resnet import ResNet
 from dist_resnet.optim import FlatSGD
 from dist_resnet.plan import make_plan, rates
 from dist_resnet.precision import choose_dtype
@@ -27,13 +24,13 @@ _UNMIXED = Choices(None, None, None, None, None, None, None, None)
 
 
 class DenseModel(nn.Module):
-    """One dense layer with the interface of our ResNet."""
+    """One dense layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(FEATURES, CLASSES)
 
-    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return self.head(images)
 
 
@@ -88,7 +85,7 @@ def _model_state(config: Config, precision: torch.dtype, world: World) -> TrainS
 
 
 def _dense_state(config: Config, world: World) -> TrainState:
-    flat = flatten_model(cast(ResNet, DenseModel().to(world.device)))
+    flat = flatten_model(DenseModel().to(world.device))
     return TrainState(
         flat=flat,
         optimizer=FlatSGD(flat, config.optim),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dist_resnet.models.dropout import SampleDropout
 from dist_resnet.models.norm_act import NormAct, conv_norm_act
 from dist_resnet.randomness import Stream, stream_key
 from dist_resnet.schema import ModelConfig
@@ -87,7 +88,12 @@ class ResNet(nn.Module):
     """Stem, three stages, global average pooling, dropout, dense layer."""
 
     def __init__(
-        self, blocks: int, widths: tuple[int, int, int], classes: int, shortcut: str
+        self,
+        blocks: int,
+        widths: tuple[int, int, int],
+        classes: int,
+        shortcut: str,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.stem = _conv3x3(3, widths[0], 1)
@@ -101,23 +107,13 @@ class ResNet(nn.Module):
                 channels = width
             stages.append(nn.Sequential(*layers))
         self.stages = nn.Sequential(*stages)
+        self.dropout = SampleDropout(widths[-1], dropout)
         self.head = nn.Linear(widths[-1], classes)
 
-    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Logits of a batch.
-
-        Args:
-            images: normalised, (N, 3, H, W).
-            keep: (N, widths[2]) factors of dropout, 0 or 1 / (1 - p); None: no dropout.
-
-        Returns:
-            (N, K).
-        """
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, (N, K), of normalised images, (N, 3, H, W)."""
         x, _ = conv_norm_act(self.stem, self.bn, images)
-        features = self.stages(x).mean(dim=(2, 3))
-        if keep is not None:
-            features = features * keep
-        return self.head(features)
+        return self.head(self.dropout(self.stages(x).mean(dim=(2, 3))))
 
 
 def build_model(config: ModelConfig, classes: int, seed: int = 0) -> ResNet:
@@ -126,7 +122,13 @@ def build_model(config: ModelConfig, classes: int, seed: int = 0) -> ResNet:
     if config.name == "m6" and widths == _DEFAULT_WIDTHS:
         widths = _M6_WIDTHS
     first, second, third = widths
-    model = ResNet(BLOCKS_PER_STAGE[config.name], (first, second, third), classes, config.shortcut)
+    model = ResNet(
+        BLOCKS_PER_STAGE[config.name],
+        (first, second, third),
+        classes,
+        config.shortcut,
+        config.dropout,
+    )
     generator = torch.Generator().manual_seed(int(stream_key(seed, Stream.INIT)))
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

@@ -71,7 +71,7 @@ def _evaluate(
     images, labels = _data()
     evaluator = Evaluator(
         ArrayLoader(images, labels, batch), np.arange(count),
-        Normalisation.of(MEAN, STD, SIDE, CPU), torch.float32, tta, world,
+        Normalisation.of(MEAN, STD, SIDE, CPU), torch.float32, tta, world, CLASSES,
     )  # fmt: skip
     return evaluator(_model(), mistakes)
 
@@ -143,7 +143,7 @@ def test_top5_and_balanced_accuracy_are_scikit_learns() -> None:
     model = build_model(ModelConfig(widths=[8, 8, 16]), classes, 3)
     statistics = Normalisation.of(MEAN, STD, SIDE, CPU)
     loader = ArrayLoader(images, labels, 32)
-    evaluate = Evaluator(loader, np.arange(count), statistics, torch.float32, False, ALONE)
+    evaluate = Evaluator(loader, np.arange(count), statistics, torch.float32, False, ALONE, classes)
     found = evaluate(model)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).double()
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
@@ -175,7 +175,7 @@ def test_only_the_given_indices_count(truth: dict[str, Any]) -> None:
     chosen = np.array([3, 60, 11, 30, 2])
     evaluator = Evaluator(
         ArrayLoader(images, labels, 2), chosen, Normalisation.of(MEAN, STD, SIDE, CPU),
-        torch.float32, False, ALONE,
+        torch.float32, False, ALONE, CLASSES,
     )  # fmt: skip
     found = evaluator(_model())
     assert found.images == 5
@@ -189,7 +189,7 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     evaluator = Evaluator(
         ArrayLoader(images, labels, 8), np.arange(COUNT),
-        Normalisation.of(MEAN, STD, SIDE, CPU), torch.float32, False, ALONE,
+        Normalisation.of(MEAN, STD, SIDE, CPU), torch.float32, False, ALONE, CLASSES,
     )  # fmt: skip
     first, second = evaluator(model), evaluator(model)
     assert model.training is training
@@ -216,7 +216,7 @@ def test_images_of_places_in_the_evaluated_set() -> None:
     images, labels = _data()
     evaluator = Evaluator(
         ArrayLoader(images, labels, 2), np.array([7, 3, 60, 11]),
-        Normalisation.of(MEAN, STD, SIDE, CPU), torch.float32, False, ALONE,
+        Normalisation.of(MEAN, STD, SIDE, CPU), torch.float32, False, ALONE, CLASSES,
     )  # fmt: skip
     assert np.array_equal(evaluator.images(np.array([2, 0, 3])).numpy(), images[[60, 7, 11]])
     assert len(evaluator.images(np.array([], dtype=np.int64))) == 0
@@ -266,7 +266,7 @@ def test_real_loaders_give_what_the_arrays_give(
     ):
         evaluator = Evaluator(
             loader, np.arange(29), Normalisation.of(tiny.mean, tiny.std, 12, CPU),
-            torch.float32, False, ALONE,
+            torch.float32, False, ALONE, CLASSES,
         )  # fmt: skip
         found.append(evaluator(model))
     assert found[0].loss == found[1].loss

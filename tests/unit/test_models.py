@@ -128,7 +128,7 @@ def test_logits_of_a_second_implementation(
     shortcut: str, training: bool, channels_last: bool
 ) -> None:
     generator = torch.Generator().manual_seed(5)
-    model = _model(shortcut=shortcut, seed=3)
+    model = _model(shortcut=shortcut, seed=3, dropout=0)
     with torch.no_grad():  # leave no weight at a value that hides a mistake
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.ndim == 1:
@@ -158,15 +158,21 @@ def test_running_statistics_move_as_documented() -> None:
 
 
 def test_dropout_scales_the_features_of_the_dense_layer() -> None:
-    model = _model().eval()
+    model = _model(dropout=0.5)
+    model.stages.eval()
+    model.bn.eval()
     x = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     features: list[Tensor] = []
     model.stages.register_forward_hook(lambda _m, _i, out: features.append(out.mean((2, 3))))
     keep = torch.randint(0, 2, (5, 64), generator=torch.Generator().manual_seed(3)) * 2.0
-    found = model(x, keep)
+    model.dropout.factors = keep
+    found = model(x)
     expected = F.linear(features[0] * keep, model.head.weight, model.head.bias)
     torch.testing.assert_close(found, expected)
-    assert torch.equal(model(x), model(x, torch.ones(5, 64)))
+    model.dropout.factors = None
+    ordinary, alone = model(x), model.eval()(x)
+    assert not torch.equal(ordinary, alone)
+    assert torch.equal(alone, F.linear(features[0], model.head.weight, model.head.bias))
 
 
 def test_initial_weights_are_a_function_of_the_seed() -> None:
