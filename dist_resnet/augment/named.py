@@ -5,6 +5,7 @@ and draws float32 (N, lanes) uniform in [0, 1); `lanes` is an attribute of the c
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,9 +48,9 @@ class Named:
             return function
 
         def guarded(images: Tensor, draws: Tensor) -> Tensor:
-            if images.is_cuda and torch.cuda.is_current_stream_capturing():
-                return function(images, draws)  # an error is the capture's, which has a way out
-            with calling(KEY, self.name), torch.no_grad():
+            # While a graph is captured an error is the capture's, which has a way out.
+            captured = images.is_cuda and torch.cuda.is_current_stream_capturing()
+            with nullcontext() if captured else calling(KEY, self.name), torch.no_grad():
                 return function(images, draws)
 
         return guarded

@@ -1,6 +1,7 @@
 """Augmentations together: streams that do not touch each other, replicas, kernels, your own."""
 
 import importlib
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -25,8 +26,9 @@ from dist_resnet.augment.trial import try_extras
 from dist_resnet.config import load_config
 from dist_resnet.errors import UserError
 from dist_resnet.randomness import step_keys, turn_keys
-from dist_resnet.replica_pass import TorchPass, build_pass
+from dist_resnet.replica_pass import KernelPass, TorchPass, build_pass
 from dist_resnet.schema import AugmentConfig
+from tests.jobs import ROOT
 
 MEAN, STD = (125.307, 122.950, 113.865), (62.993, 62.089, 66.705)
 CPU = torch.device("cpu")
@@ -136,6 +138,19 @@ def test_replicas_side_by_side_are_augmented_as_alone() -> None:
     assert torch.equal(together, torch.cat([inputs(*part, 1) for part in parts]))
 
 
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [({}, KernelPass), ({"flip": "alternating"}, KernelPass), ({"jitter": 0.1}, TorchPass)],
+)
+def test_on_a_gpu_our_kernels_do_what_they_can(
+    settings: dict[str, object], kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dist_resnet.replica_pass.support.usable", lambda device: True)
+    config = AugmentConfig(**settings)  # type: ignore[arg-type]
+    draw = ChoiceDrawer(config, SIZE, 0.0, 0, CPU)
+    assert type(build_pass(config, 0.0, draw, STATISTICS, 1, torch.float32)) is kind
+
+
 def test_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes first, then what the user brings, then holes of the mean, and mixing at the end."""
     seen = []
@@ -183,6 +198,24 @@ def test_a_built_in_one_is_a_function_and_a_line(
     for i, draw in enumerate(choices.draws["grey"][:, 0].tolist()):
         expected = plain[i].mean(dim=0).expand(3, -1, -1) if draw < 0.3 else plain[i]
         torch.testing.assert_close(found[i], expected)
+
+
+def test_the_pages_example(brought: Callable[..., AugmentConfig]) -> None:
+    page = (ROOT / "docs" / "extending.md").read_text()
+    (source,) = re.findall(r"```python\n(def posterise.*?)```", page, re.DOTALL)
+    (given,) = re.findall(r"extra: \[\{name: \"my_aug:posterise\", args: (.*?)\}\]", page)
+    config = brought(source.replace("posterise", "f"), given)
+    try_extras(config, SIZE, STATISTICS)
+    config = replace(config, crop_padding=0, flip=False, mixup_alpha=0.0)
+    choices = _choices(config)
+    found = Augmenter(config, STATISTICS)(_images(), choices)
+    assert choices.draws is not None
+    ((_, draws),) = choices.draws.items()
+    assert draws.shape == (COUNT, 1)
+    for i, image in enumerate(normalise(_images(), STATISTICS)):
+        chosen = float(draws[i, 0]) < 0.5
+        expected = torch.round(image * 3) / 3 if chosen else image
+        assert torch.equal(found[i], expected)
 
 
 BAD = {
