@@ -63,7 +63,7 @@ def train_step(
     """Ours, at step 0; its state is `.state`."""
     state = build_state(config, CLASSES, dtype, device)
     statistics = Normalisation(STATISTICS.mean.to(device), STATISTICS.scale.to(device))
-    return TrainStep(config, state, rates(steps), replicas, dtype, statistics, (SIDE, SIDE), 10)
+    return TrainStep(config, state, rates(steps), replicas, dtype, statistics, (SIDE, SIDE), 3)
 
 
 @dataclass

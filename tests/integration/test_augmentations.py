@@ -1,11 +1,16 @@
 """Each augmentation in a short real training: in one go, and ended in mid-epoch."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from dist_resnet.config import load_config
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.errors import UserError
+from dist_resnet.gallery import choices_at
+from dist_resnet.randomness import alternate, turn_keys
 from dist_resnet.train import main
 from tests.jobs import differences, metric_rows
 
@@ -80,6 +85,29 @@ def test_a_training_goes_on_in_mid_epoch_with_the_same_bits(
     different = {entry for entry in differences(whole, parts) if not entry.startswith("best")}
     assert different <= {"metrics.jsonl"}
     assert losses == [row["train/loss"] for row in metric_rows(parts) if "train/loss" in row]
+
+
+def test_flips_alternate_by_the_epochs_of_the_run(
+    tmp_path: Path, tiny: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the step, and in what shows its images."""
+    made = []
+
+    def recorded(*arguments: Any) -> torch.Tensor:
+        made.append(turn_keys(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("dist_resnet.step.turn_keys", recorded)
+    keys = ["augment.flip=alternating", "data.val_split=5", "seed=3"]
+    run = _train(tmp_path, tiny, *keys, "train.max_steps=2")
+    (turns,) = made
+    assert torch.equal(turns, turn_keys(3, 18, 6))
+    config = load_config([str(run / "config.yaml")])
+    samples = torch.arange(8)
+    for step in (5, 6):
+        shown = choices_at(config, tiny, step, samples).flip
+        assert shown is not None
+        assert torch.equal(shown, alternate(turns[step], samples))
 
 
 def test_the_trial_comes_before_the_first_step(tmp_path: Path, tiny: Dataset) -> None:
