@@ -8,6 +8,7 @@ Shapes: N images, H W pixels, uint8 (N, H, W, 3).
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,7 +24,6 @@ OPERATIONS = (
 )  # fmt: skip
 BINS = 31
 _MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
-_BLENDS = ("Brightness", "Color", "Contrast", "Sharpness")
 
 
 class TrivialAugment:
@@ -32,7 +32,7 @@ class TrivialAugment:
     lanes = 3
 
     def __init__(self) -> None:
-        self._tables: tuple[Tensor, Tensor, Tensor] | None = None
+        self._tables: _Tables | None = None
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """Apply an operation to each image.
@@ -54,38 +54,68 @@ class TrivialAugment:
             sign: 0, or 1 where the magnitude is negative.
         """
         if self._tables is None:
-            device = images.device
-            self._tables = (
-                _source_table(*images.shape[1:3]).to(device),
-                _factor_table().to(device),
-                _threshold_table().to(device),
-            )
-        sources, factors, thresholds = self._tables
-
-        def where(*names: str) -> Tensor:
-            chosen = [operation == OPERATIONS.index(name) for name in names]
-            return torch.stack(chosen).any(dim=0).view(-1, 1, 1, 1)
-
+            self._tables = _Tables.of(images.shape[1], images.shape[2], images.device)
+        tables = self._tables
         move = operation - OPERATIONS.index(_MOVES[0])
         row = 1 + (move * 2 + sign) * BINS + magnitude
         row = torch.where((move >= 0) & (move < len(_MOVES)), row, 0)
-        result = _moved(images, sources.index_select(0, row))
-        factor = factors[sign, magnitude].view(-1, 1, 1, 1, 2)
-        pixels = images.float()
-        other = torch.where(where("Brightness"), 0.0, _blurred(images))
-        grey = _grey(pixels)
-        other = torch.where(where("Color"), grey, other)
+        pixels, grey = images.float(), _grey(images)
         mean = grey.long().sum(dim=(1, 2, 3), keepdim=True).float() / grey[0].numel()
-        other = torch.where(where("Contrast"), mean, other)
-        blended = (factor[..., 0] * pixels + factor[..., 1] * other).clamp(0, 255).byte()
-        blends = _BLENDS if min(images.shape[1:3]) > 2 else _BLENDS[:3]
-        result = torch.where(where(*blends), blended, result)
-        bits, threshold = (t.view(-1, 1, 1, 1) for t in thresholds[magnitude].unbind(1))
-        result = torch.where(where("Posterize"), images & bits.byte(), result)
-        solarized = torch.where(pixels >= threshold, 255 - images, images)
-        result = torch.where(where("Solarize"), solarized, result)
-        result = torch.where(where("AutoContrast"), _stretched(pixels), result)
-        return torch.where(where("Equalize"), _equalized(images), result)
+        others = {
+            "Brightness": torch.zeros_like(pixels),
+            "Color": grey.expand_as(pixels),
+            "Contrast": mean.expand_as(pixels),
+            "Sharpness": _blurred(images),
+        }
+        blend = (operation - OPERATIONS.index(next(iter(others)))).clamp(0, len(others) - 1)
+        factor = tables.factors[sign, magnitude].view(-1, 1, 1, 1, 2)
+        other = _each(list(others.values()), blend)
+        bits, threshold = (t.view(-1, 1, 1, 1) for t in tables.limits[magnitude].unbind(1))
+        results = [
+            _moved(images, tables.sources.index_select(0, row)),
+            (factor[..., 0] * pixels + factor[..., 1] * other).clamp(0, 255).byte(),
+            images & bits.byte(),
+            torch.where(pixels >= threshold, 255 - images, images),
+            _stretched(pixels),
+            _equalized(images),
+        ]
+        return _each(results, tables.kinds.index_select(0, operation))
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What the operations look up."""
+
+    sources: Tensor
+    """Of `_source_table`."""
+    factors: Tensor
+    """float32 (2, 31, 2): of blends, by sign and magnitude: f and 1 - f."""
+    limits: Tensor
+    """float32 (31, 2): the mask of the bits that posterising keeps, and solarising's threshold."""
+    kinds: Tensor
+    """int64 (14,): how each operation computes: moves, blends, and four that do neither."""
+
+    @staticmethod
+    def of(height: int, width: int, device: torch.device) -> "_Tables":
+        magnitudes = torch.linspace(0.0, 0.99, BINS).double()
+        factors = torch.stack([1 + magnitudes, 1 - magnitudes])
+        bits = 8 - (torch.arange(BINS) / ((BINS - 1) / 6)).round().int()
+        limits = torch.stack([256.0 - 2.0 ** (8 - bits), torch.linspace(255.0, 0.0, BINS)], dim=1)
+        # torchvision sharpens nothing that is all border.
+        kinds = torch.tensor([0] * 6 + [1] * 3 + [int(min(height, width) > 2), 2, 3, 4, 5])
+        return _Tables(
+            _source_table(height, width).to(device),
+            torch.stack([factors, 1 - factors], dim=2).float().to(device),
+            limits.to(device),
+            kinds.to(device),
+        )
+
+
+def _each(candidates: list[Tensor], which: Tensor) -> Tensor:
+    """Image i of candidate which[i], int64 (N,): copied whole, as masks took half of all time."""
+    count = len(which)
+    position = which * count + torch.arange(count, device=which.device)
+    return torch.cat(candidates).index_select(0, position)
 
 
 def _source_table(height: int, width: int) -> Tensor:
@@ -117,28 +147,15 @@ def _source_table(height: int, width: int) -> Tensor:
     return torch.from_numpy(np.stack(tables).astype(np.int32))
 
 
-def _factor_table() -> Tensor:
-    """float32 (2, 31, 2): of blends, by sign and magnitude: f and 1 - f."""
-    magnitudes = torch.linspace(0.0, 0.99, BINS).double()
-    factors = torch.stack([1 + magnitudes, 1 - magnitudes])
-    return torch.stack([factors, 1 - factors], dim=2).float()
-
-
-def _threshold_table() -> Tensor:
-    """float32 (31, 2): the mask of the bits that posterising keeps, and solarising's threshold."""
-    bits = 8 - (torch.arange(BINS) / ((BINS - 1) / 6)).round().int()
-    return torch.stack([256.0 - 2.0 ** (8 - bits), torch.linspace(255.0, 0.0, BINS)], dim=1)
-
-
 def _moved(images: Tensor, sources: Tensor) -> Tensor:
     """Each pixel from the place, int (N, H W), that it is taken from; black where that is none."""
     padded = F.pad(images.flatten(1, 2), (0, 0, 0, 1))
     return padded.gather(1, sources.long().unsqueeze(2).expand(-1, -1, 3)).view(images.shape)
 
 
-def _grey(pixels: Tensor) -> Tensor:
+def _grey(images: Tensor) -> Tensor:
     """float32 (N, H, W, 1), whole numbers."""
-    red, green, blue = pixels.unbind(3)
+    red, green, blue = images.unbind(3)
     return (GREY[0] * red + GREY[1] * green + GREY[2] * blue).floor().unsqueeze(3)
 
 
