@@ -213,5 +213,9 @@ def test_whole_numbers_below_a_bound() -> None:
     edges = torch.tensor([0.0, 0.5, 1 - 2.0**-24])
     for bound in (1, 14, 31, 33, 4097):
         assert whole_below(edges, bound).tolist() == [0, bound // 2, bound - 1]
+        # The last draws that are below a whole number.
+        last = [((number << 24) - 1) // bound for number in range(1, bound + 1)]
+        found = whole_below(torch.tensor(last) * 2.0**-24, bound)
+        assert found.tolist() == list(range(bound))
     bounds = torch.tensor([3, 1, 8])
     assert whole_below(edges, bounds).tolist() == [0, 0, 7]
