@@ -36,7 +36,7 @@ LAYERS: list[set[str]] = [
         "native",
         "kernels",
     },
-    {"augment", "loss", "flat", "optim", "muon", "models", "state", "data"}
+    {"distill", "augment", "loss", "flat", "optim", "muon", "models", "state", "data"}
     | {"reduction", "summing", "replica_pass", "shadow", "update"},
     {
         "step_mode",
@@ -58,6 +58,8 @@ LAYERS: list[set[str]] = [
         "session",
         "recording",
         "weights",
+        "teachers",
+        "introduction",
         "trained",
         "card",
         "fork",
