@@ -17,7 +17,17 @@ MAX_LINES, MAX_FUNCTION = 250, 60
 
 # From the ground up. A module may import from its own layer (without cycles) and from those below.
 LAYERS: list[set[str]] = [
-    {"errors", "schema", "launcher", "storage", "environment", "allocator", "devices", "numa"}
+    {
+        "errors",
+        "schema",
+        "effects",
+        "launcher",
+        "storage",
+        "environment",
+        "allocator",
+        "devices",
+        "numa",
+    }
     | {"gpu_memory", "nvml", "terminal", "home", "cli", "paths", "api"}
     | {"signals", "stopwatch", "watchdog"},
     {

@@ -21,8 +21,9 @@ from dist_resnet.config import (
     trajectory_differences,
     trajectory_hash,
 )
+from dist_resnet.effects import changes_trajectory
 from dist_resnet.errors import UserError
-from dist_resnet.schema import Config, changes_trajectory
+from dist_resnet.schema import Config
 
 # The contract of DESIGN.md, section 3: names and defaults that scripts rely on.
 CONTRACT = {
