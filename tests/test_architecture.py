@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
         "devices",
         "numa",
     }
-    | {"gpu_memory", "nvml", "terminal", "home", "cli", "paths", "api"}
+    | {"gpu_memory", "nvml", "terminal", "home", "cli", "paths", "api", "effects"}
     | {"signals", "stopwatch", "watchdog"},
     {
         "plan",

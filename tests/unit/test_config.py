@@ -280,7 +280,7 @@ def test_every_key_is_documented() -> None:
 def test_the_documentation_of_a_key_is_its_own() -> None:
     # Read with ast here too, but by position in the text: the string on the line after the field.
     source = Path(dist_resnet.__file__).with_name("schema.py").read_text()
-    lines = source.splitlines()
+    lines = [*source.splitlines(), ""]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             meaning = [row[3] for row in describe_keys() if row[0].endswith(f".{node.target.id}")]
