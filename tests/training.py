@@ -65,7 +65,7 @@ def train_step(
     statistics = Normalisation(STATISTICS.mean.to(device), STATISTICS.scale.to(device))
     weights = class_weights(config)
     return TrainStep(
-        config, state, rates(steps), replicas, dtype, statistics, (SIDE, SIDE),
+        config, state, rates(steps), replicas, dtype, statistics, (SIDE, SIDE), 3,
         class_weights=None if weights is None else weights.to(device),
     )  # fmt: skip
 
