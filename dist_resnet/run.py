@@ -30,9 +30,10 @@ from dist_resnet.resume import (
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
 from dist_resnet.session import Session, open_session, settle
+from dist_resnet.starting import read_start
 from dist_resnet.state import TrainState, build_state
 from dist_resnet.step import TrainStep
-from dist_resnet.step_mode import choose_step_mode
+from dist_resnet.step_mode import choose_step_mode, told_of_net
 from dist_resnet.stopwatch import Stopwatch
 from dist_resnet.summary import last_evaluation, summarise
 from dist_resnet.terminal import say
@@ -92,7 +93,12 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
             say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
             folder.set_status("done", step, exit_code=EXIT_DONE)
         return
-    state = build_state(config, len(session.dataset.classes), session.precision, world.device)
+    start = read_start(config.model) if saved is None else None
+    classes, device = len(session.dataset.classes), world.device
+    state = together(
+        lambda: build_state(config, classes, session.precision, device, session.image_size, start)
+    )
+    init = start.identity() if start is not None else (saved or {}).get("init")
     if saved is not None:
         state.load_state_dict(saved["state"])
     if world.is_main:
@@ -102,7 +108,9 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
         if saved is not None and (line := other_rounding(saved, kind, config.train.step_mode)):
             say(line)
     on_main(lambda: take_back(config, folder, step))
-    recording = together(lambda: open_recording(config, session, plan, state.step, folder, saved))
+    recording = together(
+        lambda: open_recording(config, session, plan, state.step, folder, saved, init)
+    )
     trainer = _trainer(config, session, plan, state, recording, saved)
     _fit_and_close(trainer, session, folder, recording)
 
@@ -225,6 +233,7 @@ def _introduction(
         f"device: {session.world.device.type}, {session.precision_reason},"
         f" {session.threads} CPU threads a process; step: {step}",
         *explain(config, plan),
+        *told_of_net(state, plan.replicas_per_rank),
     ]
     if session.world.device.type == "cpu" and session.world.size == 1 and session.threads > 1:
         lines.append(

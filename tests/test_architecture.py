@@ -36,7 +36,7 @@ LAYERS: list[set[str]] = [
         "native",
         "kernels",
     },
-    {"augment", "loss", "flat", "optim", "muon", "models", "state", "data"}
+    {"augment", "loss", "flat", "counters", "optim", "muon", "models", "state", "data"}
     | {"reduction", "summing", "replica_pass", "shadow", "update"},
     {
         "step_mode",
@@ -58,6 +58,7 @@ LAYERS: list[set[str]] = [
         "session",
         "recording",
         "weights",
+        "starting",
         "trained",
         "card",
         "fork",
@@ -95,9 +96,9 @@ OWN_THE_TERMINAL = {
 }  # fmt: skip
 # What runs in every step: the host must not wait there.
 WAITLESS = (
-    "step", "captured", "augment", "loss", "flat", "reduction", "summing", "replica_pass", "shadow",
-    "update", "models.norm_act", "kernels.conv", "kernels.images", "kernels.loss",
-    "kernels.norm_act", "kernels.update",
+    "step", "captured", "augment", "loss", "flat", "counters", "reduction", "summing",
+    "replica_pass", "shadow", "update", "models.norm_act", "kernels.conv", "kernels.images",
+    "kernels.loss", "kernels.norm_act", "kernels.update",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from dist_resnet.augment import ChoiceDrawer, Normalisation, augment
 from dist_resnet.config import load_config
 from dist_resnet.data.stream import Batch
-from dist_resnet.models.resnet import ResNet, build_model
+from dist_resnet.models.resnet import ResNet, resnet
 from dist_resnet.randomness import step_keys
 from dist_resnet.schema import Config
 from dist_resnet.state import TrainState, build_state
@@ -82,7 +82,7 @@ class PlainLoop:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.model = build_model(config.model, CLASSES, config.seed)
+        self.model = resnet(config.model, CLASSES, config.seed)
         if config.precision.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.optimizer = plain_optimizer(self.model, config)
