@@ -1,6 +1,7 @@
 """One run from start to end: open what it needs, train, close whatever happened."""
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from dist_resnet import signals, watchdog
@@ -30,8 +31,8 @@ from dist_resnet.resume import (
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
 from dist_resnet.session import Session, open_session, settle
-from dist_resnet.starting import read_start
-from dist_resnet.state import TrainState, build_state
+from dist_resnet.starting import begin
+from dist_resnet.state import TrainState
 from dist_resnet.step import TrainStep
 from dist_resnet.step_mode import choose_step_mode, told_of_net
 from dist_resnet.stopwatch import Stopwatch
@@ -40,11 +41,14 @@ from dist_resnet.terminal import say
 from dist_resnet.tracking.jsonl import read_rows
 
 
-def run(config: Config, named: Collection[str] = ()) -> None:
+def run(config: Config, named: Collection[str] = ()) -> Path:
     """Train as configured, from the newest checkpoint if there is one.
 
     Args:
         named: dotted keys that the command names, for run.extend.
+
+    Returns:
+        The run folder.
 
     Raises:
         DistResnetError: how it ended, if not well; status.json tells it too.
@@ -68,6 +72,7 @@ def run(config: Config, named: Collection[str] = ()) -> None:
         watchdog.disarm()
         folder.close()
         stop(orderly)
+    return folder.path
 
 
 @explaining_memory
@@ -93,14 +98,7 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
             say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
             folder.set_status("done", step, exit_code=EXIT_DONE)
         return
-    start = read_start(config.model) if saved is None else None
-    classes, device = len(session.dataset.classes), world.device
-    state = together(
-        lambda: build_state(config, classes, session.precision, device, session.image_size, start)
-    )
-    init = start.identity() if start is not None else (saved or {}).get("init")
-    if saved is not None:
-        state.load_state_dict(saved["state"])
+    state, init = begin(config, session, saved)
     if world.is_main:
         for line in (*_introduction(wanted, session, plan, state, folder), *forks_told(saved)):
             say(line)

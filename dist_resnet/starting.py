@@ -1,16 +1,43 @@
-"""Reading the weights that model.init names: of a run, of a checkpoint or of a safetensors file."""
+"""The state that a run begins or goes on with; the weights that model.init names."""
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
-from dist_resnet.distributed import from_main, on_main
+from dist_resnet.distributed import from_main, on_main, together
 from dist_resnet.errors import UserError, first_line
 from dist_resnet.models.matching import Start, natural
 from dist_resnet.paths import user_path
-from dist_resnet.schema import ModelConfig
+from dist_resnet.schema import Config, ModelConfig
+from dist_resnet.session import Session
+from dist_resnet.state import TrainState, build_state
 from dist_resnet.weights import evaluated_tensors, find_weights
 
 SAFETENSORS = ".safetensors"
+
+
+def begin(
+    config: Config, session: Session, saved: dict[str, Any] | None
+) -> tuple[TrainState, dict[str, str] | None]:
+    """The state of `saved`, or the one before the first step; and what weights the run began with.
+
+    A run that goes on does not read these again. A collective.
+
+    Args:
+        saved: content of a checkpoint; None: the run begins.
+
+    Raises:
+        UserError: on all ranks alike, where there is no such state.
+    """
+    start = read_start(config.model) if saved is None else None
+    classes, device = len(session.dataset.classes), session.world.device
+    state = together(
+        lambda: build_state(config, classes, session.precision, device, session.image_size, start)
+    )
+    if saved is None:
+        return state, start.identity() if start is not None else None
+    state.load_state_dict(saved["state"])
+    return state, saved.get("init")
 
 
 def read_start(config: ModelConfig) -> Start | None:

@@ -14,7 +14,7 @@ LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 
 
 def _model(layout: str = "nhwc") -> ResNet:
-    config = ModelConfig(widths=[8, 10, 12], dropout=0.0)
+    config = ModelConfig(widths=[8, 10, 12], dropout=0)
     return resnet(config, 5, 1).to(memory_format=LAYOUTS[layout])
 
 
