@@ -102,8 +102,13 @@ def flatten_model(model: nn.Module) -> FlatModel:
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim >= 2]
-    statistics = [buffer for buffer in model.buffers() if _has_mean(buffer)]
-    counters = Counters(model)
+    counters, places = Counters(model), _places(model)
+    constants = {id(buffer) for *_, buffer in places if not _has_mean(buffer)}
+    statistics = [
+        buffer
+        for buffer in model.buffers()
+        if buffer.dtype == torch.float32 and id(buffer) not in constants
+    ]
 
     parameters: list[Tensor] = [*decayed, *(p for p in trained if p.ndim < 2)]
     device = parameters[0].device
@@ -137,7 +142,7 @@ def flatten_model(model: nn.Module) -> FlatModel:
         fillers=[torch.zeros(_room(p, gap) - p.numel(), device=device) for p in parameters],
         parameters=parameters,
         counters=counters,
-        places=_places(model),
+        places=places,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_Seen = list[tuple[str, Any]]  # a module's name, and what was noted when it had run
+_Seen = list[tuple[str, Any, Any]]  # a module's name, what was noted before and after it ran
 _DEPTH = 3  # of containers in containers that are looked into
 
 
@@ -53,36 +53,42 @@ def attributes(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def first_difference(
-    model: nn.Module, run: Callable[[], Any], note: Callable[[Any], Any], start: Any = None
-) -> str:
-    """The first module, inner ones first, after which something is noted that differs.
-
-    Args:
-        run: a forward pass.
-        note: what to compare, of a module's output.
-        start: with what; None: with what another run notes there.
-    """
-    with _noting(model, note) as seen:
+def first_to_move(model: nn.Module, run: Callable[[], Any], stands: Callable[[], Any]) -> str:
+    """The first module, inner ones first, that moves what `stands` tells, in a forward pass."""
+    with _noting(model, lambda _: stands()) as seen:
         run()
-    reference: _Seen = [(name, start) for name, _ in seen]
-    if start is None:
-        with _noting(model, note) as reference:
-            run()
-    for (name, one), (_, other) in zip(seen, reference, strict=False):
-        if one != other and name:
-            return f"the module {name} ({type(model.get_submodule(name)).__name__})"
-    return "the net itself"
+    return _named(model, (path for path, before, after in seen if before != after))
+
+
+def first_to_differ(model: nn.Module, run: Callable[[], Any]) -> str:
+    """The first module, inner ones first, that makes something else of the same inputs."""
+    with _noting(model, digest) as one:
+        run()
+    with _noting(model, digest) as other:
+        run()
+    pairs = zip(one, other, strict=False)
+    return _named(model, (a[0] for a, b in pairs if a[1] == b[1] and a[2] != b[2]))
+
+
+def _named(model: nn.Module, paths: Iterator[str]) -> str:
+    path = next(paths, "")
+    return f"the module {path} ({type(model.get_submodule(path)).__name__})" if path else "forward"
 
 
 @contextmanager
 def _noting(model: nn.Module, note: Callable[[Any], Any]) -> Iterator[_Seen]:
+    """While open, notes of the inputs and of the output of each module that has run."""
     seen: _Seen = []
+    entered: list[Any] = []
 
-    def hook_of(path: str) -> Callable[..., None]:
-        return lambda _module, _inputs, output: seen.append((path, note(output)))
+    def enter(_module: nn.Module, inputs: Any) -> None:
+        entered.append(note(inputs))
 
-    handles = [m.register_forward_hook(hook_of(path)) for path, m in model.named_modules()]
+    def leave_of(path: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: seen.append((path, entered.pop(), note(output)))
+
+    handles = [m.register_forward_pre_hook(enter) for m in model.modules()]
+    handles += [m.register_forward_hook(leave_of(path)) for path, m in model.named_modules()]
     try:
         yield seen
     finally:

@@ -12,7 +12,7 @@ from dist_resnet.counters import INTEGERS
 from dist_resnet.errors import UserError
 from dist_resnet.models.generators import default_states, foreign_states, seeded
 from dist_resnet.models.norm_act import NormAct
-from dist_resnet.models.noted import attributes, digest, first_difference, same_bits
+from dist_resnet.models.noted import attributes, first_to_differ, first_to_move, same_bits
 from dist_resnet.plugins import calling
 
 _SEED = 1
@@ -101,17 +101,17 @@ class Trial:
             raise self._error("its logits have no gradient; leave out no_grad and detach")
 
     def _check_foreign(self, before: dict[str, str]) -> None:
-        for source, state in before.items():
-            if foreign_states()[source] != state:
+        after = foreign_states()
+        for source in (source for source, state in before.items() if after[source] != state):
 
-                def stands(_output: Any, source: str = source) -> str:
-                    return foreign_states()[source]
+            def stands(source: str = source) -> str:
+                return foreign_states()[source]
 
-                where = first_difference(self.model, self._again, stands, stands(None))
-                raise self._error(
-                    f"{where} draws from {source}; draw from torch's default generator, which "
-                    "is set for every step"
-                )
+            where = first_to_move(self.model, self._again, stands)
+            raise self._error(
+                f"{where} draws from {source}; draw from torch's default generator, which is set "
+                "for every step"
+            )
 
     def _moved_buffers(self) -> dict[str, Tensor]:
         """Buffers that the last forward pass changed or replaced: their first values, by name."""
@@ -153,7 +153,7 @@ class Trial:
         if self.device.type != "cpu":  # some of a GPU's kernels sum in any order
             same = bool((first - second).abs().max() <= 0.05 * first.abs().max())
         if not same:
-            where = first_difference(self.model, self._again, digest)
+            where = first_to_differ(self.model, self._again)
             raise self._error(
                 f"{where} gives something else when it runs again from the same state and seed; "
                 "draw from torch's default generator, and keep state in buffers"
