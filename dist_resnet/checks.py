@@ -129,6 +129,11 @@ def _check_training(config: Config) -> None:
     size = optim.reference_batch_size
     _require(size >= 1, "optim.reference_batch_size", size, "at least 1")
 
+    distill = config.distill
+    good = 0 < distill.temperature <= 1000
+    _require(good, "distill.temperature", distill.temperature, "above 0, up to 1000")
+    _require(0 < distill.weight <= 1, "distill.weight", distill.weight, "above 0, up to 1")
+
     _require(1 <= train.epochs <= 10**6, "train.epochs", train.epochs, "1 to 1000000")
     limit = train.max_steps
     _require(limit is None or limit >= 1, "train.max_steps", limit, "at least 1, or null")

@@ -100,6 +100,16 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    teachers: list[str] = field(default_factory=list)
+    """Runs or checkpoints whose mean prediction is learnt too (Hinton et al. 2015)."""
+    temperature: float = 4.0
+    """Softens the teachers' and the student's predictions in that part of the loss."""
+    weight: float = 0.5
+    """The teachers' share of the loss; the labels have the rest."""
+
+
+@dataclass(frozen=True)
 class ScheduleConfig:
     name: Literal["cosine", "step", "onecycle"] = "cosine"
     """cosine: to zero; step: a tenth at each milestone; onecycle: up and down in straight lines."""
@@ -198,6 +208,7 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)

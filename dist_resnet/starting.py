@@ -4,9 +4,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dist_resnet.distributed import from_main, on_main, together
 from dist_resnet.errors import UserError, first_line
-from dist_resnet.models.matching import Start, natural
+from dist_resnet.models.build import build_model, in_layout
+from dist_resnet.models.matching import Start, natural, start_from
 from dist_resnet.paths import user_path
 from dist_resnet.schema import Config, ModelConfig
 from dist_resnet.session import Session
@@ -52,6 +55,24 @@ def read_start(config: ModelConfig) -> Start | None:
     path = user_path(config.init)
     on_main(lambda: found.append(_read(path)))
     return from_main(found[0] if found else None)
+
+
+def started_model(config: Config, classes: int) -> nn.Module:
+    """The configured net with its starting weights, all of them, in evaluation mode.
+
+    Raises:
+        UserError: on all ranks alike, where the weights are not of this net and these classes.
+    """
+    start = read_start(config.model)
+    assert start is not None
+
+    def build() -> nn.Module:
+        model = in_layout(build_model(config.model, classes, config.seed), channels_last=True)
+        if start_from(model, start, config.model)[1]:
+            raise UserError(f"{start.file}: its net tells other classes apart than {classes}")
+        return model.eval()
+
+    return together(build)
 
 
 def _read(path: Path) -> Start:

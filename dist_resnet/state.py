@@ -141,7 +141,7 @@ def build_state(
         UserError: the net cannot be trained, or `start` is of another one.
     """
     model, traits = checked_model(config, classes, image_size, precision, device)
-    told = start_from(model, start, config.model) if start is not None else ""
+    told = start_from(model, start, config.model)[0] if start is not None else ""
     flat = flatten_model(model)
     return TrainState(
         flat=flat,

@@ -10,6 +10,7 @@ from dist_resnet import signals
 from dist_resnet.allocator import keep_freed_memory
 from dist_resnet.augment import ChoiceDrawer, Normalisation
 from dist_resnet.data.stream import Batch
+from dist_resnet.distill import Distillation
 from dist_resnet.distributed import rank, world_size
 from dist_resnet.models.dropout import dropouts, num_features, probability_of, set_factors
 from dist_resnet.models.generators import replica_seed, set_generators
@@ -37,11 +38,13 @@ class TrainStep:
         precision: torch.dtype,
         statistics: Normalisation,
         image_size: tuple[int, int],
+        distillation: Distillation | None = None,
     ) -> None:
         keep_freed_memory()
         self.config = config
         self.state = state
         self.rates = rates
+        self.distillation = distillation
         self.local = replicas // world_size()
         self.reduction = build_reduction(
             config.parallel.reduction,
@@ -170,6 +173,10 @@ class TrainStep:
             logits = self.forward(inputs)
         scale = None if scaling is None else scaling.scale
         objective = self.replica_pass.objective(logits, labels, choices, scale)
+        if self.distillation is not None:
+            with self.autocast:
+                targets = self.distillation.targets(inputs)
+            objective = self.distillation.objective(objective, logits, targets, self.group, scale)
         if self.in_place:
             flat.gradients.zero_()
             torch.autograd.backward(objective.output, objective.gradient, inputs=flat.parameters)

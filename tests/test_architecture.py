@@ -36,7 +36,7 @@ LAYERS: list[set[str]] = [
         "native",
         "kernels",
     },
-    {"augment", "loss", "flat", "counters", "optim", "muon", "models", "state", "data"}
+    {"distill", "augment", "loss", "flat", "counters", "optim", "muon", "models", "state", "data"}
     | {"reduction", "summing", "replica_pass", "shadow", "update"},
     {
         "step_mode",
@@ -59,6 +59,8 @@ LAYERS: list[set[str]] = [
         "recording",
         "weights",
         "starting",
+        "teachers",
+        "introduction",
         "trained",
         "card",
         "fork",

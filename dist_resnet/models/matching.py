@@ -30,10 +30,13 @@ class Start:
         return {"file": self.file, "sha256": self.sha256}
 
 
-def start_from(model: nn.Module, start: Start, config: ModelConfig) -> str:
-    """Copy the weights into `model`; what the reader should know of it.
+def start_from(model: nn.Module, start: Start, config: ModelConfig) -> tuple[str, list[str]]:
+    """Copy the weights into `model`.
 
     The last layer stays as it is where it has another number of classes.
+
+    Returns:
+        What the reader should know of it, and the names of what stayed.
 
     Raises:
         UserError: they are not those of this net.
@@ -49,7 +52,7 @@ def start_from(model: nn.Module, start: Start, config: ModelConfig) -> str:
     if new:
         layer = new[0].rpartition(".")[0]
         text += f"; {layer} is new, for {own[new[0]].shape[0]} classes"
-    return text
+    return text, new
 
 
 def matched(
