@@ -158,7 +158,7 @@ def _by_prefix(
         pairs[name] = other
     unused = [p for p in told if not any(o == p or o.startswith(f"{p}.") for o in given)]
     if unused:
-        hint = nearest(unused[0], list(given))
+        hint = nearest(unused[0], sorted({name.rpartition(".")[0] for name in given}))
         raise UserError(
             f"model.init_map: it has nothing of {unused[0]}{hint and f'; did you mean {hint}?'}"
         )
