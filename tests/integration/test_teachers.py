@@ -20,7 +20,7 @@ def _settings(data: Dataset, folder: Path, name: str) -> dict[str, Any]:
         "augment": {"mixup_alpha": 0, "flip": False},
         "parallel": {"device": "cpu", "threads": 1},
         "wandb": {"mode": "disabled"},
-        "train": {"epochs": 2},
+        "train": {"epochs": 4},
         "seed": 1,
     }
 
@@ -28,7 +28,7 @@ def _settings(data: Dataset, folder: Path, name: str) -> dict[str, Any]:
 def test_a_student_follows_its_teacher(digits: Dataset, tmp_path: Path) -> None:
     """Taught alone (weight 1), it agrees with the teacher more than one that learns the labels."""
     teacher = _settings(digits, tmp_path, "teacher")
-    dist_resnet.train(teacher, train={"epochs": 4}, seed=0)
+    dist_resnet.train(teacher, train={"epochs": 6}, seed=0)
     alone = _settings(digits, tmp_path, "alone")
     dist_resnet.train(alone)
     distill = {"teachers": [str(tmp_path / "teacher")], "weight": 1.0}
