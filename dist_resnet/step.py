@@ -9,6 +9,7 @@ from torch import Tensor
 from dist_resnet import signals
 from dist_resnet.allocator import keep_freed_memory
 from dist_resnet.augment import ChoiceDrawer, Normalisation
+from dist_resnet.cuda_graph import capturing
 from dist_resnet.data.stream import Batch
 from dist_resnet.distill import Distillation
 from dist_resnet.distributed import rank, world_size
@@ -16,6 +17,7 @@ from dist_resnet.models.dropout import dropouts, num_features, probability_of, s
 from dist_resnet.models.generators import replica_seed, set_generators
 from dist_resnet.models.norm_act import NormAct
 from dist_resnet.optim import ema_weight
+from dist_resnet.plugins import is_plugin
 from dist_resnet.randomness import step_keys
 from dist_resnet.reduction import build_reduction
 from dist_resnet.replica_pass import build_pass, torch_pass
@@ -58,6 +60,7 @@ class TrainStep:
         self.device = flat.values.device
         mode, _ = choose_step_mode(config.train.step_mode, config, self.device)
         self.group = replicas_at_once(config, self.local, self.device, state.traits)
+        self.own = is_plugin(config.model.name)
         self.host_keys = step_keys(config.seed, len(rates)) if state.traits.draws else None
         self.shadow = None
         lower = precision != torch.float32 and self.device.type == "cuda"
@@ -156,8 +159,7 @@ class TrainStep:
 
         Not while a graph is captured: then before the replay, of the one local replica.
         """
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self.host_keys is not None and not capturing:
+        if self.host_keys is not None and not capturing(self.device):
             replica = rank() * self.local + number
             seed = replica_seed(self.host_keys[self.state.step], replica)
             set_generators(seed, self.device)
@@ -168,6 +170,8 @@ class TrainStep:
         inputs, choices = self.replica_pass.inputs(images, samples, key)
         if not self.config.precision.channels_last:
             inputs = inputs.contiguous()
+        if self.own:
+            inputs = inputs.float()  # our kernels' are of the lower type already
         set_factors(self.dropouts, choices.keep)
         with self.autocast:
             logits = self.forward(inputs)

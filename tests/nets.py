@@ -156,6 +156,32 @@ class Whole(Base):
         return self.dense(images.flatten(1))
 
 
+class Reparametrised(Base):
+    """Weight normalisation and spectral normalisation, as torch has them."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        nn.utils.parametrizations.weight_norm(self.conv)
+        self.dense = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.relu(self.dense(x))
+
+
+class Attention(Base):
+    """Patches, an embedding of places, torch's own encoder layer with its dropout."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.place = nn.Parameter(torch.zeros(1, 16, 8))
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def features(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2) + self.place
+        return self.encoder(tokens).mean(dim=1)
+
+
 # Bad ones.
 
 

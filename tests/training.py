@@ -30,6 +30,13 @@ def small_config(*pairs: str) -> Config:
     return load_config([*SMALL, *pairs])
 
 
+def own_config(name: str, *pairs: str) -> Config:
+    """As `small_config`, with a net of `tests.nets`, or one that is named module:callable."""
+    kept = [pair for pair in SMALL if not pair.startswith("model.")]
+    name = name if ":" in name else f"tests.nets:{name}"
+    return load_config([*kept, f"model.name={name}", *pairs])
+
+
 def rates(steps: int = 30) -> list[float]:
     """A rate of its own for every step."""
     return [0.005 / (1 + 0.1 * step) for step in range(steps)]
@@ -61,7 +68,7 @@ def train_step(
     steps: int = 30,
 ) -> TrainStep:
     """Ours, at step 0; its state is `.state`."""
-    state = build_state(config, CLASSES, dtype, device)
+    state = build_state(config, CLASSES, dtype, device, (SIDE, SIDE))
     statistics = Normalisation(STATISTICS.mean.to(device), STATISTICS.scale.to(device))
     return TrainStep(config, state, rates(steps), replicas, dtype, statistics, (SIDE, SIDE))
 

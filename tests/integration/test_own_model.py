@@ -176,7 +176,7 @@ def test_its_weights_start_another_run_with_other_classes(
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [2])
 def test_a_run_that_started_from_a_file_goes_on_without_it(
     place: Path, whole: Path, digits: Dataset, tmp_path: Path, ranks: int
 ) -> None:

@@ -9,50 +9,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_resnet.config import load_config
 from dist_resnet.errors import UserError
 from dist_resnet.models.build import build_model
 from dist_resnet.models.contract import Traits, checked_model
 from dist_resnet.models.generators import replica_seed
 from dist_resnet.randomness import step_keys
 from dist_resnet.schema import Config, ModelConfig
-from dist_resnet.state import build_state
-from dist_resnet.step import TrainStep
 from tests import nets
 from tests.training import (
     BATCH,
     CLASSES,
     CPU,
     SIDE,
-    SMALL,
     STATISTICS,
     batch_of,
+    own_config,
     rates,
     small_config,
+    train_step,
 )
 
 PLAIN_IMAGES = ("augment.crop_padding=0", "augment.flip=false", "augment.mixup_alpha=0")
 
 
-def own(name: str, *pairs: str) -> Config:
-    base = [p for p in small_pairs() if not p.startswith("model.")]
-    return load_config(
-        [*base, f"model.name={name if ':' in name else f'tests.nets:{name}'}", *pairs]
-    )
-
-
-def small_pairs() -> list[str]:
-
-    return list(SMALL)
-
-
 def check(config: Config, size: tuple[int, int] = (SIDE, SIDE)) -> tuple[nn.Module, Traits]:
     return checked_model(config, CLASSES, size, torch.float32, CPU)
-
-
-def step_of(config: Config, replicas: int) -> TrainStep:
-    state = build_state(config, CLASSES, torch.float32, CPU, (SIDE, SIDE))
-    return TrainStep(config, state, rates(), replicas, torch.float32, STATISTICS, (SIDE, SIDE))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +49,7 @@ def step_of(config: Config, replicas: int) -> TrainStep:
     ],
 )
 def test_the_number_of_classes_goes_where_the_signature_has_it(name: str, args: str) -> None:
-    config = own(name, *([args] if args else []))
+    config = own_config(name, *([args] if args else []))
     model: Any = build_model(config.model, 5)
     assert model.head.out_features == 5
     if args:
@@ -87,12 +68,12 @@ def test_the_number_of_classes_goes_where_the_signature_has_it(name: str, args: 
 )
 def test_what_cannot_be_built_is_told(name: str, pairs: list[str], told: str) -> None:
     with pytest.raises(UserError, match=told.replace("?", r"\?")) as caught:
-        build_model(own(name, *pairs).model, 5)
+        build_model(own_config(name, *pairs).model, 5)
     assert "\n" not in str(caught.value)
 
 
 def test_initial_weights_are_of_the_seed_and_the_generator_stays() -> None:
-    config = own("Plain").model
+    config = own_config("Plain").model
     before = torch.get_rng_state()
     one, same, other = (build_model(config, 5, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
@@ -138,14 +119,14 @@ BAD = {
 @pytest.mark.parametrize("name", list(BAD))
 def test_a_net_that_breaks_the_contract_is_told_in_one_line(name: str) -> None:
     with pytest.raises(UserError, match=f"^model.name=tests.nets:{name}: .*(?:{BAD[name]})") as e:
-        check(own(name))
+        check(own_config(name))
     assert "\n" not in str(e.value)
 
 
 def test_another_size_of_the_images_is_told() -> None:
-    check(own("Whole"))
+    check(own_config("Whole"))
     with pytest.raises(UserError, match="raised RuntimeError: mat1 and mat2"):
-        check(own("Whole"), (20, 20))
+        check(own_config("Whole"), (20, 20))
 
 
 TRAITS = {
@@ -158,13 +139,15 @@ TRAITS = {
     "Depth": Traits(True, "it draws random numbers"),
     "Averaging": Traits(False, "its running follows one batch"),
     "Unused": Traits(False, "its calls follows one batch"),
+    "Attention": Traits(True, "it draws random numbers"),
+    "Reparametrised": Traits(False, "its dense.parametrizations.weight.0._u follows one batch"),
     "Mixing": Traits(False, "its logits depend on the other images of a batch"),
 }
 
 
 @pytest.mark.parametrize("name", list(TRAITS))
 def test_what_a_net_does_is_found_and_leaves_no_trace(name: str) -> None:
-    config = own(name)
+    config = own_config(name)
     generators = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[union-attr]
     model, traits = check(config)
     assert traits == TRAITS[name]
@@ -221,14 +204,26 @@ class PlainOwn:
         self.optimizer.step()
 
 
-GOOD = ("Plain", "Grouped", "Counting", "Depth", "Averaging", "Tied", "Unused", "Odd", "Mixing")
+GOOD = (
+    "Plain",
+    "Grouped",
+    "Counting",
+    "Depth",
+    "Averaging",
+    "Tied",
+    "Unused",
+    "Odd",
+    "Mixing",
+    "Attention",
+)
+GOOD += ("Reparametrised",)
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("name", GOOD)
 def test_steps_are_those_of_a_plain_loop(name: str, replicas: int) -> None:
-    config = own(name, *PLAIN_IMAGES)
-    step = step_of(config, replicas)
+    config = own_config(name, *PLAIN_IMAGES)
+    step = train_step(config, replicas)
     plain = PlainOwn(config, step.state.flat.model)
     for number in range(3):
         step(batch_of(number, replicas))
@@ -247,7 +242,7 @@ def test_a_net_that_draws_draws_for_every_step_and_replica_anew() -> None:
 
 
 def test_a_mask_of_infinities_stays_and_is_not_averaged() -> None:
-    step = step_of(own("Odd"), 2)
+    step = train_step(own_config("Odd"), 2)
     before = step.state.flat.model.get_buffer("mask").clone()
     for number in range(2):
         step(batch_of(number, 2))
@@ -258,13 +253,13 @@ def test_a_mask_of_infinities_stays_and_is_not_averaged() -> None:
 
 @pytest.mark.parametrize("name", ["Counting", "Averaging", "Unused", "Tied", "Odd"])
 def test_a_state_is_restored_whole(name: str) -> None:
-    config = own(name, "train.ema_decay=0.9")
-    whole, first = step_of(config, 2), step_of(config, 2)
+    config = own_config(name, "train.ema_decay=0.9")
+    whole, first = train_step(config, 2), train_step(config, 2)
     for number in range(5):
         whole(batch_of(number, 2))
         if number < 3:
             first(batch_of(number, 2))
-    again = step_of(config, 2)
+    again = train_step(config, 2)
     torch.rand(7)
     again.state.load_state_dict(first.state.state_dict())
     for number in (3, 4):
@@ -276,11 +271,11 @@ def test_a_state_is_restored_whole(name: str) -> None:
 
 
 def test_replicas_are_side_by_side_where_that_changes_nothing() -> None:
-    assert step_of(own("Grouped"), 4).group == 4
-    assert step_of(own("Averaging"), 4).group == 1
-    assert step_of(own("Counting"), 4).group == 1
-    together = step_of(own("Grouped"), 4)
-    alone = step_of(own("Grouped", "parallel.reduction=exact"), 4)
+    assert train_step(own_config("Grouped"), 4).group == 4
+    assert train_step(own_config("Averaging"), 4).group == 1
+    assert train_step(own_config("Counting"), 4).group == 1
+    together = train_step(own_config("Grouped"), 4)
+    alone = train_step(own_config("Grouped", "parallel.reduction=exact"), 4)
     for number in range(2):
         together(batch_of(number, 4))
         alone(batch_of(number, 4))
@@ -288,8 +283,8 @@ def test_replicas_are_side_by_side_where_that_changes_nothing() -> None:
 
 
 def test_frozen_parameters_stay_and_are_not_exchanged() -> None:
-    config = own("Grouped", "optim.freeze=[conv.*,norm.bias]")
-    step = step_of(config, 2)
+    config = own_config("Grouped", "optim.freeze=[conv.*,norm.bias]")
+    step = train_step(config, 2)
     flat, model = step.state.flat, step.state.flat.model
     before = {name: p.clone() for name, p in model.named_parameters()}
     assert flat.values.numel() == 8 + 8 * CLASSES + CLASSES
@@ -304,7 +299,7 @@ def test_frozen_parameters_stay_and_are_not_exchanged() -> None:
 @pytest.mark.parametrize("mode", ["fused", "eager"])
 def test_a_built_in_net_can_be_frozen_in_part(mode: str) -> None:
     config = small_config("optim.freeze=[stem.*,bn.*,stages.0.*]", f"train.step_mode={mode}")
-    step = step_of(config, 2)
+    step = train_step(config, 2)
     before = {n: p.clone() for n, p in step.state.flat.model.named_parameters()}
     for number in range(2):
         step(batch_of(number, 2))
@@ -314,7 +309,7 @@ def test_a_built_in_net_can_be_frozen_in_part(mode: str) -> None:
 
 
 def test_only_biases_can_be_trained() -> None:
-    step = step_of(own("Plain", "optim.freeze=['*weight']"), 2)
+    step = train_step(own_config("Plain", "optim.freeze=['*weight']"), 2)
     step(batch_of(0, 2))
     assert step.state.flat.num_decayed == 0
 
@@ -328,19 +323,19 @@ def test_only_biases_can_be_trained() -> None:
 )
 def test_a_pattern_that_freezes_nothing_or_all_is_told(patterns: str, told: str) -> None:
     with pytest.raises(UserError) as caught:
-        check(own("Plain", f"optim.freeze={patterns}"))
+        check(own_config("Plain", f"optim.freeze={patterns}"))
     assert told in str(caught.value)
 
 
 def test_the_momentum_of_batchnorm_is_set_in_any_net() -> None:
     for config in (
-        own("Averaging", "model.bn_momentum=0.25").model,
+        own_config("Averaging", "model.bn_momentum=0.25").model,
         ModelConfig(bn_momentum=0.25),
     ):
         norms = [m for m in build_model(config, 5).modules() if isinstance(m, nn.BatchNorm2d)]
         assert norms
         assert all(norm.momentum == 0.25 for norm in norms)
-    assert build_model(own("Averaging").model, 5).get_submodule("norm").momentum is None
+    assert build_model(own_config("Averaging").model, 5).get_submodule("norm").momentum is None
 
 
 @pytest.mark.parametrize(
@@ -348,13 +343,13 @@ def test_the_momentum_of_batchnorm_is_set_in_any_net() -> None:
 )
 def test_keys_of_the_built_in_nets_are_refused_with_ones_own(pair: str) -> None:
     with pytest.raises(UserError, match=r"model\.args"):
-        own("Plain", pair)
+        own_config("Plain", pair)
 
 
 def test_torchvisions_resnet18_trains_as_by_a_plain_loop() -> None:
     pytest.importorskip("torchvision")
-    config = own("torchvision.models:resnet18", *PLAIN_IMAGES)
-    step = step_of(config, 2)
+    config = own_config("torchvision.models:resnet18", *PLAIN_IMAGES)
+    step = train_step(config, 2)
     assert step.state.traits == Traits(False, "its bn1.running_mean follows one batch")
     plain = PlainOwn(config, step.state.flat.model)
     step(batch_of(0, 2))
@@ -369,8 +364,8 @@ def test_torchvisions_resnet18_trains_as_by_a_plain_loop() -> None:
 def test_nets_of_timm_train(name: str) -> None:
     timm = pytest.importorskip("timm")
     size = "img_size: 16, patch_size: 4, drop_path_rate: 0.2" if name.startswith("vit") else ""
-    config = own("timm:create_model", f"model.args={{model_name: {name}, {size}}}")
-    step = step_of(config, 2)
+    config = own_config("timm:create_model", f"model.args={{model_name: {name}, {size}}}")
+    step = train_step(config, 2)
     assert timm
     assert step.state.traits.alone
     before = step.state.flat.values.clone()
@@ -379,13 +374,13 @@ def test_nets_of_timm_train(name: str) -> None:
 
 
 def test_a_parameters_dimensions_decide_about_weight_decay() -> None:
-    flat = step_of(own("Odd"), 1).state.flat
+    flat = train_step(own_config("Odd"), 1).state.flat
     decayed = {n for n, p in flat.named_parameters() if p.storage_offset() < flat.num_decayed}
     assert decayed == {"conv.weight", "head.weight", "turned", "cube"}
 
 
 def test_the_same_images_give_the_same_logits_on_every_evaluation() -> None:
-    model = step_of(own("Counting"), 1).state.flat.model.eval()
+    model = train_step(own_config("Counting"), 1).state.flat.model.eval()
     images: Tensor = torch.randn(3, 3, SIDE, SIDE)
     with torch.no_grad():
         assert torch.equal(model(images), model(images))
