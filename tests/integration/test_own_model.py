@@ -149,6 +149,16 @@ def test_it_is_evaluated_loaded_exported_and_predicts(
     assert said["top"][0]["class"] == digits.classes[int(guesses[0])]
 
 
+def test_where_its_file_is_not_there_is_one_line(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = run_job(0, [str(whole)], tmp_path, module="dist_resnet.evaluate")
+    assert outcome.code == 2
+    assert outcome.output.startswith("dist_resnet: model.name=net_of_mine:Net: there is no module")
+    assert len(outcome.output.splitlines()) == 1
+
+
 def test_its_weights_start_another_run_with_other_classes(
     place: Path, whole: Path, tmp_path: Path
 ) -> None:
