@@ -87,6 +87,7 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     plan = make_plan(config, len(session.train_indices), world.size)
     check_statistics(config, *session.image_size)
     together(lambda: try_extras(config.augment, session.image_size, session.normalisation()))
+    together(session.class_weights)  # refused before anything is written
     if saved is not None:
         saved = starting_point(saved, config, session.dataset.fingerprint, named)
     step = saved["state"]["step"] if saved is not None else 0
