@@ -236,7 +236,7 @@ def test_a_run_that_goes_on_cannot_begin_with_other_weights() -> None:
     same = load_config(["model.init=a"])
     assert starting_point(saved, same, "f", []) is saved
     other = ["model.init=b", "train.epochs=200"]
-    with pytest.raises(UserError, match="belongs to another run: model.init: a -> b"):
+    with pytest.raises(UserError, match=r"belongs to another run: model.init: a -> b"):
         starting_point(saved, load_config(other), "f", ["model.init"])
     with pytest.raises(UserError, match="these weights were read before the first step"):
         starting_point(saved, load_config([*other, "run.extend=true"]), "f", ["model.init"])
