@@ -105,12 +105,13 @@ def _header(
 ) -> dict[str, Any]:
     """What a checkpoint holds beside the state."""
     data = session.dataset
+    mean, std = session.channel_scale
     header = {
         "config": to_dict(config),
         "fingerprint": data.fingerprint,
         "classes": list(data.classes),
-        "mean": list(data.mean),
-        "std": list(data.std),
+        "mean": list(mean),
+        "std": list(std),
         "image_size": list(session.image_size),
         "reading": asdict(data.reading),
         "wandb_id": run_id,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_resnet import signals, watchdog
+from dist_resnet.augment.trial import try_extras
 from dist_resnet.captured import as_configured
 from dist_resnet.config import to_dict
 from dist_resnet.data.stream import Loader, open_loader, training_batches
@@ -85,6 +86,7 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     session = open_session(config, world)
     plan = make_plan(config, len(session.train_indices), world.size)
     check_statistics(config, *session.image_size)
+    together(lambda: try_extras(config.augment, session.image_size, session.normalisation()))
     if saved is not None:
         saved = starting_point(saved, config, session.dataset.fingerprint, named)
     step = saved["state"]["step"] if saved is not None else 0
@@ -145,7 +147,9 @@ def _trainer(
         session.precision,
         session.normalisation(),
         session.image_size,
+        plan.steps_per_epoch,
         together(lambda: build_distillation(teachers, session, session.normalisation())),
+        together(session.class_weights),
     )
     wandb = recording.keeper.wandb if recording.keeper is not None else None
     every = config.wandb.media_every_epochs

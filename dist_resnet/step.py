@@ -18,7 +18,7 @@ from dist_resnet.models.generators import replica_seed, set_generators
 from dist_resnet.models.norm_act import NormAct
 from dist_resnet.optim import ema_weight
 from dist_resnet.plugins import is_plugin
-from dist_resnet.randomness import step_keys
+from dist_resnet.randomness import step_keys, turn_keys
 from dist_resnet.reduction import build_reduction
 from dist_resnet.replica_pass import build_pass, torch_pass
 from dist_resnet.schema import Config
@@ -40,7 +40,9 @@ class TrainStep:
         precision: torch.dtype,
         statistics: Normalisation,
         image_size: tuple[int, int],
+        steps_per_epoch: int,
         distillation: Distillation | None = None,
+        class_weights: Tensor | None = None,
     ) -> None:
         keep_freed_memory()
         self.config = config
@@ -74,21 +76,18 @@ class TrainStep:
             self.forward = self.shadow.forward
         self.update = build_update(state, config.optim)
         self.keys = step_keys(config.seed, len(rates), self.device)
+        self.turns = None
+        if config.augment.flip == "alternating":
+            self.turns = turn_keys(config.seed, len(rates), steps_per_epoch, self.device)
         self.stop = torch.zeros((), device=self.device)
         self.autocast = torch.autocast(
             self.device.type, precision, enabled=precision != torch.float32
         )
         self.dropouts = dropouts(flat.model)
-        draw = ChoiceDrawer(
-            config.augment,
-            image_size,
-            probability_of(self.dropouts),
-            num_features(self.dropouts),
-            self.device,
-        )
-        self.replica_pass = build_pass(
-            config.augment, config.optim.label_smoothing, draw, statistics, self.group, precision
-        )
+        dropped = probability_of(self.dropouts), num_features(self.dropouts)
+        draw = ChoiceDrawer(config.augment, image_size, *dropped, self.device)
+        settings = config.augment, config.optim.label_smoothing, draw, statistics
+        self.replica_pass = build_pass(*settings, self.group, precision, class_weights)
 
     @contextmanager
     def by_torch(self) -> Iterator[None]:
@@ -112,7 +111,8 @@ class TrainStep:
         """Train on `batch`, which must be that of step `state.step`."""
         step = self.state.step
         self.pass_on_signals()
-        self.advance(batch, self.keys[step], self.rates[step], self.ema_weight(step))
+        weight, turn = self.ema_weight(step), self.turn(step)
+        self.advance(batch, self.keys[step], self.rates[step], weight, turn)
         self.state.step = step + 1
 
     def pass_on_signals(self) -> None:
@@ -120,22 +120,31 @@ class TrainStep:
         if signals.received():
             self.stop.fill_(1.0)
 
+    def turn(self, step: int) -> Tensor | None:
+        """int64, 0-dimensional: of the step's epoch; None where nothing asks for it."""
+        return None if self.turns is None else self.turns[step]
+
     def ema_weight(self, step: int) -> float:
         return ema_weight(self.config.train.ema_decay, step)
 
     def advance(
-        self, batch: Batch, key: Tensor, lr: float | Tensor, ema_weight: float | Tensor
+        self,
+        batch: Batch,
+        key: Tensor,
+        lr: float | Tensor,
+        ema_weight: float | Tensor,
+        turn: Tensor | None = None,
     ) -> None:
         """What the device does in one step, given all that depends on the step's number.
 
         Args:
-            key: int64, 0-dimensional; random choices follow from it.
+            key, turn: int64, 0-dimensional; random choices follow from them.
             lr, ema_weight: numbers, or 0-dimensional float32 tensors.
         """
-        self.average_over_replicas(batch, key)
+        self.average_over_replicas(batch, key, turn)
         self.update(lr, ema_weight)
 
-    def average_over_replicas(self, batch: Batch, key: Tensor) -> None:
+    def average_over_replicas(self, batch: Batch, key: Tensor, turn: Tensor | None = None) -> None:
         """Leave in `exchange` the means, over all replicas, of what each of them computed."""
         flat, size = self.state.flat, self.group * self.config.data.batch_size_per_replica
         if self.shadow is not None:
@@ -149,7 +158,8 @@ class TrainStep:
                 flat.statistics.copy_(start)
                 flat.counters.restart()
             self.set_generators(number)
-            self.sum_over_group(batch.images[part], batch.labels[part], batch.samples[part], key)
+            images, labels, samples = batch.images[part], batch.labels[part], batch.samples[part]
+            self.sum_over_group(images, labels, samples, key, turn)
             self.reduction.add(flat.exchange)
         self.reduction.finish(flat.exchange)
         flat.counters.finish(flat.counts)
@@ -164,10 +174,17 @@ class TrainStep:
             seed = replica_seed(self.host_keys[self.state.step], replica)
             set_generators(seed, self.device)
 
-    def sum_over_group(self, images: Tensor, labels: Tensor, samples: Tensor, key: Tensor) -> None:
+    def sum_over_group(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        samples: Tensor,
+        key: Tensor,
+        turn: Tensor | None = None,
+    ) -> None:
         """Put gradients, losses and top-1, summed over replicas side by side, into `exchange`."""
         flat, scaling = self.state.flat, self.state.loss_scale
-        inputs, choices = self.replica_pass.inputs(images, samples, key)
+        inputs, choices = self.replica_pass.inputs(images, samples, key, turn)
         if not self.config.precision.channels_last:
             inputs = inputs.contiguous()
         if self.own:

@@ -17,8 +17,18 @@ MAX_LINES, MAX_FUNCTION = 250, 60
 
 # From the ground up. A module may import from its own layer (without cycles) and from those below.
 LAYERS: list[set[str]] = [
-    {"errors", "schema", "launcher", "storage", "environment", "allocator", "devices", "numa"}
-    | {"gpu_memory", "nvml", "terminal", "home", "cli", "paths", "api"}
+    {
+        "errors",
+        "schema",
+        "effects",
+        "launcher",
+        "storage",
+        "environment",
+        "allocator",
+        "devices",
+        "numa",
+    }
+    | {"gpu_memory", "nvml", "terminal", "home", "cli", "paths", "api", "effects"}
     | {"signals", "stopwatch", "watchdog"},
     {
         "plan",
@@ -98,9 +108,11 @@ OWN_THE_TERMINAL = {
 }  # fmt: skip
 # What runs in every step: the host must not wait there.
 WAITLESS = (
-    "step", "captured", "augment", "loss", "flat", "counters", "reduction", "summing",
-    "replica_pass", "shadow", "update", "models.norm_act", "kernels.conv", "kernels.images",
-    "kernels.loss", "kernels.norm_act", "kernels.update",
+    "step", "captured", "augment.choices", "augment.colour", "augment.erase", "augment.geometry",
+    "augment.mix", "augment.named", "augment.normalisation", "augment.pipeline", "augment.trivial",
+    "loss", "flat", "counters", "reduction", "summing", "replica_pass", "shadow",
+    "update", "models.norm_act", "kernels.conv", "kernels.images", "kernels.loss",
+    "kernels.norm_act", "kernels.update",
 )  # fmt: skip
 
 

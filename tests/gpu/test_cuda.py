@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,6 +152,42 @@ def test_choices_and_images_are_the_cpus(replicas: int) -> None:
     assert choices.keep is not None
     assert chosen.keep is not None
     assert torch.equal(choices.keep.cpu(), chosen.keep)
+
+
+EVERYTHING = (
+    "augment.padding_mode=reflect", "augment.flip=alternating", "augment.trivial=true",
+    "augment.jitter=0.3", "augment.erasing=0.5", "augment.mix=both", "augment.cutout=4",
+)  # fmt: skip
+
+
+def test_all_other_augmentations_are_the_cpus() -> None:
+    ours, theirs = _step(*EVERYTHING, replicas=2), train_step(small_config(*EVERYTHING), 2)
+    for number in range(11, 15):  # two epochs
+        batch, same = _batch(number, 2), batch_of(number, 2)
+        key, turn = ours.keys[number], ours.turn(number)
+        made, _ = ours.replica_pass.inputs(batch.images, batch.samples, key, turn)
+        key, turn = theirs.keys[number], theirs.turn(number)
+        expected, _ = theirs.replica_pass.inputs(same.images, same.samples, key, turn)
+        torch.testing.assert_close(made.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_all_other_augmentations_are_captured() -> None:
+    states = [_train(make(*EVERYTHING), 0, 20) for make in (_step, _graph)]
+    assert _distance(*states) < 0.01
+
+
+def test_an_augmentation_that_waits_runs_without_a_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_waits.py").write_text(
+        "def wait(images, draws):\n    return images * float(draws.mean())\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    told: list[str] = []
+    step = _step("train.step_mode=graph", "augment.extra=['own_waits:wait']")
+    state = _train(CapturedStep(step, told.append), 0, 10)
+    assert "no graph" in told[0]
+    assert bool(torch.isfinite(state.flat.values).all())
 
 
 def replace_device(draw: ChoiceDrawer) -> ChoiceDrawer:
