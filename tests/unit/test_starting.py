@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from dist_resnet.checkpoint import CheckpointStore
-from dist_resnet.config import load_config
+from dist_resnet.config import load_config, to_dict
 from dist_resnet.errors import UserError
+from dist_resnet.fork import starting_point
 from dist_resnet.models.matching import Start, matched, natural, start_from
 from dist_resnet.models.resnet import resnet
 from dist_resnet.schema import ModelConfig
-from dist_resnet.starting import read_start
+from dist_resnet.starting import read_start, started_model
 from dist_resnet.state import build_state
 
 _EMBEDDED = "shared/peer_weights/resnet20-w16-ema.safetensors"
@@ -216,3 +217,26 @@ def test_the_embedded_weights_of_somebody_else_fit_by_order_and_by_prefixes() ->
     assert new == []
     assert sum(found[n].numel() for n in own if "running" not in n) == 272_474
     assert_whole(found, matched(own, start.tensors, PEER_NAMES)[0])
+
+
+def test_a_file_is_evaluated_with_all_its_classes_only(tmp_path: Path) -> None:
+    save = pytest.importorskip("safetensors.torch").save
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(save({f"network.{n}": t for n, t in weights(5, seed=2).items()}))
+    config = load_config(["model.widths=[4,4,8]", f"model.init={file}"])
+    model = started_model(config, 5)
+    assert not model.training
+    assert_whole(dict(model.state_dict()), weights(5, seed=2))
+    with pytest.raises(UserError, match="its net tells other classes apart than 4"):
+        started_model(config, 4)
+
+
+def test_a_run_that_goes_on_cannot_begin_with_other_weights() -> None:
+    saved = {"config": to_dict(load_config(["model.init=a"])), "fingerprint": "f", "forks": []}
+    same = load_config(["model.init=a"])
+    assert starting_point(saved, same, "f", []) is saved
+    other = ["model.init=b", "train.epochs=200"]
+    with pytest.raises(UserError, match=r"belongs to another run: model.init: a -> b"):
+        starting_point(saved, load_config(other), "f", ["model.init"])
+    with pytest.raises(UserError, match="these weights were read before the first step"):
+        starting_point(saved, load_config([*other, "run.extend=true"]), "f", ["model.init"])
