@@ -31,9 +31,10 @@ STEPS = 20
             "model.widths=[4,6,8]", "model.shortcut=pad",
         ],
         ["model.shortcut=pad", "optim.momentum=0", "augment.flip=false", "seed=3"],
+        ["augment.mix=both", "augment.mixup_alpha=1", "augment.erasing=0.5", "seed=2"],
         ["parallel.reduction=exact"],
     ],
-    ids=["recipe", "smoothing nesterov cutout", "no mixup no dropout nchw", "pad", "exact"],
+    ids=["recipe", "smoothing cutout", "no mixup no dropout nchw", "pad", "cutmix", "exact"],
 )  # fmt: skip
 def test_one_replica_is_a_plain_loop(pairs: list[str]) -> None:
     config = small_config(*pairs)
