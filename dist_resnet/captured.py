@@ -159,7 +159,16 @@ class CapturedStep:
 
 def as_configured(step: TrainStep, report: Callable[[str], None]) -> TrainStep | CapturedStep:
     """`step`, captured if its train.step_mode says graph; `report` as for `CapturedStep`."""
-    return CapturedStep(step, report) if step.config.train.step_mode == "graph" else step
+    if step.config.train.step_mode != "graph":
+        return step
+    optimizer = step.state.optimizer
+    if not optimizer.capturable:
+        report(
+            f"train.step_mode=graph: no graph, steps run one by one: optim.name={optimizer.name}"
+            " has no argument capturable"
+        )
+        return step
+    return CapturedStep(step, report)
 
 
 def _restore(tensors: Sequence[Tensor], contents: Sequence[Tensor]) -> None:

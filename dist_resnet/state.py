@@ -12,8 +12,8 @@ from dist_resnet.errors import UserError
 from dist_resnet.flat import FlatModel, flatten_model
 from dist_resnet.metrics import Totals
 from dist_resnet.models.resnet import build_model
-from dist_resnet.muon import build_optimizer
-from dist_resnet.optim import FlatSGD, LossScale
+from dist_resnet.optim import LossScale
+from dist_resnet.optimizer import RunOptimizer, build_optimizer
 from dist_resnet.schema import Config
 
 
@@ -22,7 +22,7 @@ class TrainState:
     """Mutable; owned by the training loop."""
 
     flat: FlatModel
-    optimizer: FlatSGD
+    optimizer: RunOptimizer
     loss_scale: LossScale | None
     ema: Tensor | None
     """float32 (P + S,): moving average of parameters and BatchNorm statistics."""
@@ -37,8 +37,8 @@ class TrainState:
 
     def tensors(self) -> list[Tensor]:
         """All that a step on the device changes."""
-        found = [self.flat.values, self.flat.exchange, self.flat.row, self.optimizer.momentum]
-        found += self.totals.tensors
+        found = [self.flat.values, self.flat.exchange, self.flat.row]
+        found += [*self.optimizer.state.tensors(), *self.totals.tensors]
         if self.ema is not None:
             found.append(self.ema)
         if self.loss_scale is not None:
@@ -51,7 +51,7 @@ class TrainState:
         return {
             "step": self.step,
             "model": {name: _plain(t) for name, t in flat.model.state_dict().items()},
-            "momentum": _by_name(flat, self.optimizer.momentum),
+            "optimizer": self.optimizer.state.state_dict(),
             "ema": None if self.ema is None else self._ema_by_name(self.ema),
             "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
             "totals": self.totals.state_dict(),
@@ -71,7 +71,7 @@ class TrainState:
             load_tensors(flat.model, saved["ema"])
             self.ema.copy_(_averaged_values(flat))
         load_tensors(flat.model, saved["model"])
-        self.optimizer.momentum.copy_(_flattened(flat, saved["momentum"]))
+        self.optimizer.state.load_state_dict(saved["optimizer"])
         if self.loss_scale is not None and saved["loss_scale"] is not None:
             self.loss_scale.load_state_dict(saved["loss_scale"])
         self.totals.load_state_dict(saved["totals"])
@@ -126,10 +126,11 @@ def build_state(
     model = build_model(config.model, classes, config.seed)
     layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
     flat = flatten_model(model.to(device).to(memory_format=layout))
+    scaled = precision == torch.float16
     return TrainState(
         flat=flat,
-        optimizer=build_optimizer(flat, config.optim),
-        loss_scale=LossScale(device) if precision == torch.float16 else None,
+        optimizer=build_optimizer(flat, config, scaled),
+        loss_scale=LossScale(device) if scaled else None,
         ema=_averaged_values(flat) if config.train.ema_decay else None,
         totals=Totals(device),
     )
@@ -141,19 +142,3 @@ def _averaged_values(flat: FlatModel) -> Tensor:
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def _by_name(flat: FlatModel, buffer: Tensor) -> dict[str, Tensor]:
-    """Slices of `buffer`, laid out as `FlatModel.values`, under the parameters' names."""
-    return {
-        name: _plain(buffer.as_strided(p.shape, p.stride(), p.storage_offset()))
-        for name, p in flat.model.named_parameters()
-    }
-
-
-def _flattened(flat: FlatModel, tensors: dict[str, Tensor]) -> Tensor:
-    """The inverse of `_by_name`."""
-    buffer = torch.zeros_like(flat.values)
-    for name, p in flat.model.named_parameters():
-        buffer.as_strided(p.shape, p.stride(), p.storage_offset()).copy_(tensors[name])
-    return buffer

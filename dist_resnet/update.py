@@ -19,7 +19,8 @@ def build_update(state: TrainState, config: OptimConfig) -> Update:
     """By our kernels for SGD without loss scaling where they run, else by PyTorch's operations."""
     plain = config.name == "sgd" and state.loss_scale is None
     if plain and support.usable(state.flat.values.device):
-        return lambda lr, ema_weight: _by_kernels(state, config, lr, ema_weight)
+        momentum = _joined_momentum(state)
+        return lambda lr, ema_weight: _by_kernels(state, config, momentum, lr, ema_weight)
     return update_by_torch(state)
 
 
@@ -48,8 +49,23 @@ def _by_torch(state: TrainState, lr: float | Tensor, ema_weight: float | Tensor)
     state.totals.add(flat.row)
 
 
+def _joined_momentum(state: TrainState) -> Tensor:
+    """SGD's momentum as one tensor, float32 (P,), of which it holds views from now on."""
+    optimizer = state.optimizer.optimizer
+    kept = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+    joined = torch.cat([entry["momentum_buffer"] for entry in kept])
+    parts = joined.split([entry["momentum_buffer"].numel() for entry in kept])
+    for entry, part in zip(kept, parts, strict=True):
+        entry["momentum_buffer"] = part
+    return joined
+
+
 def _by_kernels(
-    state: TrainState, config: OptimConfig, lr: float | Tensor, ema_weight: float | Tensor
+    state: TrainState,
+    config: OptimConfig,
+    momentum: Tensor,
+    lr: float | Tensor,
+    ema_weight: float | Tensor,
 ) -> None:
     from dist_resnet.kernels import update as kernels  # Triton is not everywhere
 
@@ -57,7 +73,7 @@ def _by_kernels(
     squares = kernels.update(
         flat.values,
         flat.exchange,
-        state.optimizer.momentum,
+        momentum,
         state.ema,
         flat.num_decayed,
         lr,

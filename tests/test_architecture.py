@@ -37,6 +37,7 @@ LAYERS: list[set[str]] = [
         "kernels",
     },
     {"augment", "loss", "flat", "optim", "muon", "models", "state", "data"}
+    | {"groups", "optimizer", "optimizer_state", "plain_values"}
     | {"reduction", "summing", "replica_pass", "shadow", "update"},
     {
         "step_mode",

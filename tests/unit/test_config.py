@@ -474,3 +474,12 @@ def test_anchors_and_merges_are_yaml_s(tmp_path: Path) -> None:
     text = "model: &m {name: resnet32}\noptim: {<<: {lr: 0.3, momentum: 0.5}, lr: 0.4}\n"
     config = load_config([_write(tmp_path, "a.yaml", text)])
     assert (config.model.name, config.optim.lr, config.optim.momentum) == ("resnet32", 0.4, 0.5)
+
+
+def test_a_list_for_an_argument_of_ones_own() -> None:
+    given = ["optim.name=torch.optim:AdamW", "optim.args.betas=[0.8, 0.95]"]
+    assert load_config(given).optim.args == {"betas": [0.8, 0.95]}
+    assert load_config([*given, "optim.args.x={a: [1]}"]).optim.args["x"] == {"a": [1]}
+    text = load_config(["model.name=a:b", 'model.args={x: "[1]"}'])
+    assert stored_config(to_dict(text)).model.args == text.model.args == {"x": "[1]"}
+    assert "optim.args" in _refused("optim.args.betas=[0.8")
