@@ -1,18 +1,23 @@
 """Train small ResNets from a laptop CPU to many GPUs; a run is a function of its configuration."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dist_resnet.evaluate import evaluate
+    from dist_resnet.schema import Config
+    from dist_resnet.train import train
     from dist_resnet.trained import Classifier, load
 
-__all__ = ["Classifier", "load"]
+__all__ = ["Classifier", "Config", "evaluate", "load", "train"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     # torch takes a second or two to import, which `--help` need not wait for.
+    if name in ("train", "evaluate"):  # modules of the commands, which can be called
+        return importlib.import_module(f"dist_resnet.{name}")
     if name in __all__:
-        from dist_resnet import trained
-
-        return getattr(trained, name)
+        module = "schema" if name == "Config" else "trained"
+        return getattr(importlib.import_module(f"dist_resnet.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,9 +19,11 @@ from dist_resnet.paths import user_path
 from dist_resnet.schema import Config, changes_trajectory
 from dist_resnet.values import Text, as_tree, read_value, read_yaml, shown, texts
 
+Argument = str | Mapping[str, Any]
 
-def load_config(arguments: Sequence[str]) -> Config:
-    """Merge YAML files and key=value pairs over the defaults.
+
+def load_config(arguments: Sequence[Argument]) -> Config:
+    """Merge YAML files, then mappings of keys, then key=value pairs over the defaults.
 
     Raises:
         UserError: unreadable file, unknown key, wrong type or impossible value; one line that names
@@ -30,18 +32,18 @@ def load_config(arguments: Sequence[str]) -> Config:
     return _merge(_overlays(arguments))
 
 
-def named_keys(arguments: Sequence[str]) -> frozenset[str]:
+def named_keys(arguments: Sequence[Argument]) -> frozenset[str]:
     """The dotted keys that `arguments`, as of `load_config`, name."""
     return frozenset(key for _, values in _overlays(arguments) for key, _ in flatten(values))
 
 
-def stored_config(values: Mapping[str, Any], pairs: Sequence[str] = ()) -> Config:
+def stored_config(values: Mapping[str, Any], arguments: Sequence[Argument] = ()) -> Config:
     """The configuration of which `values` is the `to_dict`, with key=value pairs over it.
 
     Raises:
         UserError: as `load_config`.
     """
-    return _merge([("stored configuration", values), *map(_read_pair, pairs)])
+    return _merge([("stored configuration", values), *map(_read_pair, arguments)])
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -130,10 +132,14 @@ def _mappings() -> list[str]:
     return [key for key, kind in key_kinds().items() if kind == "dict"]
 
 
-def _overlays(arguments: Sequence[str]) -> list[tuple[str, Mapping[Any, Any]]]:
-    files = [argument for argument in arguments if _is_file(argument)]
-    pairs = [argument for argument in arguments if not _is_file(argument)]
-    return [*map(_read_file, files), *map(_read_pair, pairs)]
+def _overlays(arguments: Sequence[Argument]) -> list[tuple[str, Mapping[Any, Any]]]:
+    sources = [a for a in arguments if isinstance(a, Mapping) or _is_file(a)]
+    pairs = [a for a in arguments if not isinstance(a, Mapping) and not _is_file(a)]
+    return [*map(_read_source, sources), *map(_read_pair, pairs)]
+
+
+def _read_source(source: Argument) -> tuple[str, Mapping[Any, Any]]:
+    return ("argument", source) if isinstance(source, Mapping) else _read_file(source)
 
 
 def _is_file(argument: str) -> bool:
@@ -168,7 +174,9 @@ def _read_file(path: str) -> tuple[str, Mapping[Any, Any]]:
     return name, loaded or {}
 
 
-def _read_pair(argument: str) -> tuple[str, Mapping[Any, Any]]:
+def _read_pair(argument: Argument) -> tuple[str, Mapping[Any, Any]]:
+    if isinstance(argument, Mapping):
+        return "argument", argument
     key, _, text = argument.partition("=")
     if not key or key.startswith("-"):
         raise UserError(f"{shown(Text(argument))}: write it as key=value, such as optim.lr=0.1")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_resnet.api import callable_module, threads_kept
 from dist_resnet.cli import run_command
 from dist_resnet.errors import EXIT_DONE, UserError
 from dist_resnet.launcher import environment_rank
@@ -32,12 +33,12 @@ def main(arguments: Sequence[str]) -> int:
     return EXIT_DONE
 
 
-def evaluate_checkpoint(path: Path, pairs: Sequence[str]) -> dict[str, Any]:
+def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
     """Figures of one checkpoint on one prepared dataset, the same on every rank.
 
     Args:
         path: a checkpoint, or a run folder (its newest one).
-        pairs: key=value over the checkpoint's configuration.
+        pairs: key=value, or mappings of keys, over the checkpoint's configuration.
 
     Raises:
         UserError: on all ranks alike.
@@ -78,6 +79,25 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str]) -> dict[str, Any]:
     return figures
 
 
+def evaluate(path: str | Path, *pairs: str, **settings: Any) -> dict[str, Any]:
+    """Figures of a run's newest checkpoint, or of one checkpoint, on its test set.
+
+    Args:
+        path: a run folder or a checkpoint.
+        pairs, settings: "key=value" texts, and keys such as eval={"flip_tta": True}, over the
+            checkpoint's own configuration.
+
+    Returns:
+        `correct` and `images` (counts), `val/top1`, `val/loss` (nats), `confusion` (K lists of K
+        counts: rows are true classes) and the others that the command's --json has.
+
+    Raises:
+        UserError: no valid checkpoint, or a data set that does not fit it.
+    """
+    with threads_kept():
+        return evaluate_checkpoint(user_path(str(path)), [*pairs, settings])
+
+
 def _parse(arguments: Sequence[str]) -> tuple[Path, Path | None, list[str]]:
     rest, output = list(arguments), None
     if "--json" in rest:
@@ -108,6 +128,8 @@ def _write(path: Path, figures: dict[str, Any]) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
+
+callable_module(__name__, evaluate)
 
 if __name__ == "__main__":
     run_command(lambda: main(sys.argv[1:]))

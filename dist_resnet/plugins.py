@@ -3,6 +3,7 @@
 Modules are found on the Python path or in the working folder.
 """
 
+import ast
 import contextlib
 import hashlib
 import importlib
@@ -117,8 +118,9 @@ def code_of(functions: Iterable[Callable[..., Any]]) -> dict[str, str]:
     """What identifies the code that callables were brought in with.
 
     Returns:
-        SHA-256 by file, named from the folder in which the plug-in's top package lies, of every
-        source of that package; `name==version` under the name of a package that was installed.
+        SHA-256 by file, named from the folder in which the plug-in's top module lies: of this
+        module, or every source of this package, and of what they import from the same folder;
+        `name==version` under the name of a package that was installed.
     """
     found: dict[str, str] = {}
     for function in functions:
@@ -129,11 +131,35 @@ def code_of(functions: Iterable[Callable[..., Any]]) -> dict[str, str]:
             found |= _installed(top)
             continue
         path = Path(file)
-        files = [path] if path.name != "__init__.py" else sorted(path.parent.rglob("*.py"))
         root = path.parent if path.name != "__init__.py" else path.parent.parent
-        for source in files:
+        for source in _sources(top.__name__, root):
             found[str(source.relative_to(root))] = hashlib.sha256(source.read_bytes()).hexdigest()
     return found
+
+
+def _sources(name: str, root: Path) -> set[Path]:
+    """The files of the module or package `name` in `root`, and of those there that it imports."""
+    todo, done, found = [name], set(), set()
+    while todo:
+        name = todo.pop()
+        files = [root / f"{name}.py"] if (root / f"{name}.py").is_file() else []
+        if (root / name / "__init__.py").is_file():
+            files = sorted((root / name).rglob("*.py"))
+        done.add(name)
+        found |= set(files)
+        todo += {top for file in files for top in _imports(file)} - done
+    return found
+
+
+def _imports(file: Path) -> set[str]:
+    """Top names of the modules that a source imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
 
 
 def _installed(top: ModuleType) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """One run from start to end: open what it needs, train, close whatever happened."""
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from dist_resnet import signals, watchdog
@@ -39,11 +40,14 @@ from dist_resnet.terminal import say
 from dist_resnet.tracking.jsonl import read_rows
 
 
-def run(config: Config, named: Collection[str] = ()) -> None:
+def run(config: Config, named: Collection[str] = ()) -> Path:
     """Train as configured, from the newest checkpoint if there is one.
 
     Args:
         named: dotted keys that the command names, for run.extend.
+
+    Returns:
+        The run folder.
 
     Raises:
         DistResnetError: how it ended, if not well; status.json tells it too.
@@ -67,6 +71,7 @@ def run(config: Config, named: Collection[str] = ()) -> None:
         watchdog.disarm()
         folder.close()
         stop(orderly)
+    return folder.path
 
 
 @explaining_memory

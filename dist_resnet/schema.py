@@ -21,6 +21,8 @@ class RunConfig:
     """Delete what the run folder holds and start again."""
     extend: bool = False
     """Go on, also from its end, with another train.epochs or other named keys: a recorded fork."""
+    allow_code_change: bool = False
+    """Go on though the code of a plug-in has changed since the checkpoint: recorded."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from dist_resnet.errors import EXIT_PREEMPTED, Preempted
@@ -25,6 +28,8 @@ _deferred: bool = False
 
 def install() -> None:
     """Take over the signals; until `defer` they end the process at once, nothing being unsaved."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # which alone may: a notebook's kernel or a server has its own
     for number in _SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _on_signal)
@@ -35,6 +40,28 @@ def reset() -> None:
     for number in _SIGNALS:
         if signal.getsignal(number) == _on_signal:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def borrowed() -> Iterator[None]:
+    """While open the signals may be taken over; then whoever had them before has them again.
+
+    Raises:
+        KeyboardInterrupt: in place of `Preempted`, where Ctrl-C asked for it.
+    """
+    global _received, _deferred
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in _SIGNALS} if main else {}
+    try:
+        yield
+    except Preempted as error:
+        if _received == signal.SIGINT:
+            raise KeyboardInterrupt(str(error)) from None
+        raise
+    finally:
+        _received, _deferred = 0, False
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def defer() -> None:

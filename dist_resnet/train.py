@@ -8,13 +8,18 @@ same build of torch and the same parallel.threads. Another kind rounds otherwise
 there says so.
 """
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from dist_resnet.api import as_argument, callable_module, threads_kept
 from dist_resnet.cli import run_command
 from dist_resnet.config import describe_keys, load_config, named_keys, to_yaml
 from dist_resnet.errors import EXIT_DONE
 from dist_resnet.launcher import environment_rank
+from dist_resnet.schema import Config
 from dist_resnet.terminal import forgive
 
 
@@ -37,6 +42,36 @@ def main(arguments: Sequence[str]) -> int:
     return EXIT_DONE
 
 
+def train(*sources: Config | Mapping[str, Any] | str | Path, **settings: Any) -> dict[str, Any]:
+    """Train as `python -m dist_resnet.train` does, and return what summary.json holds.
+
+    One process, or under torchrun each of its processes. Continues a run that was interrupted, as
+    the command does; one that is complete is not trained again. Ctrl-C (a notebook's stop button)
+    saves at the next step and raises KeyboardInterrupt.
+
+    Args:
+        sources: configurations, mappings of keys, YAML files and "key=value" texts; later ones win.
+        settings: keys over these: seed=1, optim={"lr": 0.1}.
+
+    Returns:
+        The summary: `val/top1` (share of 1), `gap/top1`, `images_per_second`, `wall_seconds` and so
+        on (README, "The run folder"). Empty on a machine that does not see the run folder.
+
+    Raises:
+        UserError: configuration, data or environment, in one line.
+        Diverged: loss or gradient stopped being finite.
+    """
+    arguments = [*map(as_argument, sources), settings]
+    config = load_config(arguments)
+    from dist_resnet import run, signals  # torch takes a second or two to import
+
+    with threads_kept(), signals.borrowed():
+        folder = run.run(config, named_keys(arguments))
+    file = folder / "summary.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
 def _show(text: str) -> int:
     if environment_rank() == 0:
         print(text)
@@ -49,6 +84,8 @@ def _help() -> str:
         lines += [f"  {key}  ({kind}, {default})", f"      {meaning}"]
     return "\n".join(lines)
 
+
+callable_module(__name__, train)
 
 if __name__ == "__main__":
     run_command(lambda: main(sys.argv[1:]))

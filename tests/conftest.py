@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from dist_resnet import watchdog
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.folder import load_folder
 from dist_resnet.data.images import ImageSet, Split
@@ -41,6 +42,13 @@ CIFAR10_ARCHIVES = ("cifar10-train.tar.xz", "cifar10-test.tar.xz")
 def one_thread() -> None:
     """Sums in one order, and no fight for the cores between tests that spawn ranks."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def watchdog_disarmed() -> Iterator[None]:
+    """A loop that a test runs by itself leaves the watchdog armed: it ends pytest minutes later."""
+    yield
+    watchdog.disarm()
 
 
 @pytest.fixture(scope="session")

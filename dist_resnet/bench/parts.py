@@ -60,6 +60,7 @@ def _timers(step: TrainStep, clock: _Clock) -> Iterator[None]:
         put(step.reduction, "add", "reduction")
         put(step.reduction, "finish", "reduction")
         put(torch.autograd, "grad", "backward")
+        put(torch.autograd, "backward", "backward")
         yield
 
 

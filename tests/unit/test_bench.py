@@ -39,6 +39,7 @@ from dist_resnet.config import load_config
 from dist_resnet.distributed import World
 from dist_resnet.errors import UserError
 from dist_resnet.metrics import Totals
+from dist_resnet.models.dropout import dropouts
 from dist_resnet.models.resnet import build_model
 from dist_resnet.state import build_state
 from tests.training import (
@@ -319,7 +320,8 @@ def test_the_reference_loop_computes_our_losses() -> None:
 def test_the_reference_loop_mixes_up_and_drops_out() -> None:
     plain = ReferenceLoop(small_config("precision.channels_last=false"), CLASSES, ALONE)
     assert plain.alpha == 0.2
-    assert any(isinstance(module, torch.nn.Dropout) for module in plain.model.modules())
+    drops = dropouts(plain.model)
+    assert [(module.probability, module.factors) for module in drops] == [(0.3, None)]
     names = dict(plain.model.named_buffers())
     assert any(name.endswith("num_batches_tracked") for name in names)
     generator = torch.Generator().manual_seed(0)

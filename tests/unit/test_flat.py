@@ -14,7 +14,8 @@ LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 
 
 def _model(layout: str = "nhwc") -> ResNet:
-    return build_model(ModelConfig(widths=[8, 10, 12]), 5, 1).to(memory_format=LAYOUTS[layout])
+    config = ModelConfig(widths=[8, 10, 12], dropout=0)
+    return build_model(config, 5, 1).to(memory_format=LAYOUTS[layout])
 
 
 def _inside(view: Tensor, buffer: Tensor) -> range:

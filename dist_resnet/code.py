@@ -1,0 +1,71 @@
+"""The code that a run is a function of: this package's, and what its configuration's names bring.
+
+A run that goes on with other code of a plug-in would end in weights that no code explains: it is
+refused, unless run.allow_code_change=true, and then recorded.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from dist_resnet.errors import UserError
+from dist_resnet.plugins import code_of, is_plugin, resolve
+from dist_resnet.schema import Config
+
+OURS = "dist_resnet"
+# A run that goes on with another torch says so already, as the built-in parts do.
+_TOLD_ELSEWHERE = (OURS, "torch")
+_SHOWN = 3
+
+
+def plugins_of(config: Config) -> list[tuple[str, str]]:
+    """(key, name) of every plug-in that decides what the weights are.
+
+    Not data.source: the images themselves are known by their fingerprint.
+    """
+    extra = [entry["name"] if isinstance(entry, dict) else entry for entry in config.augment.extra]
+    named = [("model.name", config.model.name), ("optim.name", config.optim.name)]
+    named += [("augment.extra", name) for name in extra]
+    return [(key, name) for key, name in named if is_plugin(name)]
+
+
+def code_of_run(config: Config) -> dict[str, str]:
+    """SHA-256 of this package's sources, and what `plugins.code_of` tells of each plug-in.
+
+    Raises:
+        UserError: a name that leads nowhere.
+    """
+    return {OURS: own_hash(), **code_of(resolve(*named) for named in plugins_of(config))}
+
+
+def own_hash() -> str:
+    """SHA-256 over the names and contents of this package's source files."""
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cpp", ".h")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root)}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def changed_code(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Files and packages of plug-ins that differ; of an older checkpoint nothing is known."""
+    names = sorted(before.keys() | now.keys()) if before else []
+    return [
+        name for name in names if before.get(name) != now.get(name) and name not in _TOLD_ELSEWHERE
+    ]
+
+
+def check_code(before: Mapping[str, str], now: Mapping[str, str], allowed: bool) -> list[str]:
+    """What changed since a checkpoint's `before`, where that is allowed.
+
+    Raises:
+        UserError: it is not; the line names the files.
+    """
+    changed = changed_code(before, now)
+    if changed and not allowed:
+        listed = ", ".join(changed[:_SHOWN]) + (", ..." if len(changed) > _SHOWN else "")
+        raise UserError(
+            f"the code of the run has changed since its checkpoint: {listed}; put it back, choose "
+            "another run.name, or go on with it all the same: run.allow_code_change=true"
+        )
+    return changed

@@ -1,0 +1,110 @@
+"""import dist_resnet: train, evaluate and load from Python, as a notebook would."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dist_resnet
+from dist_resnet import signals
+from dist_resnet.config import load_config
+from dist_resnet.data.dataset import Dataset
+from dist_resnet.errors import UserError
+from dist_resnet.loop import Trainer
+
+
+@pytest.fixture
+def settings(tiny: Dataset, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "data": {
+            "root": str(tiny.folder.parent),
+            "dataset": tiny.folder.name,
+            "batch_size_per_replica": 8,
+        },
+        "run": {"dir": str(tmp_path), "name": "job"},
+        "model": {"widths": [4, 4, 4]},
+        "parallel": {"device": "cpu", "threads": 1},
+        "wandb": {"mode": "disabled"},
+        "train": {"epochs": 1},
+    }
+
+
+def test_train_evaluate_load(settings: dict[str, Any], tmp_path: Path) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    summary = dist_resnet.train(**settings)
+    assert summary == json.loads((tmp_path / "job" / "summary.json").read_text())
+    assert summary["step"] == 6
+    assert dist_resnet.train(load_config([settings])) == summary  # complete: not trained again
+    figures = dist_resnet.evaluate(tmp_path / "job")
+    assert figures["val/top1"] == summary["val/top1"]
+    assert dist_resnet.evaluate(tmp_path / "job", "eval.flip_tta=true")["val/top1_tta"] >= 0
+    assert "val/top1_tta" in dist_resnet.evaluate(tmp_path / "job", eval={"flip_tta": True})
+    assert len(dist_resnet.load(tmp_path / "job").classes) == 5
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    assert torch.get_num_threads() == threads
+
+
+def test_two_trainings_in_one_process_are_those_of_two(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    def trained(name: str) -> dict[str, torch.Tensor]:
+        summary = dist_resnet.train(settings, run={"dir": str(tmp_path), "name": name})
+        assert summary["step"] == 6
+        return dist_resnet.load(tmp_path / name).state_dict()
+
+    first, second = trained("first"), trained("second")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_ctrl_c_saves_and_the_same_call_goes_on(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_border = Trainer._at_border
+
+    def interrupted(self: Trainer, done: int) -> None:
+        if done == 3:
+            signal.raise_signal(signal.SIGINT)
+        at_border(self, done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_at_border", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            dist_resnet.train(settings)
+    status = json.loads((tmp_path / "job" / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("preempted", 4)
+    assert not signals.received()
+    assert dist_resnet.train(settings)["step"] == 6
+
+
+def test_in_a_thread_that_may_not_handle_signals(settings: dict[str, Any]) -> None:
+    found: list[dict[str, Any]] = []
+    thread = threading.Thread(target=lambda: found.append(dist_resnet.train(settings)))
+    thread.start()
+    thread.join()
+    assert found[0]["step"] == 6
+
+
+def test_a_mistake_is_an_exception_with_one_line(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"optim\.lrr=1 \(argument\): .*did you mean optim\.lr\?"):
+        dist_resnet.train(settings, optim={"lrr": 1})
+    with pytest.raises(UserError, match=r"nowhere"):
+        dist_resnet.evaluate("nowhere")
+
+
+def test_the_functions_are_there_whoever_imported_the_commands_before() -> None:
+    code = (
+        "import dist_resnet, sys; assert 'torch' not in sys.modules;"
+        "import dist_resnet.train, dist_resnet.evaluate;"
+        "from dist_resnet import train, Config, load;"
+        "assert callable(train) and callable(dist_resnet.train) and callable(dist_resnet.evaluate);"
+        "assert 'summary' in dist_resnet.train.__call__.__doc__; assert Config().seed == 0"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
