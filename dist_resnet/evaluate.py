@@ -50,25 +50,25 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
     from dist_resnet.weights import find_weights, trained_model
 
     file, saved = find_weights(path)
-    config = stored_config(saved["config"], pairs)
+    config = stored_config(saved.config, pairs)
     world = start(config.parallel.device, config.parallel.timeout_seconds)
     try:
         session = open_session(config, world)
         model = trained_model(saved, config).to(world.device)
-        if tuple(session.dataset.classes) != tuple(saved["classes"]):
+        if tuple(session.dataset.classes) != tuple(saved.classes):
             raise UserError(
                 f"{session.dataset.folder}: its classes are not those the model was trained on"
             )
-        if session.image_size != tuple(saved["image_size"]):
+        if session.image_size != tuple(saved.image_size):
             raise UserError(f"{session.dataset.folder}: its images are not of the model's size")
         width = session.dataset.width
-        statistics = Normalisation.of(saved["mean"], saved["std"], width, world.device)
+        statistics = Normalisation.of(saved.mean, saved.std, width, world.device)
         result = session.evaluator(statistics)(model)
     finally:
         stop()
     figures: dict[str, Any] = {
         "checkpoint": str(file),
-        "step": saved["state"]["step"],
+        "step": saved.state.step,
         "dataset": session.dataset.name,
         "eval_set": session.eval_set,
         "correct": result.correct,

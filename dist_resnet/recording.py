@@ -4,7 +4,7 @@ import secrets
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dist_resnet.checkpoint import CheckpointStore
+from dist_resnet.checkpoint import Checkpoint, CheckpointStore
 from dist_resnet.config import to_dict, to_yaml
 from dist_resnet.data.dataset import DESCRIPTION, Dataset
 from dist_resnet.environment import git_commit, machine, versions
@@ -14,6 +14,7 @@ from dist_resnet.plan import Plan
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
 from dist_resnet.session import Session
+from dist_resnet.state import Snapshot
 from dist_resnet.tracking.console import Console
 from dist_resnet.tracking.jsonl import MetricsFile, rewind
 from dist_resnet.tracking.notices import Alerts, Artifacts
@@ -45,7 +46,7 @@ def open_recording(
     plan: Plan,
     step: int,
     folder: RunFolder,
-    saved: dict[str, Any] | None,
+    saved: Checkpoint | None,
 ) -> Recording:
     """Bring the run folder's files to `step` and open everything that records, on rank 0 only.
 
@@ -54,8 +55,7 @@ def open_recording(
     """
     if not session.world.is_main:
         return Recording(NullTracker(), None)
-    saved = saved or {}
-    known, forks = saved.get("wandb_id"), saved.get("forks", [])
+    known, forks = (saved.wandb_id, saved.forks) if saved is not None else (None, [])
     derived = plan.as_dict() | ({"forks": forks} if forks else {})
     run_id = folder.wandb_id(
         lambda: _new_id(folder.path.name), known, anew=bool(forks) and known is None
@@ -65,7 +65,7 @@ def open_recording(
         folder.write_json("plan.json", derived)
         rewind(folder.metrics, step)
         (folder.path / "summary.json").unlink(missing_ok=True)  # of a shorter run
-        best = saved["state"]["best"].get("val/top1") if saved else None
+        best = saved.state.best.get("val/top1") if saved is not None else None
         console = Console(plan.total_steps, step, best=best)
         metrics = MetricsFile(folder.metrics, console.message)
     except OSError as error:
@@ -79,7 +79,7 @@ def open_recording(
         resolved | facts | {"plan": derived},
         run_id,
         folder.path.name,
-        resume_position=saved.get("wandb_position") if run_id == known else None,
+        resume_position=saved.wandb_position if saved is not None and run_id == known else None,
         say=console.message,
     )
     store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
@@ -88,18 +88,21 @@ def open_recording(
     if wandb is not None:
         parts += _told_by_wandb(config, wandb, store, data, folder.path.name)
     tracker = Trackers(parts, console.message)
-    header = _header(config, session, run_id if wandb is None else wandb.run_id, forks) | place
-    keeper = Keeper(folder, store, header, tracker, wandb)
+    wandb_id = run_id if wandb is None else wandb.run_id
+    header = _header(config, session) | place | {"forks": forks, "wandb_id": wandb_id}
+
+    def checkpoint(state: Snapshot, seconds: float, position: Any) -> Checkpoint:
+        return Checkpoint(state=state, seconds=seconds, wandb_position=position, **header)
+
+    keeper = Keeper(folder, store, checkpoint, tracker, wandb)
     keeper.heartbeat(step)
     return Recording(tracker, keeper)
 
 
-def _header(
-    config: Config, session: Session, run_id: str, forks: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """What a checkpoint holds beside the state."""
+def _header(config: Config, session: Session) -> dict[str, Any]:
+    """What a checkpoint holds of the configuration and the dataset."""
     data = session.dataset
-    header = {
+    return {
         "config": to_dict(config),
         "fingerprint": data.fingerprint,
         "classes": list(data.classes),
@@ -107,9 +110,7 @@ def _header(
         "std": list(data.std),
         "image_size": list(session.image_size),
         "reading": asdict(data.reading),
-        "wandb_id": run_id,
     }
-    return header | ({"forks": forks} if forks else {})
 
 
 def _told_by_wandb(

@@ -6,6 +6,7 @@ from typing import Any
 
 from dist_resnet import signals, watchdog
 from dist_resnet.captured import as_configured
+from dist_resnet.checkpoint import Checkpoint
 from dist_resnet.config import to_dict
 from dist_resnet.data.stream import Loader, open_loader, training_batches
 from dist_resnet.distributed import World, from_main, on_main, start, stop, together
@@ -85,21 +86,22 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     check_statistics(config, *session.image_size)
     if saved is not None:
         saved = starting_point(saved, config, session.dataset.fingerprint, named)
-    step = saved["state"]["step"] if saved is not None else 0
+    step = saved.state.step if saved is not None else 0
     if step > plan.total_steps:
         raise UserError(
             f"{folder.path}: is at step {step:,} already, beyond the {plan.total_steps:,} of this "
             "command; choose more train.epochs or train.max_steps, or another run.name"
         )
-    early = saved is not None and config.train.early_stop and saved["state"].get("stopped_early")
+    early = saved is not None and config.train.early_stop and saved.state.stopped_early
     if (plan.finished(step) or early) and from_main(folder.has_summary()):
         if world.is_main:
             say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
             folder.set_status("done", step, exit_code=EXIT_DONE)
         return
-    state = build_state(config, len(session.dataset.classes), session.precision, world.device)
+    classes = len(session.dataset.classes)
+    state = together(lambda: build_state(config, classes, session.precision, world.device))
     if saved is not None:
-        state.load_state_dict(saved["state"])
+        state.restore(saved.state)
     if world.is_main:
         for line in (*_introduction(wanted, session, plan, state, folder), *forks_told(saved)):
             say(line)
@@ -118,7 +120,7 @@ def _trainer(
     plan: Plan,
     state: TrainState,
     recording: Recording,
-    saved: dict[str, Any] | None,
+    saved: Checkpoint | None,
 ) -> Trainer:
     world, data = session.world, session.dataset
     size = plan.batch_size_per_replica * plan.replicas_per_rank
@@ -155,7 +157,7 @@ def _trainer(
         evaluate=evaluator,
         classes=data.classes,
         tracker=recording.tracker,
-        watch=Stopwatch(saved["seconds"] if saved else 0.0, world.device),
+        watch=Stopwatch(saved.seconds if saved else 0.0, world.device),
         keeper=recording.keeper,
         gallery=Gallery(config, data, every, wandb) if pictures else None,
     )

@@ -17,6 +17,29 @@ from dist_resnet.optimizer import RunOptimizer, build_optimizer
 from dist_resnet.schema import Config
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A `TrainState` at one step: plain numbers and tensors on the CPU, parameters by name."""
+
+    step: int
+    model: dict[str, Tensor]
+    """Parameters and buffers, in their own shapes."""
+    optimizer: dict[str, Any]
+    """As `OptimizerState.state_dict`; empty: as before the first step."""
+    ema: dict[str, Tensor] | None
+    """As `model`; None: no moving average was kept."""
+    loss_scale: dict[str, Any] | None
+    totals: dict[str, Any]
+    best: dict[str, float]
+    best_at_low_rate: float = 0.0
+    stopped_early: bool = False
+
+    @property
+    def evaluated(self) -> dict[str, Tensor]:
+        """What training evaluated: the moving average where one was kept."""
+        return self.model if self.ema is None else self.ema
+
+
 @dataclass
 class TrainState:
     """Mutable; owned by the training loop."""
@@ -45,40 +68,40 @@ class TrainState:
             found += [self.loss_scale.scale, self.loss_scale.good_steps]
         return found
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and tensors on the CPU, parameters by name and in their own shapes."""
-        flat = self.flat
-        return {
-            "step": self.step,
-            "model": {name: _plain(t) for name, t in flat.model.state_dict().items()},
-            "optimizer": self.optimizer.state.state_dict(),
-            "ema": None if self.ema is None else self._ema_by_name(self.ema),
-            "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
-            "totals": self.totals.state_dict(),
-            "best": dict(self.best),
-            "best_at_low_rate": self.best_at_low_rate,
-            "stopped_early": self.stopped_early,
-        }
+    def snapshot(self) -> Snapshot:
+        """A copy of all of it."""
+        return Snapshot(
+            step=self.step,
+            model={name: _plain(t) for name, t in self.flat.model.state_dict().items()},
+            optimizer=self.optimizer.state.state_dict(),
+            ema=None if self.ema is None else self._ema_by_name(self.ema),
+            loss_scale=None if self.loss_scale is None else self.loss_scale.state_dict(),
+            totals=self.totals.state_dict(),
+            best=dict(self.best),
+            best_at_low_rate=self.best_at_low_rate,
+            stopped_early=self.stopped_early,
+        )
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """The inverse of `state_dict`.
+    def restore(self, saved: Snapshot) -> None:
+        """The inverse of `snapshot`.
 
         Raises:
             UserError: saved from another model.
         """
         flat = self.flat
         if self.ema is not None:
-            load_tensors(flat.model, saved["ema"])
+            load_tensors(flat.model, saved.evaluated)
             self.ema.copy_(_averaged_values(flat))
-        load_tensors(flat.model, saved["model"])
-        self.optimizer.state.load_state_dict(saved["optimizer"])
-        if self.loss_scale is not None and saved["loss_scale"] is not None:
-            self.loss_scale.load_state_dict(saved["loss_scale"])
-        self.totals.load_state_dict(saved["totals"])
-        self.step = int(saved["step"])
-        self.best = dict(saved["best"])
-        self.best_at_low_rate = saved.get("best_at_low_rate", 0.0)
-        self.stopped_early = saved.get("stopped_early", False)
+        load_tensors(flat.model, saved.model)
+        if saved.optimizer:
+            self.optimizer.state.load_state_dict(saved.optimizer)
+        if self.loss_scale is not None and saved.loss_scale is not None:
+            self.loss_scale.load_state_dict(saved.loss_scale)
+        self.totals.load_state_dict(saved.totals)
+        self.step = saved.step
+        self.best = dict(saved.best)
+        self.best_at_low_rate = saved.best_at_low_rate
+        self.stopped_early = saved.stopped_early
 
     @contextmanager
     def evaluated_weights(self) -> Iterator[None]:
