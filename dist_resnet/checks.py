@@ -96,7 +96,9 @@ def _check_run_and_data(config: Config) -> None:
 
 def _check_training(config: Config) -> None:
     optim, schedule, train = config.optim, config.schedule, config.train
-    for key in ("lr", "muon_lr"):
+    clip = optim.clip_norm
+    _require(0 <= clip < float("inf"), "optim.clip_norm", clip, "at least 0")
+    for key in ("lr", "muon_lr", "bias_lr_factor"):
         value = getattr(optim, key)
         _require(0 < value < float("inf"), f"optim.{key}", value, "above 0")
     half = config.precision.dtype == "fp16"

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer is given together: those under weight decay, and the others."""
+"""Which parameters an optimizer is given together: by weight decay, and biases by their rate."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +14,22 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The model's own parameters, as groups of `torch.optim.Optimizer`; none of them is empty.
 
+    Biases have one of their own where optim.bias_lr_factor gives them a rate of their own.
+
     Args:
         wanted: which parameters.
     """
     parameters = [p for p in flat.parameters if wanted(p)]
     decayed = [p for p in parameters if p.storage_offset() < flat.num_decayed]
     others = [p for p in parameters if p.storage_offset() >= flat.num_decayed]
-    return _groups((decayed, config.weight_decay), (others, 0.0))
+    if config.bias_lr_factor == 1:
+        return _groups((decayed, config.weight_decay), (others, 0.0))
+    named = flat.model.named_parameters()
+    biases = {id(p) for name, p in named if name.rpartition(".")[2] == "bias"}
+    own = _groups(([p for p in others if id(p) in biases], 0.0))
+    rest = [p for p in others if id(p) not in biases]
+    rate = {"lr": config.lr * config.bias_lr_factor}
+    return [*_groups((decayed, config.weight_decay), (rest, 0.0)), *(g | rate for g in own)]
 
 
 def flat_groups(flat: FlatModel, config: OptimConfig, first: int = 0) -> list[dict[str, Any]]:
@@ -29,6 +38,8 @@ def flat_groups(flat: FlatModel, config: OptimConfig, first: int = 0) -> list[di
     Args:
         first: where the values that they update begin.
     """
+    if config.bias_lr_factor != 1:  # biases lie between others
+        return parameter_groups(flat, config, lambda p: int(p.storage_offset()) >= first)
     decayed = flat_parameter(flat, first, flat.num_decayed)
     others = flat_parameter(flat, flat.num_decayed, flat.values.numel())
     return _groups(([decayed], config.weight_decay), ([others], 0.0))

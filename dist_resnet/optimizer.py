@@ -37,14 +37,16 @@ class RunOptimizer:
             lr: with which it was made; a group's factor is its own rate over this.
             capturable: whether its steps may be recorded as a CUDA graph.
         """
+        self.remarks: list[str] = []
+        """For the reader: what of the configuration does nothing."""
         self.name = name
         self.optimizer = optimizer
         self.capturable = capturable
         self.state = OptimizerState(optimizer, flat)
-        self._factors = [float(group["lr"]) / lr for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):  # one tensor for all until here
-                group["lr"] = group["lr"].clone()
+        self._factors = [_share(group["lr"], lr) for group in optimizer.param_groups]
+        if is_plugin(name) and capturable:  # a graph reads its rates from memory
+            for group in optimizer.param_groups:
+                group["lr"] = torch.tensor(float(group["lr"]), device=flat.values.device)
 
     def step(self, lr: float | Tensor, overflow: Tensor | None = None) -> None:
         """Update the parameters from their gradients.
@@ -86,6 +88,9 @@ def build_optimizer(flat: FlatModel, config: Config, scaled: bool = False) -> Ru
     args = _arguments(function, config, flat.values.device)
     make_groups = parameter_groups if plugin else getattr(function, "groups", parameter_groups)
     groups = make_groups(flat, optim)
+    decays = not plugin or takes_weight_decay(signature(function) or {})
+    if not decays:
+        groups = [{k: v for k, v in group.items() if k != "weight_decay"} for group in groups]
 
     def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         with calling(_KEY, name):
@@ -104,8 +109,10 @@ def build_optimizer(flat: FlatModel, config: Config, scaled: bool = False) -> Ru
             f"precision.dtype=fp16: {_KEY}={name} cannot skip a step whose gradients overflowed; "
             "use bf16"
         )
-    graph = not plugin or bool(args.get("capturable"))
-    return RunOptimizer(name, optimizer, flat, float(args["lr"]), graph)
+    built = RunOptimizer(name, optimizer, flat, optim.lr, not plugin or "capturable" in args)
+    if optim.weight_decay and not decays:
+        built.remarks.append(f"optim.weight_decay={optim.weight_decay:g}: {name} has none")
+    return built
 
 
 def _arguments(
@@ -123,8 +130,10 @@ def _arguments(
     elif takes_weight_decay(parameters):
         given["weight_decay"] = optim.weight_decay
     check_arguments("optim.args", function, own, [*list(parameters)[:1], *given])
-    graph = config.train.step_mode == "graph" and own.get("capturable", True)
-    if is_plugin(optim.name) and graph and "capturable" in parameters:
+    if config.train.step_mode != "graph":
+        return given | own
+    own = dict(own)
+    if own.pop("capturable", "capturable" in parameters) and is_plugin(optim.name):
         given |= {"lr": torch.tensor(optim.lr, device=device), "capturable": True}
     return given | own
 
@@ -133,6 +142,11 @@ def takes_weight_decay(parameters: Mapping[str, inspect.Parameter]) -> bool:
     """Whether an optimizer of this signature has weight decay; where it cannot be told, it has."""
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     return not parameters or takes_any or "weight_decay" in parameters
+
+
+def _share(rate: float | Tensor, lr: float) -> float:
+    """`rate` over `lr`; a tensor has rounded what it was made of."""
+    return float(rate) / (float(torch.tensor(lr)) if isinstance(rate, Tensor) else lr)
 
 
 def _try_out(

@@ -231,7 +231,7 @@ def _introduction(
         f"model: {config.model.name}, {state.flat.num_parameters:,} parameters",
         f"device: {session.world.device.type}, {session.precision_reason},"
         f" {session.threads} CPU threads a process; step: {step}",
-        *explain(config, plan),
+        *[*explain(config, plan), *state.optimizer.remarks],
     ]
     if session.world.device.type == "cpu" and session.world.size == 1 and session.threads > 1:
         lines.append(

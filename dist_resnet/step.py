@@ -86,7 +86,8 @@ class TrainStep:
         """While open, steps are made of PyTorch's operations: what our kernels are held to."""
         own, update, model = self.replica_pass, self.update, self.state.flat.model
         fused = {m: m.fused for m in model.modules() if isinstance(m, NormAct)}
-        self.replica_pass, self.update = torch_pass(own), update_by_torch(self.state)
+        by_torch = update_by_torch(self.state, self.config.optim)
+        self.replica_pass, self.update = torch_pass(own), by_torch
         for module in fused:
             module.fused = False
         try:

@@ -232,3 +232,75 @@ def test_no_graph_of_an_optimizer_that_cannot_be_captured() -> None:
     told: list[str] = []
     assert as_configured(step, told.append) is step
     assert "optim.name=tests.own_optimizers:Lion has no argument capturable" in told[0]
+
+
+def test_weight_decay_that_nothing_does_is_said() -> None:
+    assert build_optimizer(_flat(), _config("torch.optim:AdamW")).remarks == []
+    assert build_optimizer(_flat(), load_config([])).remarks == []
+    (line,) = build_optimizer(_flat(), _config("torch.optim:Rprop")).remarks
+    assert line == "optim.weight_decay=0.1: torch.optim:Rprop has none"
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon", "torch.optim:SGD", "torch.optim:AdamW"])
+def test_a_rate_of_their_own_for_all_biases(name: str) -> None:
+    pairs = ["optim.lr=0.02", "optim.weight_decay=0.1", f"optim.name={name}"]
+    one, other = _flat(), _flat()
+    start = {key: p.clone() for key, p in one.model.named_parameters()}
+    _advance(one, build_optimizer(one, load_config(pairs)), 0, 1)
+    factor = load_config([*pairs, "optim.bias_lr_factor=16"])
+    _advance(other, build_optimizer(other, factor), 0, 1)
+    moved = dict(other.model.named_parameters())
+    for key, p in one.model.named_parameters():
+        times = 16 if key.endswith("bias") else 1
+        torch.testing.assert_close(moved[key] - start[key], times * (p - start[key]), msg=key)
+    assert sum(key.endswith("bias") for key in moved) == 22  # 21 of BatchNorm, the head's
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon", "torch.optim:AdamW"])
+def test_what_it_keeps_of_biases_apart_comes_back(name: str) -> None:
+    config = load_config([f"optim.name={name}", "optim.lr=0.02", "optim.bias_lr_factor=4"])
+    first, again = _flat(), _flat()
+    one, other = build_optimizer(first, config), build_optimizer(again, config)
+    _advance(first, one, 0, 3)
+    other.state.load_state_dict(_through_a_file(one.state.state_dict()))
+    again.values.copy_(first.values)
+    _advance(first, one, 3, 5)
+    _advance(again, other, 3, 5)
+    assert torch.equal(first.values, again.values)
+
+
+@pytest.mark.parametrize("name", ["sgd", "torch.optim:AdamW"])
+def test_clipping_is_torchs(name: str) -> None:
+    """In a step of training, where the gradient's norm is above and below the limit."""
+    step = train_step(small_config(f"optim.name={name}"), 1)
+    flat, plain = step.state.flat, copy.deepcopy(step.state.flat.model)
+    step.average_over_replicas(batch_of(0, 1), step.keys[0])
+    norm = float(torch.linalg.vector_norm(flat.gradients))
+    for limit in (norm / 3, norm * 3):
+        config = small_config(f"optim.name={name}", f"optim.clip_norm={limit}")
+        clipped = train_step(config, 1)
+        clipped.average_over_replicas(batch_of(0, 1), clipped.keys[0])
+        for p, q in zip(plain.parameters(), clipped.state.flat.model.parameters(), strict=True):
+            assert q.grad is not None
+            p.grad = q.grad.clone()
+        nn.utils.clip_grad_norm_(plain.parameters(), limit)
+        clipped.update(0.01, 0.0)
+        for p, q in zip(plain.parameters(), clipped.state.flat.model.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+        assert float(clipped.state.flat.norm) == pytest.approx(norm)  # as it was
+        (used,) = [float(torch.linalg.vector_norm(clipped.state.flat.gradients))]
+        assert used == pytest.approx(min(norm, limit), rel=1e-4)
+
+
+def test_clipping_under_a_loss_scale() -> None:
+    config = small_config("precision.dtype=fp16", "optim.clip_norm=0.1", "optim.momentum=0")
+    step = train_step(config, 1, torch.float16)
+    assert step.state.loss_scale is not None
+    step.state.loss_scale.scale.fill_(64.0)
+    step(batch_of(0, 1))
+    flat = step.state.flat
+    assert float(torch.linalg.vector_norm(flat.gradients)) == pytest.approx(0.1, rel=1e-3)
+    before = flat.values.clone()
+    step.state.loss_scale.scale.fill_(2.0**127)
+    step(batch_of(1, 1))
+    assert torch.equal(step.state.flat.values, before)
