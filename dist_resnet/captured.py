@@ -159,6 +159,8 @@ class CapturedStep:
 
 def as_configured(step: TrainStep, report: Callable[[str], None]) -> TrainStep | CapturedStep:
     """`step`, captured if its train.step_mode says graph; `report` as for `CapturedStep`."""
+    if step.reduction.remark:
+        report(step.reduction.remark)
     if step.config.train.step_mode != "graph":
         return step
     optimizer = step.state.optimizer

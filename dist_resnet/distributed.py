@@ -113,6 +113,18 @@ def all_reduce_sum(tensor: Tensor) -> None:
             dist.all_reduce(tensor)
 
 
+def start_sum(tensor: Tensor) -> Callable[[], None]:
+    """Begin to sum `tensor` over the ranks, in place; what is returned waits for the end."""
+    with collective():
+        work: Any = dist.all_reduce(tensor, async_op=True)
+
+    def wait() -> None:
+        with collective():
+            work.wait()
+
+    return wait
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """Stack every rank's (n, ...) into (world size * n, ...), by rank; the same on all ranks."""
     if not dist.is_initialized():

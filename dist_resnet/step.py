@@ -42,13 +42,6 @@ class TrainStep:
         self.state = state
         self.rates = rates
         self.local = replicas // world_size()
-        self.reduction = build_reduction(
-            config.parallel.reduction,
-            state.flat.exchange.numel(),
-            replicas,
-            self.local,
-            state.flat.exchange.device,
-        )
         self.precision = precision
         flat = state.flat
         self.device = flat.values.device
@@ -60,6 +53,9 @@ class TrainStep:
         self.leaves = flat.parameters if self.shadow is None else self.shadow.leaves
         # Each gradient where it belongs, while it is in the cache; on a GPU that is a launch each.
         self.in_place = self.shadow is None and self.device.type == "cpu"
+        self.reduction = build_reduction(
+            config.parallel.reduction, flat, replicas, self.local, self.in_place
+        )
         self.forward = forward_function(mode, flat.model, self.group)
         if self.shadow is not None:
             self.forward = self.shadow.forward
@@ -134,10 +130,13 @@ class TrainStep:
             self.shadow.refresh()
         # Every replica starts from the same statistics and moves them by its own batch's.
         start = flat.statistics.clone() if self.local > self.group else None
-        for first in range(0, self.local * size // self.group, size):
+        images = self.local * size // self.group
+        for first in range(0, images, size):
             part = slice(first, first + size)
             if start is not None:
                 flat.statistics.copy_(start)
+            if first + size == images:
+                self.reduction.expect_last(flat.exchange)
             self.sum_over_group(batch.images[part], batch.labels[part], batch.samples[part], key)
             self.reduction.add(flat.exchange)
         self.reduction.finish(flat.exchange)

@@ -37,7 +37,7 @@ LAYERS: list[set[str]] = [
         "kernels",
     },
     {"augment", "loss", "flat", "optim", "muon", "models", "state", "data"}
-    | {"groups", "optimizer", "optimizer_state", "plain_values"}
+    | {"groups", "optimizer", "optimizer_state", "overlap", "plain_values"}
     | {"reduction", "summing", "replica_pass", "shadow", "update"},
     {
         "step_mode",
@@ -96,9 +96,9 @@ OWN_THE_TERMINAL = {
 }  # fmt: skip
 # What runs in every step: the host must not wait there.
 WAITLESS = (
-    "step", "captured", "augment", "loss", "flat", "reduction", "summing", "replica_pass", "shadow",
-    "update", "models.norm_act", "kernels.conv", "kernels.images", "kernels.loss",
-    "kernels.norm_act", "kernels.update",
+    "step", "captured", "augment", "loss", "flat", "overlap", "reduction", "summing",
+    "replica_pass", "shadow", "update", "models.norm_act", "kernels.conv", "kernels.images",
+    "kernels.loss", "kernels.norm_act", "kernels.update",
 )  # fmt: skip
 
 

@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_resnet import summing
+from dist_resnet import overlap, summing
 from dist_resnet.distributed import World
 from dist_resnet.errors import PeerLost, UserError
 from dist_resnet.models.resnet import build_model
 from dist_resnet.native.build import load
 from dist_resnet.native.shared_sum import SharedSum
+from dist_resnet.reduction import FastReduction
 from dist_resnet.step import TrainStep
 from tests.ranks import RankFailed, run_ranks
 from tests.training import (
@@ -39,9 +40,9 @@ def _ours(world: World, *pairs: str, replicas: int = RANKS, steps: int = STEPS) 
     return step
 
 
-def _collectives(world: World, step: TrainStep) -> dict[str, int]:
+def _collectives(world: World, step: TrainStep, replicas: int = RANKS) -> dict[str, int]:
     """Sums through shared memory, and what torch's profiler sees of c10d, during one step."""
-    batch = part_of(batch_of(STEPS, RANKS), world.rank, world.size)
+    batch = part_of(batch_of(STEPS, replicas), world.rank, world.size)
     sums = Counter[str]()
     original = SharedSum.__call__
 
@@ -241,3 +242,78 @@ def _fail(world: World) -> None:
 def test_the_helper_passes_failures_on() -> None:
     with pytest.raises(RankFailed, match="rank 1 says no"):
         run_ranks(2, _fail)
+
+
+def _in_chunks(world: World) -> dict[str, Any]:
+    """Sums during the backward pass, and in one piece, through sockets."""
+    os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if the other were elsewhere
+    results: dict[str, Any] = {"remarks": []}
+    for kind, large in (("whole", 2**40), ("chunks", 0)):
+        for replicas in (2, 4, 12):  # 12: two passes on a rank, of which the last one sends
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(overlap, "LARGE", large)
+                patch.setattr(overlap, "CHUNK", 2000)
+                step = _ours(world, replicas=replicas, steps=4)
+                results[f"{kind}, {replicas}"] = vars(step.state.snapshot())
+        results["remarks"].append(step.reduction.remark)
+        results[f"{kind} collectives"] = _collectives(world, step, 12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overlap, "LARGE", 0)
+        patch.setattr(overlap, "CHUNK", 2000)
+        results["again"] = vars(_ours(world, replicas=2, steps=4).state.snapshot())
+        results["early"] = _sent_during_backward(world)
+        results["twice"] = _in_parts(world)
+    return results
+
+
+def _sent_during_backward(world: World) -> list[int]:
+    """Chunks that were on their way when the first layer's gradient arrived, a step each."""
+    step, found = train_step(small_config(), 2), []
+    assert isinstance(step.reduction, FastReduction)
+    sums = step.reduction._chunks
+    assert sums is not None
+    first = next(step.state.flat.model.parameters())
+    first.register_post_accumulate_grad_hook(lambda _: found.append(len(sums._waits)))
+    for number in range(2):
+        step(part_of(batch_of(number, 2), world.rank, world.size))
+    return found
+
+
+def _in_parts(world: World) -> str:
+    """What is said of a layer whose gradient arrives twice in one backward pass."""
+    step = train_step(small_config(), 2)
+    assert isinstance(step.reduction, FastReduction)
+    sums = step.reduction._chunks
+    assert sums is not None
+    step.reduction.expect_last(step.state.flat.exchange)
+    parameter = next(p for p in step.state.flat.parameters if p in sums._of)
+    sums._arrived(parameter)
+    with pytest.raises(UserError) as caught:
+        sums._arrived(parameter)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def chunks() -> list[dict[str, Any]]:
+    return run_ranks(RANKS, _in_chunks)
+
+
+@pytest.mark.parametrize("replicas", [2, 4, 12])
+def test_chunks_during_the_backward_pass_give_the_same_bits(
+    chunks: list[dict[str, Any]], replicas: int
+) -> None:
+    for result in chunks:
+        _assert_equal(result[f"chunks, {replicas}"], chunks[0][f"whole, {replicas}"])
+
+
+def test_chunks_are_sent_while_the_backward_pass_goes_on(chunks: list[dict[str, Any]]) -> None:
+    for result in chunks:
+        whole, remark = result["remarks"]
+        assert whole == ""
+        sent = result["chunks collectives"]["c10d::allreduce_"]
+        assert remark == f"gradients: 0 MB a step, summed in {sent} chunks during the backward pass"
+        assert sent > 5
+        assert result["whole collectives"] == {"c10d::allreduce_": 1}
+        assert min(result["early"]) >= sent - 3
+        _assert_equal(result["again"], result["chunks, 2"])
+        assert "use_reentrant=False" in result["twice"]
