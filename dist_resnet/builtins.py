@@ -12,3 +12,7 @@ OPTIMIZERS = {
     "sgd": "dist_resnet.optim:FlatSGD",
     "muon": "dist_resnet.muon:FlatMuon",
 }
+AUGMENTATIONS = {
+    "erasing": "dist_resnet.augment.erase:erasing",
+    "jitter": "dist_resnet.augment.colour:jitter",
+}

@@ -81,12 +81,16 @@ class CapturedStep:
 
     def _launch(self) -> None:
         assert self._batch is not None
-        key, lr, weight = (
-            table.index_select(0, self._position).squeeze(0)
-            for table in (self._step.keys, self._rates, self._ema_weights)
-        )
-        self._step.advance(self._batch, key, lr, weight)
+        key, lr, weight = map(self._now, (self._step.keys, self._rates, self._ema_weights))
+        self._step.advance(self._batch, key, lr, weight, self._turn())
         self._position += 1
+
+    def _now(self, table: Tensor) -> Tensor:
+        """What a table of all steps holds for this one."""
+        return table.index_select(0, self._position).squeeze(0)
+
+    def _turn(self) -> Tensor | None:
+        return None if self._step.turns is None else self._now(self._step.turns)
 
     def _replay_checked(self) -> None:
         """One step by the graph, captured now if there is none, and by PyTorch's operations."""
@@ -97,8 +101,8 @@ class CapturedStep:
         batch, tensors = self._batch, [*self.state.tensors(), self._position]
         before = [tensor.clone() for tensor in tensors]
         with self._step.by_torch():
-            key = self._step.keys.index_select(0, self._position).squeeze(0)
-            warm_up(lambda: self._step.average_over_replicas(batch, key))
+            key, turn = self._now(self._step.keys), self._turn()
+            warm_up(lambda: self._step.average_over_replicas(batch, key, turn))
             expected = self.state.flat.exchange.clone()
         _restore(tensors, before)
         self._graph.replay()

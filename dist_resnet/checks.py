@@ -1,8 +1,10 @@
 """Which values are possible: one line for the first that is not, before anything starts."""
 
+import math
 import os
+from typing import Any
 
-from dist_resnet.builtins import MODELS, OPTIMIZERS
+from dist_resnet.builtins import AUGMENTATIONS, MODELS, OPTIMIZERS
 from dist_resnet.errors import UserError
 from dist_resnet.keys import nearest
 from dist_resnet.schema import Config
@@ -19,6 +21,7 @@ def check(config: Config) -> None:
     """
     _check_names(config)
     _check_run_and_data(config)
+    _check_augmentation(config)
     _check_training(config)
     _check_cadence(config)
     _check_wandb(config)
@@ -44,17 +47,41 @@ def _check_names(config: Config) -> None:
                 f"module:callable{hint and f'; did you mean {hint}?'}"
             )
         _require(not args, f"{key}.args", args, f"empty with {key}.name={name}")
-    for entry in config.augment.extra:
+
+
+def _check_augmentation(config: Config) -> None:
+    augment = config.augment
+    padding, alpha = augment.crop_padding, augment.mixup_alpha
+    _require(0 <= padding <= 64, "augment.crop_padding", padding, "0 to 64")
+    reflected = augment.padding_mode == "reflect" and not padding
+    _require(not reflected, "augment.padding_mode", "reflect", "zero with augment.crop_padding=0")
+    flips = augment.flip in (True, False, "alternating")
+    _require(flips, "augment.flip", augment.flip, "true, false or alternating")
+    _require(augment.cutout >= 0, "augment.cutout", augment.cutout, "at least 0")
+    for key in ("jitter", "erasing"):
+        value = getattr(augment, key)
+        _require(0 <= value <= 1, f"augment.{key}", value, "0 to 1")
+    _require(0 <= alpha <= 100, "augment.mixup_alpha", alpha, "0 to 100")
+    alone = augment.mix != "both" or alpha > 0
+    _require(alone, "augment.mix", augment.mix, "cutmix with augment.mixup_alpha=0")
+    alpha = augment.cutmix_alpha
+    _require(0 < alpha <= 100, "augment.cutmix_alpha", alpha, "above 0, at most 100")
+    for entry in augment.extra:
         parts = entry if isinstance(entry, dict) else {"name": entry}
-        own, own_args = parts.get("name"), parts.get("args", {})
-        good = isinstance(own, str) and ":" in own and isinstance(own_args, dict)
-        good = good and parts.keys() <= {"name", "args"}
+        name, args = parts.get("name"), parts.get("args", {})
+        good = isinstance(name, str) and isinstance(args, dict) and parts.keys() <= {"name", "args"}
         wanted = "module:callable, or {name: module:callable, args: {...}}"
         _require(good, "augment.extra", entry, wanted)
+        if ":" not in str(name) and name not in AUGMENTATIONS:
+            hint = nearest(str(name), list(AUGMENTATIONS))
+            raise UserError(
+                f"augment.extra={shown(as_tree(name))}: must be one of {', '.join(AUGMENTATIONS)}, "
+                f"or module:callable{hint and f'; did you mean {hint}?'}"
+            )
 
 
 def _check_run_and_data(config: Config) -> None:
-    run, data, augment, model = config.run, config.data, config.augment, config.model
+    run, data, model = config.run, config.data, config.model
     _require(0 <= config.seed < 2**63, "seed", config.seed, "0 to 2^63 - 1")
     name_ok = run.name is None or (
         0 < len(run.name) <= 64 and not set(run.name) & set('/\\#?%:"') and run.name[0] != "."
@@ -76,11 +103,7 @@ def _check_run_and_data(config: Config) -> None:
     short = len(os.fsencode(data.dataset)) <= _LONGEST_NAME - 55
     _require(short, "data.dataset", data.dataset, "shorter: too long for a name")
 
-    padding, alpha = augment.crop_padding, augment.mixup_alpha
-    _require(0 <= padding <= 64, "augment.crop_padding", padding, "0 to 64")
-    _require(0 <= alpha <= 100, "augment.mixup_alpha", alpha, "0 to 100")
-    _require(augment.cutout >= 0, "augment.cutout", augment.cutout, "at least 0")
-
+    _check_lists(config)
     widths = model.widths
     good = len(widths) == 3 and all(1 <= width <= 4096 for width in widths)
     _require(good, "model.widths", widths, "three numbers of filters, such as [16,32,64]")
@@ -92,6 +115,39 @@ def _check_run_and_data(config: Config) -> None:
         "non-decreasing with model.shortcut=pad",
     )
     _require(0 <= model.dropout < 1, "model.dropout", model.dropout, "at least 0 and below 1")
+
+
+def _check_lists(config: Config) -> None:
+    """Keys that take a word or numbers."""
+    scale, weights, source = (
+        config.data.normalisation,
+        config.optim.class_weights,
+        config.data.source,
+    )
+    wanted = "dataset, imagenet, or [[means],[deviations]] of three channels in 0 to 1"
+    if isinstance(scale, str):
+        _require(scale in ("dataset", "imagenet"), "data.normalisation", scale, wanted)
+    else:
+        good = len(scale) == 2 and all(_numbers(row, 3) and max(row) <= 1 for row in scale)
+        good = good and min(scale[0]) >= 0 and min(scale[1]) > 0
+        _require(good, "data.normalisation", scale, f"{wanted}, deviations above 0")
+    wanted = "none, balanced, or a number above 0 for each class, such as [1,2.5]"
+    if isinstance(weights, str):
+        _require(weights in ("none", "balanced"), "optim.class_weights", weights, wanted)
+    else:
+        good = _numbers(weights, len(weights)) and min(weights, default=0) > 0
+        _require(good, "optim.class_weights", weights, wanted)
+    good = source is None or ":" in source
+    _require(good, "data.source", source, "module:callable, such as my_data:birds, or null")
+
+
+def _numbers(row: Any, count: int) -> bool:
+    """Whether a list holds `count` finite numbers."""
+    return (
+        isinstance(row, list)
+        and len(row) == count
+        and all(type(value) in (int, float) and math.isfinite(value) for value in row)
+    )
 
 
 def _check_training(config: Config) -> None:
@@ -112,6 +168,11 @@ def _check_training(config: Config) -> None:
     _require(usable, "optim.nesterov", "true", "false where optim.momentum=0")
     size = optim.reference_batch_size
     _require(size >= 1, "optim.reference_batch_size", size, "at least 1")
+
+    distill = config.distill
+    good = 0 < distill.temperature <= 1000
+    _require(good, "distill.temperature", distill.temperature, "above 0, up to 1000")
+    _require(0 < distill.weight <= 1, "distill.weight", distill.weight, "above 0, up to 1")
 
     _require(1 <= train.epochs <= 10**6, "train.epochs", train.epochs, "1 to 1000000")
     limit = train.max_steps

@@ -12,11 +12,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dist_resnet.checks import check
+from dist_resnet.effects import changes_trajectory
 from dist_resnet.errors import UserError, first_line
 from dist_resnet.keys import choices_of, key_kinds, key_sections, nearest
 from dist_resnet.keys import describe_keys as describe_keys
 from dist_resnet.paths import user_path
-from dist_resnet.schema import Config, changes_trajectory
+from dist_resnet.schema import Config
 from dist_resnet.values import Text, as_tree, read_value, read_yaml, shown, texts
 
 Argument = str | Mapping[str, Any]

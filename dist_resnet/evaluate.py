@@ -8,6 +8,7 @@ figures are the same as with one.
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
 
     file, saved = find_weights(path)
     config = stored_config(saved.config, pairs)
+    if config.data.normalisation != stored_config(saved.config).data.normalisation:
+        raise UserError("data.normalisation: is the model's own; leave it out")
     world = start(config.parallel.device, config.parallel.timeout_seconds)
     try:
         session = open_session(config, world)
@@ -75,6 +78,8 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
         "images": result.images,
         **result.figures(session.dataset.classes),
     }
+    scores = zip(session.dataset.classes, result.class_scores(), strict=True)
+    figures["classes"] = {name: asdict(score) for name, score in scores}
     figures["confusion"] = result.confusion.tolist()
     return figures
 
@@ -116,9 +121,13 @@ def _parse(arguments: Sequence[str]) -> tuple[Path, Path | None, list[str]]:
 def _table(figures: dict[str, Any]) -> str:
     lines = []
     for key, value in figures.items():
-        if key != "confusion":
+        if key not in ("classes", "confusion"):
             shown = f"{value:.6f}" if isinstance(value, float) else str(value)
             lines.append(f"{key:32} {shown}")
+    lines.append(f"{'class':32} precision   recall       f1   images")
+    for name, score in figures["classes"].items():
+        shares = "  ".join(f"{score[key]:7.4f}" for key in ("precision", "recall", "f1"))
+        lines.append(f"{name:32}   {shares}  {score['images']:7}")
     return "\n".join(lines)
 
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from dist_resnet import pictures
-from dist_resnet.augment import ChoiceDrawer, Normalisation, augment
+from dist_resnet.augment import ChoiceDrawer, Choices, Normalisation, augment
 from dist_resnet.data.dataset import Dataset
+from dist_resnet.data.normalisation import channel_scale
 from dist_resnet.data.stream import Batch
 from dist_resnet.evaluation import Evaluation, Evaluator
-from dist_resnet.randomness import step_keys
+from dist_resnet.plan import make_plan
+from dist_resnet.randomness import step_keys, turn_keys
 from dist_resnet.schema import Config
 from dist_resnet.tracking.tracker import Media, Picture
 from dist_resnet.tracking.writer import WandbTracker
@@ -89,6 +91,19 @@ class Gallery:
         self.wandb.show(make, classes)
 
 
+def choices_at(config: Config, dataset: Dataset, step: int, samples: Tensor) -> Choices:
+    """What a replica's batch of step `step` was augmented by, dropout aside.
+
+    Args:
+        samples: int64 (N,), indices in the training set.
+    """
+    draw = ChoiceDrawer(config.augment, (dataset.height, dataset.width), 0.0, 0, _HOST)
+    plan = make_plan(config, dataset.num_train - config.data.val_split, 1)
+    key = step_keys(config.seed, step + 1, _HOST)[step]
+    turn = turn_keys(config.seed, step + 1, plan.steps_per_epoch, _HOST)[step]
+    return draw(key, samples, turn)
+
+
 def augmented(
     config: Config, dataset: Dataset, step: int, images: Tensor, samples: Tensor
 ) -> np.ndarray:
@@ -99,9 +114,9 @@ def augmented(
         samples: int64 (N,), indices in the training set.
     """
     size = dataset.height, dataset.width
-    statistics = Normalisation.of(dataset.mean, dataset.std, dataset.width, _HOST)
-    draw = ChoiceDrawer(config.augment, size, 0.0, 0, _HOST)
-    choices = draw(step_keys(config.seed, step + 1, _HOST)[step], samples)
+    scale = channel_scale(config.data.normalisation, dataset)
+    statistics = Normalisation.of(*scale, dataset.width, _HOST)
+    choices = choices_at(config, dataset, step, samples)
     inputs = augment(images, choices, config.augment, statistics)[:SHOWN]
     # normalise() backwards: rows of 3 W values.
     rows = inputs.permute(0, 2, 3, 1).flatten(2) / statistics.scale + statistics.mean

@@ -42,7 +42,7 @@ class RunOptimizer:
         self.name = name
         self.optimizer = optimizer
         self.capturable = capturable
-        self.state = OptimizerState(optimizer, flat)
+        self.state = OptimizerState(optimizer, flat, parted=not is_plugin(name))
         self._factors = [_share(group["lr"], lr) for group in optimizer.param_groups]
         if is_plugin(name) and capturable:  # a graph reads its rates from memory
             for group in optimizer.param_groups:

@@ -22,8 +22,11 @@ class OptimizerState:
     its groups and in its attributes. A group's rate is the schedule's.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, flat: FlatModel) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, flat: FlatModel, parted: bool) -> None:
         """Call this before the first step.
+
+        Args:
+            parted: whether its parameters may be parts of the flat values.
 
         Raises:
             UserError: it has parameters that are none of the model's.
@@ -31,7 +34,7 @@ class OptimizerState:
         self._optimizer = optimizer
         names = {id(p): name for name, p in flat.model.named_parameters()}
         self._named = [(names[id(p)], p) for p in flat.parameters]
-        self._flat = flat
+        self._parted = parted
         self._parts = [self._parts_of(p) for p in self._parameters()]
         self._groups = [copied(_entries(group)) for group in optimizer.param_groups]
         self._own = copied(_own(optimizer))
@@ -119,8 +122,7 @@ class OptimizerState:
                 return [(name, None)]
         start = parameter.storage_offset()
         stop = start + parameter.numel()
-        storage = self._flat.values.untyped_storage().data_ptr()
-        if parameter.ndim != 1 or parameter.untyped_storage().data_ptr() != storage:
+        if not self._parted:
             raise UserError("optim.name: it holds a parameter that is none of the model's")
         return [(name, own) for name, own in self._named if start <= own.storage_offset() < stop]
 

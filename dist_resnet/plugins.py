@@ -110,7 +110,7 @@ def calling(key: str, name: str) -> Iterator[None]:
         yield
     except DistResnetError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit(0) would look like success
         raise UserError(f"{key}={name}: raised {one_line(error)}{_place(error)}") from error
 
 
@@ -124,46 +124,64 @@ def code_of(functions: Iterable[Callable[..., Any]]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for function in functions:
-        module = inspect.getmodule(function) or sys.modules[type(function).__module__]
-        top = sys.modules[module.__name__.partition(".")[0]]
-        file = getattr(top, "__file__", None)
+        name = (inspect.getmodule(function) or sys.modules[type(function).__module__]).__name__
+        parts = name.split(".")
+        # The outermost package that has a file: a plain folder has none.
+        depth, file = next(
+            (depth, file)
+            for depth in range(1, len(parts) + 1)
+            if (file := getattr(sys.modules[".".join(parts[:depth])], "__file__", None))
+            or depth == len(parts)
+        )
         if file is None or os.path.realpath(file).startswith(_OF_OTHERS):
-            found |= _installed(top)
+            found |= _installed(parts[0])
             continue
         path = Path(file)
-        root = path.parent if path.name != "__init__.py" else path.parent.parent
-        for source in _sources(top.__name__, root):
-            found[str(source.relative_to(root))] = hashlib.sha256(source.read_bytes()).hexdigest()
+        root = path.parents[depth if path.name == "__init__.py" else depth - 1]
+        for source in _sources(name, root):
+            digest = hashlib.sha256(source.read_bytes()).hexdigest()
+            found[str(source.relative_to(root))] = digest
     return found
 
 
 def _sources(name: str, root: Path) -> set[Path]:
-    """The files of the module or package `name` in `root`, and of those there that it imports."""
-    todo, done, found = [name], set(), set()
+    """The files of the module `name` below `root`, and of those there that it imports."""
+    todo, done, found = [name], set(), set[Path]()
     while todo:
         name = todo.pop()
-        files = [root / f"{name}.py"] if (root / f"{name}.py").is_file() else []
-        if (root / name / "__init__.py").is_file():
-            files = sorted((root / name).rglob("*.py"))
+        files = set(_files_of(name, root)) - found
         done.add(name)
-        found |= set(files)
-        todo += {top for file in files for top in _imports(file)} - done
+        found |= files
+        todo += {wanted for file in files for wanted in _imports(file, root)} - done
     return found
 
 
-def _imports(file: Path) -> set[str]:
-    """Top names of the modules that a source imports, anywhere in it."""
+def _files_of(name: str, root: Path) -> list[Path]:
+    """Of what a dotted name leads to from `root`: one file, or all of a package."""
+    place = root
+    for part in name.split("."):
+        if (place / f"{part}.py").is_file():
+            return [place / f"{part}.py"]
+        place /= part
+        if (place / "__init__.py").is_file():
+            return sorted(place.rglob("*.py"))
+    return []
+
+
+def _imports(file: Path, root: Path) -> set[str]:
+    """Dotted names of what a source imports, anywhere in it, as seen from `root`."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.partition(".")[0])
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = list(file.relative_to(root).parts[: -node.level]) if node.level else []
+            start += [node.module] if node.module else []
+            names |= {".".join([*start, alias.name]) for alias in node.names}
     return names
 
 
-def _installed(top: ModuleType) -> dict[str, str]:
-    name = top.__name__
+def _installed(name: str) -> dict[str, str]:
     for distribution in packages_distributions().get(name, [])[:1]:
         return {name: f"{distribution}=={version(distribution)}"}
     return {name: f"python=={sys.version_info.major}.{sys.version_info.minor}"}
@@ -182,7 +200,7 @@ def _imported(key: str, name: str, path: str) -> ModuleType:
                 f"{printable(os.getcwd())}"
             ) from None
         raise UserError(f"{key}={name}: importing it raised {one_line(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit(0) would look like success
         raise UserError(
             f"{key}={name}: importing it raised {one_line(error)}{_place(error)}"
         ) from error

@@ -4,6 +4,7 @@ SplitMix64 (Steele, Lea and Flood 2014) in 64-bit integer arithmetic: the same b
 on any number of ranks and after any restart, because there is no generator state to carry.
 """
 
+import hashlib
 from enum import IntEnum
 
 import torch
@@ -21,6 +22,7 @@ class Stream(IntEnum):
     VAL_SPLIT = 2
     STEP = 3
     INIT = 4
+    TURN = 5
 
 
 def _signed(value: int) -> int:
@@ -34,16 +36,19 @@ def _shift_right(bits: Tensor, count: int) -> Tensor:
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
-def splitmix64(state: Tensor, index: Tensor) -> Tensor:
+def splitmix64(state: Tensor, index: Tensor | int) -> Tensor:
     """Output number `index` (from 0) of the SplitMix64 generator that starts at `state`.
 
     Args:
-        state, index: int64, of shapes that broadcast.
+        state, index: int64, of shapes that broadcast; a number costs no copy to the device.
 
     Returns:
         int64 whose 64 bits are the output.
     """
-    bits = state + (index + 1) * _signed(_GOLDEN)
+    if isinstance(index, int):
+        bits = state + _signed((index + 1) * _GOLDEN)
+    else:
+        bits = state + (index + 1) * _signed(_GOLDEN)
     bits = (bits ^ _shift_right(bits, 30)) * _signed(_MIX_1)
     bits = (bits ^ _shift_right(bits, 27)) * _signed(_MIX_2)
     return bits ^ _shift_right(bits, 31)
@@ -74,9 +79,47 @@ def sample_lanes(key: Tensor, samples: Tensor, lanes: int) -> Tensor:
     return _shift_right(splitmix64(state, torch.arange(lanes, device=samples.device)), 32)
 
 
+def named_key(key: Tensor, name: str) -> Tensor:
+    """Key of the stream called `name` below `key`: no other stream knows which others there are."""
+    return splitmix64(key, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
+
+
+def named_lanes(key: Tensor, name: str, samples: Tensor, lanes: int) -> Tensor:
+    """As `sample_lanes`, of the stream called `name`, uniform in [0, 1): float32 (N, lanes)."""
+    # 24 bits: what a float32 holds exactly.
+    return (sample_lanes(named_key(key, name), samples, lanes) >> 8).float() * 2.0**-24
+
+
+def turn_keys(
+    seed: int, steps: int, steps_per_epoch: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Per step what alternates from epoch to epoch is drawn from: int64 (steps,).
+
+    Of one stream of the seed, the same in all steps but for the lowest bit, the epoch's parity.
+    """
+    epochs = torch.arange(steps, device=device) // steps_per_epoch
+    return (stream_key(seed, Stream.TURN, device) & -2) + epochs % 2
+
+
+def alternate(turn: Tensor, samples: Tensor) -> Tensor:
+    """A fair coin of each sample, the other side up in every other epoch: bool (N,).
+
+    Args:
+        turn: int64, 0-dimensional, of `turn_keys`.
+        samples: int64 (N,), indices in the dataset.
+    """
+    coin = sample_lanes(turn & -2, samples, 1)[:, 0] < 1 << 31
+    return coin ^ (turn & 1 == 1)
+
+
 def below(draws: Tensor, bound: int) -> Tensor:
     """Integers in [0, bound) from draws in [0, 2^32), equally likely to within bound / 2^32."""
     return (draws * bound) >> 32
+
+
+def whole_below(uniforms: Tensor, bound: int | Tensor) -> Tensor:
+    """Integers in [0, bound) from draws in [0, 1) of 24 bits: int64 of the shape of both."""
+    return (uniforms.double() * bound).long()
 
 
 def permutation(key: Tensor, size: int) -> Tensor:

@@ -102,12 +102,13 @@ def open_recording(
 def _header(config: Config, session: Session) -> dict[str, Any]:
     """What a checkpoint holds of the configuration and the dataset."""
     data = session.dataset
+    mean, std = session.channel_scale
     return {
         "config": to_dict(config),
         "fingerprint": data.fingerprint,
         "classes": list(data.classes),
-        "mean": list(data.mean),
-        "std": list(data.std),
+        "mean": list(mean),
+        "std": list(std),
         "image_size": list(session.image_size),
         "reading": asdict(data.reading),
     }

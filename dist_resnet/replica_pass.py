@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dist_resnet.augment import ChoiceDrawer, Choices, Normalisation, augment
+from dist_resnet.augment import Augmenter, ChoiceDrawer, Choices, Normalisation, within_kernels
 from dist_resnet.kernels import support
 from dist_resnet.loss import mixed_cross_entropy, weighted_top1
 from dist_resnet.schema import AugmentConfig
@@ -31,13 +31,16 @@ class Objective:
 class ReplicaPass(Protocol):
     """Prepares the images of R replicas, and judges the logits made of them."""
 
-    def inputs(self, images: Tensor, samples: Tensor, key: Tensor) -> tuple[Tensor, Any]:
+    def inputs(
+        self, images: Tensor, samples: Tensor, key: Tensor, turn: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
         """Augmented images, (R N, 3, H, W), and the random choices, whose `keep` is dropout's.
 
         Args:
             images: uint8 (R N, H, W, 3).
             samples: int64 (R N,), indices in the training set.
             key: int64, 0-dimensional, of the step.
+            turn: int64, 0-dimensional, of its epoch; None where nothing asks for it.
         """
 
     def objective(
@@ -71,17 +74,21 @@ class TorchPass:
         self,
         config: AugmentConfig,
         smoothing: float,
-        draw: Callable[[Tensor, Tensor], Choices],
+        draw: Callable[[Tensor, Tensor, Tensor | None], Choices],
         statistics: Normalisation,
         replicas: int,
+        weights: Tensor | None = None,
     ) -> None:
-        self.config, self.smoothing, self.draw = config, smoothing, draw
-        self.statistics, self.replicas = statistics, replicas
+        self.smoothing, self.draw = smoothing, draw
+        self.augment, self.replicas = Augmenter(config, statistics), replicas
+        self.weights = weights
 
-    def inputs(self, images: Tensor, samples: Tensor, key: Tensor) -> tuple[Tensor, ReplicaChoices]:
-        chosen = [self.draw(key, part) for part in samples.chunk(self.replicas)]
+    def inputs(
+        self, images: Tensor, samples: Tensor, key: Tensor, turn: Tensor | None = None
+    ) -> tuple[Tensor, ReplicaChoices]:
+        chosen = [self.draw(key, part, turn) for part in samples.chunk(self.replicas)]
         parts = zip(images.chunk(self.replicas), chosen, strict=True)
-        made = [augment(part, c, self.config, self.statistics) for part, c in parts]
+        made = [self.augment(part, c) for part, c in parts]
         return _joined(made), ReplicaChoices(chosen)
 
     def objective(
@@ -91,7 +98,7 @@ class TorchPass:
         for part, own, chosen in zip(
             logits.chunk(self.replicas), labels.chunk(self.replicas), choices.parts, strict=True
         ):
-            losses.append(mixed_cross_entropy(part, own, chosen, self.smoothing))
+            losses.append(mixed_cross_entropy(part, own, chosen, self.smoothing, self.weights))
             shares.append(weighted_top1(part.detach(), own, chosen))
         loss = losses[0] if self.replicas == 1 else torch.stack(losses).sum()
         top1 = shares[0] if self.replicas == 1 else torch.stack(shares).sum()
@@ -110,11 +117,15 @@ class KernelPass:
         statistics: Normalisation,
         replicas: int,
         precision: torch.dtype,
+        weights: Tensor | None = None,
     ) -> None:
         self.config, self.smoothing, self.draw = config, smoothing, draw
         self.statistics, self.replicas, self.precision = statistics, replicas, precision
+        self.weights = weights
 
-    def inputs(self, images: Tensor, samples: Tensor, key: Tensor) -> tuple[Tensor, Choices]:
+    def inputs(
+        self, images: Tensor, samples: Tensor, key: Tensor, turn: Tensor | None = None
+    ) -> tuple[Tensor, Choices]:
         from dist_resnet.kernels import images as kernels  # Triton is not everywhere
 
         config, draw = self.config, self.draw
@@ -133,7 +144,7 @@ class KernelPass:
         made = kernels.augment(
             images,
             (top, left, cropped) if cropped else None,
-            flip if config.flip else None,
+            draw.flips(flip, samples, turn) if config.flip else None,
             (cut_top, cut_left, cut) if cut else None,
             (partner, lam) if mixed else None,
             self.statistics.mean,
@@ -153,7 +164,7 @@ class KernelPass:
         if choices.partner is not None and choices.lam is not None:
             mixup = choices.partner, choices.lam
         found, gradient = loss_and_gradient(
-            logits.detach(), labels, mixup, self.smoothing, scale, self.replicas
+            logits.detach(), labels, mixup, self.smoothing, scale, self.replicas, self.weights
         )
         return Objective(logits, gradient, found.sum(dim=0))
 
@@ -165,11 +176,16 @@ def build_pass(
     statistics: Normalisation,
     replicas: int,
     precision: torch.dtype,
+    weights: Tensor | None = None,
 ) -> ReplicaPass:
-    """The kernels' where they run, else PyTorch's."""
-    if support.usable(statistics.mean.device):
-        return KernelPass(config, smoothing, draw, statistics, replicas, precision)
-    return TorchPass(config, smoothing, draw, statistics, replicas)
+    """The kernels' where they run and do all that is wanted, else PyTorch's.
+
+    Args:
+        weights: of the classes in the loss, float32 (K,); None: 1.
+    """
+    if support.usable(statistics.mean.device) and within_kernels(config):
+        return KernelPass(config, smoothing, draw, statistics, replicas, precision, weights)
+    return TorchPass(config, smoothing, draw, statistics, replicas, weights)
 
 
 def torch_pass(own: ReplicaPass) -> ReplicaPass:
@@ -177,7 +193,7 @@ def torch_pass(own: ReplicaPass) -> ReplicaPass:
     if not isinstance(own, KernelPass):
         return own
     draw = own.draw.by_torch
-    return TorchPass(own.config, own.smoothing, draw, own.statistics, own.replicas)
+    return TorchPass(own.config, own.smoothing, draw, own.statistics, own.replicas, own.weights)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

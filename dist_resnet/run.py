@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_resnet import signals, watchdog
+from dist_resnet.augment.trial import try_extras
 from dist_resnet.captured import as_configured
 from dist_resnet.checkpoint import Checkpoint
 from dist_resnet.config import to_dict
@@ -17,9 +18,10 @@ from dist_resnet.evaluation import Evaluator
 from dist_resnet.fork import forks_told, starting_point
 from dist_resnet.gallery import Gallery
 from dist_resnet.gpu_memory import explaining_memory
+from dist_resnet.introduction import conclusion, introduction
 from dist_resnet.loop import Trainer
 from dist_resnet.paths import user_path
-from dist_resnet.plan import Plan, check_statistics, explain, make_plan, rates
+from dist_resnet.plan import Plan, check_statistics, make_plan, rates
 from dist_resnet.recording import Recording, open_recording
 from dist_resnet.resume import (
     check_same_configuration,
@@ -34,9 +36,9 @@ from dist_resnet.schema import Config
 from dist_resnet.session import Session, open_session, settle
 from dist_resnet.state import TrainState, build_state
 from dist_resnet.step import TrainStep
-from dist_resnet.step_mode import choose_step_mode
 from dist_resnet.stopwatch import Stopwatch
 from dist_resnet.summary import last_evaluation, summarise
+from dist_resnet.teachers import FoundTeacher, build_distillation, find_teachers
 from dist_resnet.terminal import say
 from dist_resnet.tracking.jsonl import read_rows
 
@@ -84,6 +86,7 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     session = open_session(config, world)
     plan = make_plan(config, len(session.train_indices), world.size)
     check_statistics(config, *session.image_size)
+    together(lambda: try_extras(config.augment, session.image_size, session.normalisation()))
     if saved is not None:
         saved = starting_point(saved, config, session.dataset.fingerprint, named)
     step = saved.state.step if saved is not None else 0
@@ -98,19 +101,20 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
             say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
             folder.set_status("done", step, exit_code=EXIT_DONE)
         return
+    teachers = together(lambda: find_teachers(config))
     classes = len(session.dataset.classes)
     state = together(lambda: build_state(config, classes, session.precision, world.device))
     if saved is not None:
         state.restore(saved.state)
     if world.is_main:
-        for line in (*_introduction(wanted, session, plan, state, folder), *forks_told(saved)):
+        for line in (*introduction(wanted, session, plan, state, folder), *forks_told(saved)):
             say(line)
         kind = machine(world.device, session.threads)
         if saved is not None and (line := other_rounding(saved, kind, config.train.step_mode)):
             say(line)
     on_main(lambda: take_back(config, folder, step))
     recording = together(lambda: open_recording(config, session, plan, state.step, folder, saved))
-    trainer = _trainer(config, session, plan, state, recording, saved)
+    trainer = _trainer(config, session, plan, state, recording, saved, teachers)
     _fit_and_close(trainer, session, folder, recording)
 
 
@@ -121,6 +125,7 @@ def _trainer(
     state: TrainState,
     recording: Recording,
     saved: Checkpoint | None,
+    teachers: list[FoundTeacher],
 ) -> Trainer:
     world, data = session.world, session.dataset
     size = plan.batch_size_per_replica * plan.replicas_per_rank
@@ -143,6 +148,9 @@ def _trainer(
         session.precision,
         session.normalisation(),
         session.image_size,
+        plan.steps_per_epoch,
+        together(lambda: build_distillation(teachers, session, session.normalisation())),
+        together(session.class_weights),
     )
     wandb = recording.keeper.wandb if recording.keeper is not None else None
     every = config.wandb.media_every_epochs
@@ -194,7 +202,7 @@ def _fit_and_close(
         except OSError as error:
             raise UserError(f"{folder.path}: no summary.json: {error.strerror}") from None
         recording.close(EXIT_DONE, "done", state.step, "", summary)
-        for line in _conclusion(summary, session, folder):
+        for line in conclusion(summary, session, folder):
             say(line)
 
     # The other ranks wait: torchrun would take a rank that left early for the end of the job.
@@ -217,33 +225,3 @@ def _facts(trainer: Trainer, session: Session) -> dict[str, Any]:
         "git_commit": git_commit(),
         "hardware": hardware(world.device, session.threads),
     }
-
-
-def _introduction(
-    wanted: Config, session: Session, plan: Plan, state: TrainState, folder: RunFolder
-) -> list[str]:
-    data, config = session.dataset, session.config
-    _, step = choose_step_mode(wanted.train.step_mode, config, session.world.device)
-    lines = [
-        f"run: {folder.path}" + (f", continued at step {state.step:,}" if state.step else ""),
-        f"data: {data.name}, {data.num_train:,} training images, {len(data.classes)} classes;"
-        f" evaluated on the {session.eval_set}",
-        f"model: {config.model.name}, {state.flat.num_parameters:,} parameters",
-        f"device: {session.world.device.type}, {session.precision_reason},"
-        f" {session.threads} CPU threads a process; step: {step}",
-        *[*explain(config, plan), *state.optimizer.remarks],
-    ]
-    if session.world.device.type == "cpu" and session.world.size == 1 and session.threads > 1:
-        lines.append(
-            f"faster on a CPU, a process a core: torchrun --nproc_per_node={session.threads}"
-        )
-    return lines
-
-
-def _conclusion(summary: dict[str, Any], session: Session, folder: RunFolder) -> list[str]:
-    return [
-        *(f"{finding['name']}: {finding['text']}" for finding in summary["diagnosis"]),
-        f"done: val/top1 {summary['val/top1']:.4f} on the {session.eval_set}"
-        f" ({summary['val/images']:,} images) after {summary['step']:,} steps,"
-        f" {summary['wall_seconds']:.0f} s; {folder.path / 'summary.json'}",
-    ]

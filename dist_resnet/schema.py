@@ -37,20 +37,36 @@ class DataConfig:
     """Images in one replica's batch, over which its BatchNorm statistics are taken."""
     val_split: int = 0
     """Training images held out by the seed and evaluated in place of the test set; 0: none."""
+    source: str | None = None
+    """Your own images, module:callable, which the dataset is prepared from if missing."""
+    normalisation: list[Any] | str = "dataset"
+    """dataset: by the training set's statistics; imagenet; or [[means],[deviations]] in 0..1."""
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
     crop_padding: int = 4
-    """Zero padding, in pixels, before the random crop; 0: no crop."""
-    flip: bool = True
-    """Flip each image horizontally with probability 1/2."""
-    mixup_alpha: float = 0.2
-    """Parameter of the Beta distribution of mixup's weight (Zhang et al. 2017); 0: no mixup."""
+    """Padding, in pixels, before the random crop; 0: no crop."""
+    padding_mode: Literal["zero", "reflect"] = "zero"
+    """zero: black; reflect: the image mirrored at its edge pixels."""
+    flip: bool | str = True
+    """true: mirror each image with probability 1/2; alternating: in every other epoch; false."""
+    trivial: bool = False
+    """TrivialAugment, wide: one random operation an image (Mueller and Hutter 2021)."""
+    jitter: float = 0.0
+    """Brightness and contrast of each image times 1 - jitter to 1 + jitter; 0: as they are."""
+    extra: list[Any] = field(default_factory=list)
+    """Further ones, names of built-in ones or module:callable, or {name: ..., args: {...}}."""
     cutout: int = 0
     """Side, in pixels, of the square set to the mean (DeVries and Taylor 2017); 0: none."""
-    extra: list[Any] = field(default_factory=list)
-    """Your own, as module:callable or {name: module:callable, args: {...}}; before mixing."""
+    erasing: float = 0.0
+    """Probability of a rectangle of random size set to the mean (Zhong et al. 2017); 0: none."""
+    mix: Literal["mixup", "cutmix", "both"] = "mixup"
+    """How pairs are mixed; cutmix: a box of the other (Yun et al. 2019); both: by a draw."""
+    mixup_alpha: float = 0.2
+    """Parameter of the Beta distribution of mixup's weight (Zhang et al. 2017); 0: no mixup."""
+    cutmix_alpha: float = 1.0
+    """Parameter of the Beta distribution of the share that augment.mix=cutmix keeps."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,18 @@ class OptimConfig:
     """Global batch size at which optim.lr holds."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes (Szegedy et al. 2016); 0: none."""
+    class_weights: list[Any] | str = "none"
+    """Of the training loss: none, balanced (the rarer the heavier), or a number a class."""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    teachers: list[str] = field(default_factory=list)
+    """Runs or checkpoints whose mean prediction is learnt too (Hinton et al. 2015)."""
+    temperature: float = 4.0
+    """Softens the teachers' and the student's predictions in that part of the loss."""
+    weight: float = 0.5
+    """The teachers' share of the loss; the labels have the rest."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +226,7 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -206,32 +235,3 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-
-
-# Keys that alter no step's weights but by rounding: they may change when a run is continued.
-FREE_SECTIONS = ("run", "eval", "checkpoint", "log", "wandb")
-FREE_KEYS = frozenset(
-    {
-        "parallel.device",
-        "data.root",
-        "data.loader",
-        "parallel.timeout_seconds",
-        "parallel.threads",
-        "train.early_stop",
-        "train.max_steps",
-        "train.step_mode",
-    }
-)
-
-
-def changes_trajectory(key: str) -> bool:
-    """Whether `key`, dotted, decides what the weights are after a given number of steps."""
-    return key.split(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS
-
-
-def changes_figures(key: str) -> bool:
-    """Whether `key`, dotted, may change a figure of summary.json: its length, its speed, its data.
-
-    Its record and its checkpoints do not.
-    """
-    return key.split(".")[0] not in ("run", "checkpoint", "log", "wandb")

@@ -10,11 +10,12 @@ from dist_resnet import signals
 from dist_resnet.allocator import keep_freed_memory
 from dist_resnet.augment import ChoiceDrawer, Normalisation
 from dist_resnet.data.stream import Batch
+from dist_resnet.distill import Distillation
 from dist_resnet.distributed import world_size
 from dist_resnet.models.dropout import dropouts, num_features, probability_of, set_factors
 from dist_resnet.models.norm_act import NormAct
 from dist_resnet.optim import ema_weight
-from dist_resnet.randomness import step_keys
+from dist_resnet.randomness import step_keys, turn_keys
 from dist_resnet.reduction import build_reduction
 from dist_resnet.replica_pass import build_pass, torch_pass
 from dist_resnet.schema import Config
@@ -36,11 +37,15 @@ class TrainStep:
         precision: torch.dtype,
         statistics: Normalisation,
         image_size: tuple[int, int],
+        steps_per_epoch: int,
+        distillation: Distillation | None = None,
+        class_weights: Tensor | None = None,
     ) -> None:
         keep_freed_memory()
         self.config = config
         self.state = state
         self.rates = rates
+        self.distillation = distillation
         self.local = replicas // world_size()
         self.precision = precision
         flat = state.flat
@@ -61,6 +66,9 @@ class TrainStep:
             self.forward = self.shadow.forward
         self.update = build_update(state, config.optim)
         self.keys = step_keys(config.seed, len(rates), self.device)
+        self.turns = None
+        if config.augment.flip == "alternating":
+            self.turns = turn_keys(config.seed, len(rates), steps_per_epoch, self.device)
         self.stop = torch.zeros((), device=self.device)
         self.autocast = torch.autocast(
             self.device.type, precision, enabled=precision != torch.float32
@@ -73,9 +81,8 @@ class TrainStep:
             num_features(self.dropouts),
             self.device,
         )
-        self.replica_pass = build_pass(
-            config.augment, config.optim.label_smoothing, draw, statistics, self.group, precision
-        )
+        settings = config.augment, config.optim.label_smoothing, draw, statistics
+        self.replica_pass = build_pass(*settings, self.group, precision, class_weights)
 
     @contextmanager
     def by_torch(self) -> Iterator[None]:
@@ -100,7 +107,8 @@ class TrainStep:
         """Train on `batch`, which must be that of step `state.step`."""
         step = self.state.step
         self.pass_on_signals()
-        self.advance(batch, self.keys[step], self.rates[step], self.ema_weight(step))
+        weight, turn = self.ema_weight(step), self.turn(step)
+        self.advance(batch, self.keys[step], self.rates[step], weight, turn)
         self.state.step = step + 1
 
     def pass_on_signals(self) -> None:
@@ -108,43 +116,60 @@ class TrainStep:
         if signals.received():
             self.stop.fill_(1.0)
 
+    def turn(self, step: int) -> Tensor | None:
+        """int64, 0-dimensional: of the step's epoch; None where nothing asks for it."""
+        return None if self.turns is None else self.turns[step]
+
     def ema_weight(self, step: int) -> float:
         return ema_weight(self.config.train.ema_decay, step)
 
     def advance(
-        self, batch: Batch, key: Tensor, lr: float | Tensor, ema_weight: float | Tensor
+        self,
+        batch: Batch,
+        key: Tensor,
+        lr: float | Tensor,
+        ema_weight: float | Tensor,
+        turn: Tensor | None = None,
     ) -> None:
         """What the device does in one step, given all that depends on the step's number.
 
         Args:
-            key: int64, 0-dimensional; random choices follow from it.
+            key, turn: int64, 0-dimensional; random choices follow from them.
             lr, ema_weight: numbers, or 0-dimensional float32 tensors.
         """
-        self.average_over_replicas(batch, key)
+        self.average_over_replicas(batch, key, turn)
         self.update(lr, ema_weight)
 
-    def average_over_replicas(self, batch: Batch, key: Tensor) -> None:
+    def average_over_replicas(self, batch: Batch, key: Tensor, turn: Tensor | None = None) -> None:
         """Leave in `exchange` the means, over all replicas, of what each of them computed."""
         flat, size = self.state.flat, self.group * self.config.data.batch_size_per_replica
         if self.shadow is not None:
             self.shadow.refresh()
         # Every replica starts from the same statistics and moves them by its own batch's.
         start = flat.statistics.clone() if self.local > self.group else None
-        images = self.local * size // self.group
-        for first in range(0, images, size):
+        count = self.local * size // self.group
+        for first in range(0, count, size):
             part = slice(first, first + size)
             if start is not None:
                 flat.statistics.copy_(start)
-            if first + size == images:
+            if first + size == count:
                 self.reduction.expect_last(flat.exchange)
-            self.sum_over_group(batch.images[part], batch.labels[part], batch.samples[part], key)
+            images, labels, samples = batch.images[part], batch.labels[part], batch.samples[part]
+            self.sum_over_group(images, labels, samples, key, turn)
             self.reduction.add(flat.exchange)
         self.reduction.finish(flat.exchange)
 
-    def sum_over_group(self, images: Tensor, labels: Tensor, samples: Tensor, key: Tensor) -> None:
+    def sum_over_group(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        samples: Tensor,
+        key: Tensor,
+        turn: Tensor | None = None,
+    ) -> None:
         """Put gradients, losses and top-1, summed over replicas side by side, into `exchange`."""
         flat, scaling = self.state.flat, self.state.loss_scale
-        inputs, choices = self.replica_pass.inputs(images, samples, key)
+        inputs, choices = self.replica_pass.inputs(images, samples, key, turn)
         if not self.config.precision.channels_last:
             inputs = inputs.contiguous()
         set_factors(self.dropouts, choices.keep)
@@ -152,6 +177,10 @@ class TrainStep:
             logits = self.forward(inputs)
         scale = None if scaling is None else scaling.scale
         objective = self.replica_pass.objective(logits, labels, choices, scale)
+        if self.distillation is not None:
+            with self.autocast:
+                targets = self.distillation.targets(inputs)
+            objective = self.distillation.objective(objective, logits, targets, self.group, scale)
         if self.in_place:
             flat.gradients.zero_()
             torch.autograd.backward(objective.output, objective.gradient, inputs=flat.parameters)

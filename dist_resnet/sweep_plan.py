@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_resnet.config import load_config, trajectory_hash
+from dist_resnet.effects import changes_figures
 from dist_resnet.errors import UserError, first_line
 from dist_resnet.paths import user_path
-from dist_resnet.schema import changes_figures
 from dist_resnet.values import read_yaml, texts
 
 TRAINER = "dist_resnet.train"

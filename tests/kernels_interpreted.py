@@ -19,7 +19,7 @@ from dist_resnet.loss import mixed_cross_entropy, weighted_top1
 from dist_resnet.metrics import Totals
 from dist_resnet.models import norm_act as models
 from dist_resnet.models.resnet import build_model
-from dist_resnet.randomness import step_keys
+from dist_resnet.randomness import step_keys, turn_keys
 from dist_resnet.replica_pass import KernelPass
 from dist_resnet.schema import AugmentConfig
 from dist_resnet.step import TrainStep
@@ -27,7 +27,7 @@ from tests.training import CPU, batch_of, small_config, train_step
 
 # NumPy, which stands for the GPU, on what lies outside of a mask.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
-KEY = step_keys(3, 5)[4]
+KEY, TURN = step_keys(3, 5)[4], turn_keys(3, 5, 2)[4]
 
 
 @pytest.fixture(autouse=True)
@@ -207,6 +207,7 @@ CASES = [
     (2, 70, (9, 7), AugmentConfig(cutout=4), 0.3, 10),  # partners by several programs
     (3, 5, (8, 8), AugmentConfig(mixup_alpha=0), 0.0, 1),
     (2, 16, (4, 6), AugmentConfig(crop_padding=0, flip=False), 0.5, 7),
+    (2, 9, (6, 5), AugmentConfig(flip="alternating"), 0.0, 1),
 ]
 
 
@@ -220,7 +221,7 @@ def test_choices_and_images(
     statistics = Normalisation.of((120.0, 127.0, 133.0), (70.0, 74.0, 71.0), size[1], CPU)
     draw = ChoiceDrawer(config, size, dropout, features, CPU)
     own = KernelPass(config, 0.0, draw, statistics, replicas, torch.float32)
-    made, chosen = own.inputs(pixels, samples, KEY)
+    made, chosen = own.inputs(pixels, samples, KEY, TURN)
     assert made.is_contiguous(memory_format=torch.channels_last)
     padding = 2 * config.crop_padding + 1 if config.crop_padding else 0
     integers, flip, lam, _ = images.draw_choices(
@@ -229,13 +230,13 @@ def test_choices_and_images(
     )  # fmt: skip
     for number in range(replicas):
         part = slice(number * count, (number + 1) * count)
-        choices = draw.by_torch(KEY, samples[part])
+        choices = draw.by_torch(KEY, samples[part], TURN)
         for row, name in enumerate(("top", "left", "cut_top", "cut_left", "partner")):
             expected = getattr(choices, name)
             if expected is not None:
                 shift = number * count if name == "partner" else 0
                 assert torch.equal(integers[row, part] - shift, expected), name
-        if choices.flip is not None:
+        if config.flip is True:
             assert torch.equal(flip[part], choices.flip)
         if choices.lam is not None:
             assert lam[number] == choices.lam
@@ -247,13 +248,14 @@ def test_choices_and_images(
 
 
 @pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("replicas", "count", "classes"),
     [(1, 32, 10), (2, 70, 7), (3, 5, 100), (1, 9, 1), (1, 3, 5000)],
 )
 def test_loss_top1_and_gradient(
-    replicas: int, count: int, classes: int, smoothing: float, mixed: bool
+    replicas: int, count: int, classes: int, smoothing: float, weighted: bool, mixed: bool
 ) -> None:
     total = replicas * count
     labels = torch.randint(classes, (total,))
@@ -261,17 +263,20 @@ def test_loss_top1_and_gradient(
     partners = [torch.randperm(count) for _ in range(replicas)]
     lam = torch.rand(replicas)
     scale = torch.tensor(64.0) if mixed else None
+    weights = 0.2 + torch.rand(classes) if weighted else None
     places = torch.cat([own + number * count for number, own in enumerate(partners)])
     found, gradient = loss_and_gradient(
-        logits.detach(), labels, (places, lam) if mixed else None, smoothing, scale, replicas
-    )
+        logits.detach(), labels, (places, lam) if mixed else None, smoothing, scale, replicas,
+        weights,
+    )  # fmt: skip
     rows, losses = [], []
     for number in range(replicas):
         part = slice(number * count, (number + 1) * count)
         choices = Choices(*[None] * 8)
         if mixed:
             choices = Choices(*[None] * 5, partners[number], lam[number], None)
-        losses.append(mixed_cross_entropy(logits[part], labels[part], choices, smoothing))
+        own = mixed_cross_entropy(logits[part], labels[part], choices, smoothing, weights)
+        losses.append(own)
         rows.append([losses[-1].detach(), weighted_top1(logits[part], labels[part], choices)])
     (torch.stack(losses).sum() * (1 if scale is None else scale)).backward()
     _close(found, torch.tensor(rows), "loss and top-1")

@@ -17,8 +17,18 @@ MAX_LINES, MAX_FUNCTION = 250, 60
 
 # From the ground up. A module may import from its own layer (without cycles) and from those below.
 LAYERS: list[set[str]] = [
-    {"errors", "schema", "launcher", "storage", "environment", "allocator", "devices", "numa"}
-    | {"gpu_memory", "nvml", "terminal", "home", "cli", "paths", "api"}
+    {
+        "errors",
+        "schema",
+        "effects",
+        "launcher",
+        "storage",
+        "environment",
+        "allocator",
+        "devices",
+        "numa",
+    }
+    | {"gpu_memory", "nvml", "terminal", "home", "cli", "paths", "api", "effects"}
     | {"signals", "stopwatch", "watchdog"},
     {
         "plan",
@@ -36,7 +46,7 @@ LAYERS: list[set[str]] = [
         "native",
         "kernels",
     },
-    {"augment", "loss", "flat", "optim", "muon", "models", "state", "data"}
+    {"distill", "augment", "loss", "flat", "optim", "muon", "models", "state", "data"}
     | {"groups", "optimizer", "optimizer_state", "overlap", "plain_values"}
     | {"reduction", "summing", "replica_pass", "shadow", "update"},
     {
@@ -59,6 +69,8 @@ LAYERS: list[set[str]] = [
         "session",
         "recording",
         "weights",
+        "teachers",
+        "introduction",
         "trained",
         "card",
         "fork",
@@ -96,9 +108,11 @@ OWN_THE_TERMINAL = {
 }  # fmt: skip
 # What runs in every step: the host must not wait there.
 WAITLESS = (
-    "step", "captured", "augment", "loss", "flat", "overlap", "reduction", "summing",
-    "replica_pass", "shadow", "update", "models.norm_act", "kernels.conv", "kernels.images",
-    "kernels.loss", "kernels.norm_act", "kernels.update",
+    "step", "captured", "augment.choices", "augment.colour", "augment.erase", "augment.geometry",
+    "augment.mix", "augment.named", "augment.normalisation", "augment.pipeline", "augment.trivial",
+    "loss", "flat", "overlap", "reduction", "summing", "replica_pass", "shadow",
+    "update", "models.norm_act", "kernels.conv", "kernels.images", "kernels.loss",
+    "kernels.norm_act", "kernels.update",
 )  # fmt: skip
 
 

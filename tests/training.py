@@ -63,7 +63,17 @@ def train_step(
     """Ours, at step 0; its state is `.state`."""
     state = build_state(config, CLASSES, dtype, device)
     statistics = Normalisation(STATISTICS.mean.to(device), STATISTICS.scale.to(device))
-    return TrainStep(config, state, rates(steps), replicas, dtype, statistics, (SIDE, SIDE))
+    weights = class_weights(config)
+    return TrainStep(
+        config, state, rates(steps), replicas, dtype, statistics, (SIDE, SIDE), 3,
+        class_weights=None if weights is None else weights.to(device),
+    )  # fmt: skip
+
+
+def class_weights(config: Config) -> Tensor | None:
+    """float32 (K,): those that are given."""
+    given = config.optim.class_weights
+    return torch.tensor(given) if isinstance(given, list) else None
 
 
 @dataclass
@@ -151,8 +161,9 @@ def forward(config: Config, model: nn.Module, step: int, batch: Batch) -> tuple[
         lam = choices.lam
         targets = lam * targets + (1 - lam) * targets[choices.partner]
         hits = lam * hits + (1 - lam) * (guesses == batch.labels[choices.partner]).float()
-    smoothing = config.optim.label_smoothing
-    loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+    smoothing, weights = config.optim.label_smoothing, class_weights(config)
+    wanted = targets if weights is None or choices.partner is not None else batch.labels
+    loss = F.cross_entropy(logits, wanted, weights, label_smoothing=smoothing)
     return loss, float(hits.mean())
 
 

@@ -114,7 +114,7 @@ def _loaders(settings: Settings, size: int) -> dict[str, Callable[[], Epoch]]:
 
     def torchvision(workers: int) -> Callable[[], Epoch]:
         return lambda: CountedEpochs(
-            ArrayDataset(data, augment.crop_padding, augment.flip), size, workers, device
+            ArrayDataset(data, augment.crop_padding, bool(augment.flip)), size, workers, device
         )
 
     return {
@@ -126,7 +126,7 @@ def _loaders(settings: Settings, size: int) -> dict[str, Callable[[], Epoch]]:
         "torchvision, 0 workers": torchvision(0),
         "torchvision, 2 workers": torchvision(2),
         "ffcv, its own crop and flip": lambda: FfcvPipeline(
-            data, size, augment.crop_padding, augment.flip, device
+            data, size, augment.crop_padding, bool(augment.flip), device
         ),
     }
 
@@ -147,12 +147,12 @@ def _on_one_thread(epoch: Epoch) -> Epoch:
 
 def _ours(session: Any, kind: Literal["ffcv", "resident"]) -> Epoch:
     """What TrainStep does with a batch before the model, and the stream that feeds it."""
-    from dist_resnet.augment import ChoiceDrawer, augment
+    from dist_resnet.augment import Augmenter, ChoiceDrawer
     from dist_resnet.bench.our_loop import open_batches, quiet
     from dist_resnet.models.dropout import dropouts, num_features, probability_of
     from dist_resnet.models.resnet import build_model
     from dist_resnet.plan import make_plan
-    from dist_resnet.randomness import step_keys
+    from dist_resnet.randomness import step_keys, turn_keys
 
     config = quiet(session.config)
     session = replace(session, config=replace(config, data=replace(config.data, loader=kind)))
@@ -162,15 +162,17 @@ def _ours(session: Any, kind: Literal["ffcv", "resident"]) -> Epoch:
     drops = dropouts(build_model(config.model, len(session.dataset.classes)))
     chance, features = probability_of(drops), num_features(drops)
     draw = ChoiceDrawer(config.augment, session.image_size, chance, features, device)
+    augment = Augmenter(config.augment, statistics)
     keys = step_keys(config.seed, plan.total_steps, device)
+    turns = turn_keys(config.seed, plan.total_steps, plan.steps_per_epoch, device)
     position = 0
 
     def epoch(batches: int) -> Iterator[Any]:
         nonlocal position
         for _ in range(batches):
             batch = next(stream)
-            choices = draw(keys[position], batch.samples)
+            choices = draw(keys[position], batch.samples, turns[position])
             position += 1
-            yield augment(batch.images, choices, config.augment, statistics), batch.labels
+            yield augment(batch.images, choices), batch.labels
 
     return epoch

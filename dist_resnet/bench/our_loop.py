@@ -32,7 +32,7 @@ class MemoryFedStep(TrainStep):
 
     def hold(self, choices: Any) -> None:
         """Use these choices in every step."""
-        self.replica_pass.inputs = lambda images, samples, key: (images, choices)  # type: ignore[method-assign]
+        self.replica_pass.inputs = lambda images, samples, key, turn=None: (images, choices)  # type: ignore[method-assign]
 
 
 def train(config: Config, world: World, gate: Gate, steps: int, from_memory: bool = False) -> None:
@@ -104,6 +104,7 @@ def make_step(config: Config, session: Session, plan: Plan, kind: type[TrainStep
         session.precision,
         session.normalisation(),
         session.image_size,
+        plan.steps_per_epoch,
     )
 
 
@@ -122,7 +123,8 @@ def kept_batches(step: MemoryFedStep, batches: Generator[Batch, None, None]) -> 
     kept, choices = [], None
     for number in range(_KEPT_BATCHES):
         batch = next(batches)
-        inputs, drawn = step.replica_pass.inputs(batch.images, batch.samples, step.keys[number])
+        key, turn = step.keys[number], step.turn(number)
+        inputs, drawn = step.replica_pass.inputs(batch.images, batch.samples, key, turn)
         choices = choices or drawn
         kept.append(Batch(inputs.clone(), batch.labels.clone(), batch.samples.clone()))
     batches.close()

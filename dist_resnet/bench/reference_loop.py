@@ -110,7 +110,7 @@ def train(config: Config, world: World, gate: Gate, steps: int, workers: int, tu
     precision = session.precision if tuned else torch.float32
     loop = ReferenceLoop(config, len(session.dataset.classes), world, precision, tuned)
     augment = config.augment
-    data = ArrayDataset(session.dataset, augment.crop_padding, augment.flip)
+    data = ArrayDataset(session.dataset, augment.crop_padding, bool(augment.flip))
     sampler: Any = DistributedSampler(data) if world.size > 1 else None
     loader = torch_loader(
         data,

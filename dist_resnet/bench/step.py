@@ -136,12 +136,13 @@ class _Made:
 
         step, batch = self.step, self.draw()
         model, dtype = step.state.flat.model, step.precision
-        images, _ = step.replica_pass.inputs(batch.images, batch.samples, step.keys[0])
+        key, turn = step.keys[0], step.turn(0)
+        images, _ = step.replica_pass.inputs(batch.images, batch.samples, key, turn)
         if not step.config.precision.channels_last:
             images = images.contiguous()
 
         def forward_and_backward() -> None:
-            step.sum_over_group(batch.images, batch.labels, batch.samples, step.keys[0])
+            step.sum_over_group(batch.images, batch.labels, batch.samples, key, turn)
 
         work = count_work(forward_and_backward, model)
         found = measure_ceilings(model, images, dtype, work, seconds)

@@ -46,7 +46,14 @@ def train_ours(config: Config, world: World, gate: Gate, steps: int, tiny: bool)
     state = _dense_state(config, world) if tiny else _model_state(config, precision, world)
     statistics = Normalisation.of((0, 0, 0), (1, 1, 1), 32, world.device)
     step = MemoryFedStep(
-        config, state, rates(config, plan), plan.replicas, precision, statistics, (32, 32)
+        config,
+        state,
+        rates(config, plan),
+        plan.replicas,
+        precision,
+        statistics,
+        (32, 32),
+        plan.steps_per_epoch,
     )
     at_once = isinstance(step.replica_pass, KernelPass)
     step.hold(_UNMIXED if at_once else ReplicaChoices([_UNMIXED]))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_resnet.config import flatten, load_config, to_dict
+from dist_resnet.effects import changes_trajectory
 from dist_resnet.errors import UserError
 from dist_resnet.report.record import RunRecord, read_record
-from dist_resnet.schema import changes_trajectory
 
 SCHEMA = 1
 # Beside the keys that alter the weights: how and when these are evaluated, how they round, when a

@@ -11,16 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_resnet.augment import ChoiceDrawer, Choices
+from dist_resnet.augment import Choices
 from dist_resnet.config import stored_config
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.stream import open_loader, training_batches
 from dist_resnet.distributed import start, stop
 from dist_resnet.errors import UserError
-from dist_resnet.gallery import augmented
+from dist_resnet.gallery import augmented, choices_at
 from dist_resnet.paths import user_path
 from dist_resnet.plan import make_plan
-from dist_resnet.randomness import step_keys
 from dist_resnet.session import Session, open_session
 from dist_resnet.weights import find_weights, trained_model
 
@@ -119,8 +118,7 @@ def _augmented(session: Session, done: int) -> Augmented:
     pixels = augmented(config, data, step, batch.images[:size], samples)
     labels = [data.classes[k] for k in batch.labels[:size].tolist()]
     batches.close()  # only now: its buffers hold the batch
-    draw = ChoiceDrawer(config.augment, session.image_size, 0.0, 0, host)
-    choices = draw(step_keys(config.seed, step + 1)[step], samples)
+    choices = choices_at(config, data, step, samples)
     lam = None if choices.lam is None else float(choices.lam)
     return Augmented(step, pixels[:SHOWN], _mixed_labels(labels, choices, lam)[:SHOWN], lam)
 

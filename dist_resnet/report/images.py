@@ -31,7 +31,7 @@ def examples_of(run: RunRecord) -> Html:
         for m in found.mistakes
     )
     augmented = found.augmented
-    mixed = "" if augmented.lam is None else f", mixup weight {augmented.lam:.4f}"
+    mixed = "" if augmented.lam is None else f", mixing weight {augmented.lam:.4f}"
     samples = (
         (pixels, label, "")
         for pixels, label in zip(augmented.pixels, augmented.labels, strict=True)

@@ -64,7 +64,7 @@ def make(size: int, replicas: int, mode: str, *pairs: str, dtype: torch.dtype = 
         STATISTICS.mean[:3].repeat(SIDE).to(DEVICE), STATISTICS.scale[:3].repeat(SIDE).to(DEVICE)
     )
     state = build_state(config, 10, dtype, DEVICE)
-    step = TrainStep(config, state, rates(5000), replicas, dtype, statistics_, (SIDE, SIDE))
+    step = TrainStep(config, state, rates(5000), replicas, dtype, statistics_, (SIDE, SIDE), 10)
     generator = torch.Generator().manual_seed(1)
     count = size * replicas
     batches = [

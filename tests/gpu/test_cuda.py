@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,9 +96,9 @@ def test_modes_agree_step_by_step(mode: str, recipe: str, replicas: int) -> None
         else _step(f"train.step_mode={mode}", *keys, replicas=replicas)
     )
     for number in range(8):
-        saved = copy.deepcopy(reference.state.state_dict())
+        saved = reference.state.snapshot()
         _train(reference, number, number + 1, replicas)
-        other.state.load_state_dict(saved)
+        other.state.restore(saved)
         _train(other, number, number + 1, replicas)
         assert _distance(reference.state, other.state) < 2e-5, number
         for name in ("statistics", "row"):
@@ -153,6 +154,42 @@ def test_choices_and_images_are_the_cpus(replicas: int) -> None:
     assert torch.equal(choices.keep.cpu(), chosen.keep)
 
 
+EVERYTHING = (
+    "augment.padding_mode=reflect", "augment.flip=alternating", "augment.trivial=true",
+    "augment.jitter=0.3", "augment.erasing=0.5", "augment.mix=both", "augment.cutout=4",
+)  # fmt: skip
+
+
+def test_all_other_augmentations_are_the_cpus() -> None:
+    ours, theirs = _step(*EVERYTHING, replicas=2), train_step(small_config(*EVERYTHING), 2)
+    for number in range(11, 15):  # two epochs
+        batch, same = _batch(number, 2), batch_of(number, 2)
+        key, turn = ours.keys[number], ours.turn(number)
+        made, _ = ours.replica_pass.inputs(batch.images, batch.samples, key, turn)
+        key, turn = theirs.keys[number], theirs.turn(number)
+        expected, _ = theirs.replica_pass.inputs(same.images, same.samples, key, turn)
+        torch.testing.assert_close(made.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_all_other_augmentations_are_captured() -> None:
+    states = [_train(make(*EVERYTHING), 0, 20) for make in (_step, _graph)]
+    assert _distance(*states) < 0.01
+
+
+def test_an_augmentation_that_waits_runs_without_a_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_waits.py").write_text(
+        "def wait(images, draws):\n    return images * float(draws.mean())\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    told: list[str] = []
+    step = _step("train.step_mode=graph", "augment.extra=['own_waits:wait']")
+    state = _train(CapturedStep(step, told.append), 0, 10)
+    assert "no graph" in told[0]
+    assert bool(torch.isfinite(state.flat.values).all())
+
+
 def replace_device(draw: ChoiceDrawer) -> ChoiceDrawer:
     """The same drawer on the CPU."""
     own = copy.copy(draw)
@@ -181,7 +218,7 @@ def test_a_graph_is_continued_from_any_step() -> None:
     first = _graph()
     _train(first, 0, 25)
     second = _graph()
-    second.state.load_state_dict(first.state.state_dict())
+    second.state.restore(first.state.snapshot())
     resumed = CapturedStep(second._step, pytest.fail)
     _train(resumed, 25, 40)
     assert _distance(whole, resumed.state) < 1e-4

@@ -343,6 +343,7 @@ def test_the_step_fed_from_memory_is_the_step() -> None:
         torch.float32,
         STATISTICS,
         (SIDE, SIDE),
+        steps_per_epoch=1,
     )
     batch = batch_of(0, 1)
     images, choices = whole.replica_pass.inputs(batch.images, batch.samples, whole.keys[0])

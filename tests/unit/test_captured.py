@@ -54,7 +54,13 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("keys", [(), ("train.ema_decay=0.9", "augment.cutout=4")])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        (), ("train.ema_decay=0.9", "augment.cutout=4"),
+        ("augment.flip=alternating", "augment.trivial=true", "augment.mix=both"),
+    ],
+)  # fmt: skip
 def test_it_follows_the_same_trajectory(
     captures: list[Callable[[], None]], keys: tuple[str, ...], replicas: int
 ) -> None:

@@ -21,8 +21,9 @@ from dist_resnet.config import (
     trajectory_differences,
     trajectory_hash,
 )
+from dist_resnet.effects import changes_trajectory
 from dist_resnet.errors import UserError
-from dist_resnet.schema import Config, changes_trajectory
+from dist_resnet.schema import Config
 
 # The contract of DESIGN.md, section 3: names and defaults that scripts rely on.
 CONTRACT = {
@@ -30,7 +31,9 @@ CONTRACT = {
     "data.dataset": "cifar10", "data.root": "data", "data.loader": "ffcv",
     "data.batch_size_per_replica": 32, "data.val_split": 0,
     "augment.crop_padding": 4, "augment.flip": True, "augment.mixup_alpha": 0.2,
-    "augment.cutout": 0,
+    "augment.cutout": 0, "augment.padding_mode": "zero", "augment.trivial": False,
+    "augment.jitter": 0, "augment.extra": [], "augment.erasing": 0, "augment.mix": "mixup",
+    "augment.cutmix_alpha": 1,
     "model.name": "resnet20", "model.widths": [16, 32, 64], "model.shortcut": "projection",
     "model.dropout": 0.3,
     "optim.lr": 0.05, "optim.momentum": 0.9, "optim.weight_decay": 5e-4, "optim.nesterov": False,
@@ -151,8 +154,8 @@ def test_an_unknown_key_in_a_file_names_the_file(tmp_path: Path) -> None:
         ("train.epochs=null", "int"),
         ("train.epochs=", "int"),
         ("optim.lr=true", "float"),
-        ("augment.flip=3", "bool"),
-        ("augment.flip=1", "bool"),
+        ("optim.nesterov=3", "bool"),
+        ("optim.nesterov=1", "bool"),
         ("model.widths=16", "list"),
         ("model.widths=[a,b,c]", "list"),
         ("model.dropout=[1]", "float"),
@@ -174,6 +177,8 @@ def test_a_wrong_type_names_key_value_and_type(pair: str, kind: str) -> None:
         "data.batch_size_per_replica=0", "data.batch_size_per_replica=-1", "data.val_split=-1",
         "data.dataset=a/b", "data.dataset=..", "data.dataset=",
         "augment.crop_padding=-1", "augment.mixup_alpha=-0.1", "augment.cutout=-2",
+        "augment.flip=1", "augment.flip=3", "augment.jitter=-0.1", "augment.erasing=1.1",
+        "augment.cutmix_alpha=0",
         "model.widths=[16,32]", "model.widths=[0,1,2]", "model.dropout=1", "model.dropout=-0.1",
         "optim.clip_norm=-1", "optim.clip_norm=inf", "optim.bias_lr_factor=0",
         "optim.lr=0", "optim.lr=-1", "optim.lr=inf", "optim.lr=nan", "optim.momentum=1",
@@ -277,7 +282,7 @@ def test_every_key_is_documented() -> None:
 def test_the_documentation_of_a_key_is_its_own() -> None:
     # Read with ast here too, but by position in the text: the string on the line after the field.
     source = Path(dist_resnet.__file__).with_name("schema.py").read_text()
-    lines = source.splitlines()
+    lines = [*source.splitlines(), ""]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             meaning = [row[3] for row in describe_keys() if row[0].endswith(f".{node.target.id}")]

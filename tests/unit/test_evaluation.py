@@ -163,6 +163,38 @@ def test_top5_and_balanced_accuracy_are_scikit_learns() -> None:
     assert "val/top5" not in _evaluate(ALONE, 8).figures("abcde")  # always 1 of five classes
 
 
+def test_precision_recall_and_f1_are_scikit_learns(truth: dict[str, Any]) -> None:
+    from sklearn.metrics import precision_recall_fscore_support as scores
+
+    labels, guesses = _data()[1], truth["guesses"]
+    found = _evaluate(ALONE, 8)
+    expected = scores(labels, guesses, labels=range(CLASSES), average=None, zero_division=0)
+    for score, *wanted in zip(found.class_scores(), *expected, strict=True):
+        assert [score.precision, score.recall, score.f1] == pytest.approx(wanted[:3])
+        assert score.images == wanted[3]
+    # As scikit-learn: over the classes that occur as truth or as prediction.
+    precision, recall, f1, _ = scores(labels, guesses, average="macro", zero_division=0)
+    figures = found.figures("abcde")
+    assert figures["val/precision_macro"] == pytest.approx(precision)
+    assert figures["val/recall_macro"] == pytest.approx(recall)
+    assert figures["val/f1_macro"] == pytest.approx(f1)
+    assert len({precision, recall, f1, found.balanced}) >= 3
+
+
+@pytest.mark.parametrize("guessed", [0, 4])  # the last class has no image: a prediction only
+def test_macro_means_leave_out_what_does_not_occur(guessed: int) -> None:
+    from sklearn.metrics import f1_score
+
+    confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
+    confusion[0, 0], confusion[1, 1], confusion[1, guessed] = 3, 2, 4
+    rows, columns = confusion.nonzero().repeat_interleave(
+        confusion[confusion > 0], dim=0
+    ).unbind(1)  # fmt: skip
+    found = Evaluation(0.0, 5, 9, None, confusion, 9)
+    wanted = f1_score(rows, columns, average="macro", zero_division=0)
+    assert found.macro()["f1"] == pytest.approx(wanted)
+
+
 def test_without_mirror_images() -> None:
     found = _evaluate(ALONE, 8, tta=False)
     assert found.correct_tta is None

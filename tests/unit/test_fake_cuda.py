@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_resnet.augment import ChoiceDrawer, Normalisation, augment_by_torch
+from dist_resnet.augment.trivial import BINS
 from dist_resnet.config import load_config
 from dist_resnet.flat import flatten_model
 from dist_resnet.loss import mixed_cross_entropy, weighted_top1
@@ -17,18 +18,24 @@ from dist_resnet.models.resnet import ResNet, build_model
 from dist_resnet.muon import FlatMuon
 from dist_resnet.optim import LossScale
 from dist_resnet.optimizer import build_optimizer
-from dist_resnet.randomness import step_keys
+from dist_resnet.randomness import step_keys, turn_keys
 from dist_resnet.step_mode import forward_function
 
 CUDA = torch.device("cuda", 0)
 SIDE, COUNT, CLASSES = 16, 8, 10
 
 
+def _no_sources(height: int, width: int) -> Tensor:
+    return torch.empty(1 + 5 * 2 * BINS, height * width, dtype=torch.int32)
+
+
 @pytest.fixture(autouse=True)
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     """Tensors without contents, on any device; reading one raises."""
-    table = "dist_resnet.augment.beta_quantiles"  # which NumPy makes, before the first step
+    # Which NumPy makes, before the first step.
+    table = "dist_resnet.augment.choices.beta_quantiles"
     monkeypatch.setattr(table, lambda alpha: torch.empty(1 << 16))
+    monkeypatch.setattr("dist_resnet.augment.trivial._source_table", _no_sources)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         yield mode
 
@@ -48,19 +55,27 @@ def _model() -> ResNet:
 def _choices(*pairs: str) -> tuple[Tensor, object, object, Normalisation]:
     config = load_config(["augment.cutout=4", *pairs])
     draw = ChoiceDrawer(config.augment, (SIDE, SIDE), 0.3, 64, CUDA)
+    turn = turn_keys(0, 4, 2).to(CUDA)[2]
     key, samples = step_keys(0, 4).to(CUDA)[2], torch.empty(COUNT, dtype=torch.int64, device=CUDA)
     statistics = Normalisation(
         torch.empty(3 * SIDE, device=CUDA), torch.empty(3 * SIDE, device=CUDA)
     )
-    return samples, draw.by_torch(key, samples), config, statistics
+    return samples, draw.by_torch(key, samples, turn), config, statistics
 
 
-def _augmentation() -> Tensor:
-    _, choices, config, statistics = _choices()
+def _augmentation(*pairs: str) -> Tensor:
+    _, choices, config, statistics = _choices(*pairs)
     pixels = torch.empty(COUNT, SIDE, SIDE, 3, dtype=torch.uint8, device=CUDA)
     images = augment_by_torch(pixels, choices, config.augment, statistics)  # type: ignore
     assert images.is_contiguous(memory_format=torch.channels_last)
     return images
+
+
+def _everything() -> Tensor:
+    return _augmentation(
+        "augment.padding_mode=reflect", "augment.flip=alternating", "augment.trivial=true",
+        "augment.jitter=0.3", "augment.erasing=0.5", "augment.mix=both", "augment.extra=[jitter]",
+    )  # fmt: skip
 
 
 def _loss() -> Tensor:
@@ -89,7 +104,10 @@ def _loss_scale() -> Tensor:
     return scaling.scale
 
 
-PARTS = {part.__name__: part for part in (_augmentation, _loss, _forward, _totals, _loss_scale)}
+PARTS = {
+    part.__name__: part
+    for part in (_augmentation, _everything, _loss, _forward, _totals, _loss_scale)
+}
 
 
 @pytest.mark.parametrize("name", list(PARTS))

@@ -125,6 +125,17 @@ def test_the_code_of_a_name_is_its_file_and_what_it_imports_beside_it(folder: Pa
         "own_package/__init__.py",
         "own_package/inner/__init__.py",
     }
+    plain = folder / "plain_folder"
+    plain.mkdir()
+    (plain / "net.py").write_text(
+        "from . import part\nfrom plain_folder.other import f\ndef g(): ...\n"
+    )
+    (plain / "part.py").write_text("import helper_layers\n")
+    (plain / "other.py").write_text("def f(): ...\n")
+    (plain / "unused.py").write_text("")
+    assert code_of([resolve("m", "plain_folder.net:g")]).keys() == {
+        "helper_layers.py", *(f"plain_folder/{name}.py" for name in ("net", "part", "other"))
+    }  # fmt: skip
     assert code_of([torch.optim.AdamW]) == {"torch": f"torch=={version('torch')}"}
 
 

@@ -3,6 +3,7 @@
 Every statistical test has fixed seeds: it passes always or never. A p-value below 1e-4 fails.
 """
 
+import hashlib
 from collections import Counter
 from itertools import permutations
 
@@ -15,11 +16,13 @@ from dist_resnet.randomness import (
     Stream,
     below,
     epoch_order,
+    named_lanes,
     permutation,
     sample_lanes,
     splitmix64,
     step_keys,
     stream_key,
+    whole_below,
 )
 
 ALPHA = 1e-4
@@ -182,3 +185,37 @@ def test_no_global_generator_is_read_or_moved() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
     assert torch.equal(first, epoch_order(9, 9, 100))
+
+
+def _mixed(state: int, index: int) -> int:
+    return _reference((state + index * 0x9E3779B97F4A7C15) & MASK, 1)[0]
+
+
+@pytest.mark.parametrize("index", [0, 7, 2**63 - 1, 2**63, 2**64 - 1, 0xDEADBEEFCAFEF00D])
+def test_an_index_may_be_any_number_of_64_bits(index: int) -> None:
+    key = stream_key(5, Stream.STEP)
+    (state,) = _unsigned(key)
+    assert _unsigned(splitmix64(key, index)) == [_mixed(state, index)]
+    assert torch.equal(splitmix64(key, index), splitmix64(key, torch.tensor(_signed(index))))
+
+
+def test_a_named_stream_in_pythons_integers() -> None:
+    key = step_keys(2, 4)[3]
+    (state,) = _unsigned(key)
+    first = int.from_bytes(hashlib.sha256(b"augment.erasing").digest()[:8], "big")
+    found = named_lanes(key, "augment.erasing", torch.tensor([3, 41_000]), 5)
+    for row, sample in zip(found.tolist(), (3, 41_000), strict=True):
+        root = _mixed(_mixed(state, first), sample)
+        assert row == [(_mixed(root, lane) >> 40) / 2**24 for lane in range(5)]
+
+
+def test_whole_numbers_below_a_bound() -> None:
+    edges = torch.tensor([0.0, 0.5, 1 - 2.0**-24])
+    for bound in (1, 14, 31, 33, 4097):
+        assert whole_below(edges, bound).tolist() == [0, bound // 2, bound - 1]
+        # The last draws that are below a whole number.
+        last = [((number << 24) - 1) // bound for number in range(1, bound + 1)]
+        found = whole_below(torch.tensor(last) * 2.0**-24, bound)
+        assert found.tolist() == list(range(bound))
+    bounds = torch.tensor([3, 1, 8])
+    assert whole_below(edges, bounds).tolist() == [0, 0, 7]

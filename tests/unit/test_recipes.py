@@ -9,12 +9,12 @@ from xml.etree import ElementTree
 import pytest
 
 from dist_resnet.config import flatten, load_config, to_dict, to_yaml
+from dist_resnet.effects import changes_trajectory
 from dist_resnet.errors import UserError
 from dist_resnet.recipes.__main__ import main
 from dist_resnet.recipes.curves import curve_chart
 from dist_resnet.recipes.kept import condense, read_kept, write_kept
 from dist_resnet.recipes.tables import with_runs
-from dist_resnet.schema import changes_trajectory
 
 ROOT = Path(__file__).parents[2]
 SUMMARY = {

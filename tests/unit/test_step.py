@@ -32,8 +32,11 @@ STEPS = 20
         ],
         ["model.shortcut=pad", "optim.momentum=0", "augment.flip=false", "seed=3"],
         ["parallel.reduction=exact"],
+        ["optim.class_weights=[3.0,0.5,1.0,2.0,0.25]"],
+        ["optim.class_weights=[3.0,0.5,1.0,2.0,0.25]", "augment.mixup_alpha=0", "model.dropout=0"],
     ],
-    ids=["recipe", "smoothing nesterov cutout", "no mixup no dropout nchw", "pad", "exact"],
+    ids=["recipe", "smoothing nesterov cutout", "no mixup no dropout nchw", "pad", "exact",
+         "class weights", "class weights no mixup"],
 )  # fmt: skip
 def test_one_replica_is_a_plain_loop(pairs: list[str]) -> None:
     config = small_config(*pairs)

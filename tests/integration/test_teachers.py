@@ -1,0 +1,59 @@
+"""Learning from a run that exists."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dist_resnet
+from dist_resnet.data.beton import read_back
+from dist_resnet.data.dataset import Dataset
+from dist_resnet.errors import UserError
+
+
+def _settings(data: Dataset, folder: Path, name: str) -> dict[str, Any]:
+    return {
+        "data": {"root": str(data.folder.parent), "dataset": data.folder.name},
+        "run": {"dir": str(folder), "name": name},
+        "model": {"widths": [8, 8, 16], "dropout": 0},
+        "augment": {"mixup_alpha": 0, "flip": False},
+        "parallel": {"device": "cpu", "threads": 1},
+        "wandb": {"mode": "disabled"},
+        "train": {"epochs": 4},
+        "seed": 1,
+    }
+
+
+def test_a_student_follows_its_teacher(digits: Dataset, tmp_path: Path) -> None:
+    """Taught alone (weight 1), it agrees with the teacher more than one that learns the labels."""
+    teacher = _settings(digits, tmp_path, "teacher")
+    dist_resnet.train(teacher, train={"epochs": 6}, seed=0)
+    alone = _settings(digits, tmp_path, "alone")
+    dist_resnet.train(alone)
+    distill = {"teachers": [str(tmp_path / "teacher")], "weight": 1.0}
+    dist_resnet.train(_settings(digits, tmp_path, "student"), distill=distill)
+    images = torch.from_numpy(read_back(digits.test_path).images[:]).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        found = {
+            name: dist_resnet.load(tmp_path / name)(images).softmax(1)
+            for name in ("teacher", "alone", "student")
+        }
+
+    def distance(name: str) -> float:
+        return float((found[name] - found["teacher"]).abs().sum(1).mean())
+
+    print({name: distance(name) for name in ("alone", "student")})
+    assert distance("student") < 0.8 * distance("alone")
+
+
+def test_a_teacher_of_other_classes_or_none_is_refused(
+    digits: Dataset, tiny: Dataset, tmp_path: Path
+) -> None:
+    other = _settings(tiny, tmp_path, "other")
+    dist_resnet.train(other, train={"max_steps": 1})
+    student = _settings(digits, tmp_path, "student")
+    with pytest.raises(UserError, match=r"distill.teachers=.*other: knows other classes"):
+        dist_resnet.train(student, distill={"teachers": [str(tmp_path / "other")]})
+    with pytest.raises(UserError, match=r"distill.teachers: .*nobody"):
+        dist_resnet.train(student, distill={"teachers": [str(tmp_path / "nobody")]})
