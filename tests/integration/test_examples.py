@@ -12,11 +12,6 @@ import pytest
 from tests.jobs import ROOT
 
 SHORT = ["train.epochs=1", "train.max_steps=4", "wandb.mode=disabled"]
-    "train.epochs=1",
-    "train.max_steps=4",
-    "data.batch_size_per_replica=16",
-    "wandb.mode=disabled",
-]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
