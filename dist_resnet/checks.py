@@ -1,11 +1,13 @@
 """Which values are possible: one line for the first that is not, before anything starts."""
 
+import math
 import os
+from typing import Any
 
 from dist_resnet.builtins import AUGMENTATIONS, MODELS, OPTIMIZERS
 from dist_resnet.errors import UserError
 from dist_resnet.keys import nearest
-from dist_resnet.schema import Config
+from dist_resnet.schema import Config, ModelConfig
 from dist_resnet.values import as_tree, shown
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 1000  # in bytes; Linux takes 255 and 4096
@@ -45,6 +47,7 @@ def _check_names(config: Config) -> None:
                 f"module:callable{hint and f'; did you mean {hint}?'}"
             )
         _require(not args, f"{key}.args", args, f"empty with {key}.name={name}")
+    _check_own_model(config)
 
 
 def _check_augmentation(config: Config) -> None:
@@ -78,6 +81,23 @@ def _check_augmentation(config: Config) -> None:
             )
 
 
+def _check_own_model(config: Config) -> None:
+    model, default = config.model, ModelConfig()
+    for key in ("widths", "shortcut", "dropout") if ":" in model.name else ():
+        value = getattr(model, key)
+        wanted = "left out: it is of the built-in nets; a net of your own has model.args"
+        _require(value == getattr(default, key), f"model.{key}", value, wanted)
+    kind = model.init_map
+    usable = isinstance(kind, dict) and all(isinstance(name, str) for name in kind.values())
+    wanted = "names, order, or {their prefix: ours, ...}"
+    _require(kind in ("names", "order") or usable, "model.init_map", kind, wanted)
+    _require(kind == "names" or model.init is not None, "model.init_map", kind, "with a model.init")
+    _require(model.init != "", "model.init", model.init, "a path, or null")
+    momentum = model.bn_momentum
+    good = momentum is None or 0 < momentum <= 1
+    _require(good, "model.bn_momentum", momentum, "above 0 and at most 1, or null")
+
+
 def _check_run_and_data(config: Config) -> None:
     run, data, model = config.run, config.data, config.model
     _require(0 <= config.seed < 2**63, "seed", config.seed, "0 to 2^63 - 1")
@@ -101,6 +121,7 @@ def _check_run_and_data(config: Config) -> None:
     short = len(os.fsencode(data.dataset)) <= _LONGEST_NAME - 55
     _require(short, "data.dataset", data.dataset, "shorter: too long for a name")
 
+    _check_lists(config)
     widths = model.widths
     good = len(widths) == 3 and all(1 <= width <= 4096 for width in widths)
     _require(good, "model.widths", widths, "three numbers of filters, such as [16,32,64]")
@@ -112,6 +133,39 @@ def _check_run_and_data(config: Config) -> None:
         "non-decreasing with model.shortcut=pad",
     )
     _require(0 <= model.dropout < 1, "model.dropout", model.dropout, "at least 0 and below 1")
+
+
+def _check_lists(config: Config) -> None:
+    """Keys that take a word or numbers."""
+    scale, weights, source = (
+        config.data.normalisation,
+        config.optim.class_weights,
+        config.data.source,
+    )
+    wanted = "dataset, imagenet, or [[means],[deviations]] of three channels in 0 to 1"
+    if isinstance(scale, str):
+        _require(scale in ("dataset", "imagenet"), "data.normalisation", scale, wanted)
+    else:
+        good = len(scale) == 2 and all(_numbers(row, 3) and max(row) <= 1 for row in scale)
+        good = good and min(scale[0]) >= 0 and min(scale[1]) > 0
+        _require(good, "data.normalisation", scale, f"{wanted}, deviations above 0")
+    wanted = "none, balanced, or a number above 0 for each class, such as [1,2.5]"
+    if isinstance(weights, str):
+        _require(weights in ("none", "balanced"), "optim.class_weights", weights, wanted)
+    else:
+        good = _numbers(weights, len(weights)) and min(weights, default=0) > 0
+        _require(good, "optim.class_weights", weights, wanted)
+    good = source is None or ":" in source
+    _require(good, "data.source", source, "module:callable, such as my_data:birds, or null")
+
+
+def _numbers(row: Any, count: int) -> bool:
+    """Whether a list holds `count` finite numbers."""
+    return (
+        isinstance(row, list)
+        and len(row) == count
+        and all(type(value) in (int, float) and math.isfinite(value) for value in row)
+    )
 
 
 def _check_training(config: Config) -> None:

@@ -49,6 +49,10 @@ SECTIONS = (
             Panel("Top-1", ("train/top1", "val/top1")),
             Panel("Top-5", ("val/top5",), only_with="more than five classes"),
             Panel("Top-1, each class weighing the same", ("val/balanced",)),
+            Panel(
+                "Means over the classes",
+                ("val/precision_macro", "val/recall_macro", "val/f1_macro"),
+            ),
             Panel("Top-1 with mirror images", ("val/top1_tta",), only_with="eval.flip_tta=true"),
             Panel("Generalisation gap: train minus val", ("gap/top1",)),
         ),

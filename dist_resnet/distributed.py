@@ -101,6 +101,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's number; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def step_timeout() -> float:
     """Longest wait for another rank in a training step."""
     return _timeout.total_seconds()

@@ -7,6 +7,7 @@ FREE_KEYS = frozenset(
         "parallel.device",
         "data.root",
         "data.loader",
+        "data.source",  # the data are known by their fingerprint, wherever they came from
         "parallel.timeout_seconds",
         "parallel.threads",
         "train.early_stop",

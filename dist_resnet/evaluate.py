@@ -1,5 +1,7 @@
 """Evaluate a checkpoint: python -m dist_resnet.evaluate CHECKPOINT_OR_RUN [--json FILE] [key=value]
 
+Also FILE.safetensors, whose net and normalisation key=value must tell: model.name, model.init_map.
+
 Uses the checkpoint's own configuration; key=value changes it (data.root, data.dataset,
 eval.flip_tta, precision.dtype ...). Under torchrun the images are shared among the ranks, and the
 figures are the same as with one.
@@ -8,14 +10,19 @@ figures are the same as with one.
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dist_resnet.api import callable_module, threads_kept
 from dist_resnet.cli import run_command
 from dist_resnet.errors import EXIT_DONE, UserError
 from dist_resnet.launcher import environment_rank
 from dist_resnet.paths import user_path
+
+if TYPE_CHECKING:
+    from dist_resnet.evaluation import Evaluation
+    from dist_resnet.session import Session
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -37,7 +44,7 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
     """Figures of one checkpoint on one prepared dataset, the same on every rank.
 
     Args:
-        path: a checkpoint, or a run folder (its newest one).
+        path: a checkpoint, a run folder (its newest one), or weights in a safetensors file.
         pairs: key=value, or mappings of keys, over the checkpoint's configuration.
 
     Raises:
@@ -49,8 +56,12 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
     from dist_resnet.session import open_session
     from dist_resnet.weights import find_weights, trained_model
 
+    if path.suffix == ".safetensors":
+        return _evaluate_file(path, pairs)
     file, saved = find_weights(path)
     config = stored_config(saved["config"], pairs)
+    if config.data.normalisation != stored_config(saved["config"]).data.normalisation:
+        raise UserError("data.normalisation: is the model's own; leave it out")
     world = start(config.parallel.device, config.parallel.timeout_seconds)
     try:
         session = open_session(config, world)
@@ -66,15 +77,37 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
         result = session.evaluator(statistics)(model)
     finally:
         stop()
+    return {"checkpoint": str(file), "step": saved["state"]["step"]} | _figures(session, result)
+
+
+def _evaluate_file(path: Path, pairs: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
+    """As `evaluate_checkpoint`, of weights alone: all else is the configuration's."""
+    from dist_resnet.config import stored_config
+    from dist_resnet.distributed import start, stop
+    from dist_resnet.session import open_session
+    from dist_resnet.starting import started_model
+
+    config = stored_config({}, [*pairs, {"model": {"init": str(path)}}])
+    world = start(config.parallel.device, config.parallel.timeout_seconds)
+    try:
+        session = open_session(config, world)
+        model = started_model(config, len(session.dataset.classes)).to(world.device)
+        result = session.evaluator(session.normalisation())(model)
+    finally:
+        stop()
+    return {"weights": str(path)} | _figures(session, result)
+
+
+def _figures(session: "Session", result: "Evaluation") -> dict[str, Any]:
     figures: dict[str, Any] = {
-        "checkpoint": str(file),
-        "step": saved["state"]["step"],
         "dataset": session.dataset.name,
         "eval_set": session.eval_set,
         "correct": result.correct,
         "images": result.images,
         **result.figures(session.dataset.classes),
     }
+    scores = zip(session.dataset.classes, result.class_scores(), strict=True)
+    figures["classes"] = {name: asdict(score) for name, score in scores}
     figures["confusion"] = result.confusion.tolist()
     return figures
 
@@ -116,9 +149,13 @@ def _parse(arguments: Sequence[str]) -> tuple[Path, Path | None, list[str]]:
 def _table(figures: dict[str, Any]) -> str:
     lines = []
     for key, value in figures.items():
-        if key != "confusion":
+        if key not in ("classes", "confusion"):
             shown = f"{value:.6f}" if isinstance(value, float) else str(value)
             lines.append(f"{key:32} {shown}")
+    lines.append(f"{'class':32} precision   recall       f1   images")
+    for name, score in figures["classes"].items():
+        shares = "  ".join(f"{score[key]:7.4f}" for key in ("precision", "recall", "f1"))
+        lines.append(f"{name:32}   {shares}  {score['images']:7}")
     return "\n".join(lines)
 
 

@@ -36,6 +36,19 @@ class Mistakes:
 
 
 @dataclass(frozen=True)
+class ClassScore:
+    """How well one class is told from the others."""
+
+    precision: float
+    """Share of the images that are taken for it that are of it."""
+    recall: float
+    """Share of its images that are recognised."""
+    f1: float
+    """Harmonic mean of the two."""
+    images: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Figures over one whole set."""
 
@@ -76,6 +89,26 @@ class Evaluation:
         hits = self.confusion.diagonal().tolist()
         return [hit / count if count else None for hit, count in zip(hits, counts, strict=True)]
 
+    def class_scores(self) -> list[ClassScore]:
+        """Precision, recall and F1 of each class; 0 where there is nothing to divide by."""
+        images, guesses = self.confusion.sum(dim=1).tolist(), self.confusion.sum(dim=0).tolist()
+        hits = self.confusion.diagonal().tolist()
+        return [
+            ClassScore(
+                hit / (taken or 1), hit / (count or 1), 2 * hit / (taken + count or 1), count
+            )
+            for hit, count, taken in zip(hits, images, guesses, strict=True)
+        ]
+
+    def macro(self) -> dict[str, float]:
+        """Means of `class_scores` over the classes that occur, be it as a prediction only."""
+        occurs = (self.confusion.sum(dim=1) + self.confusion.sum(dim=0) > 0).tolist()
+        scores = [score for score, seen in zip(self.class_scores(), occurs, strict=True) if seen]
+        return {
+            name: sum(getattr(score, name) for score in scores) / len(scores)
+            for name in ("precision", "recall", "f1")
+        }
+
     def figures(self, classes: Sequence[str]) -> dict[str, float | int]:
         """Loss and accuracies by the names of their metrics.
 
@@ -85,6 +118,7 @@ class Evaluation:
         if len(classes) > _TOP:
             found["val/top5"] = self.top5
         found["val/balanced"] = self.balanced
+        found |= {f"val/{name}_macro": value for name, value in self.macro().items()}
         if self.top1_tta is not None:
             found["val/top1_tta"] = self.top1_tta
         shares = zip(classes, self.per_class(), strict=True)

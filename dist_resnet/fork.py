@@ -43,6 +43,10 @@ def starting_point(
             f"run.extend=true: {what}: "
             + ("only what the command names may change" if silent else "it must be the same data")
         )
+    if begun := [line for line in differences if line.startswith("model.init")]:
+        raise UserError(
+            f"run.extend=true: {begun[0]}: these weights were read before the first step; leave it"
+        )
     return _forked(saved, config, differences)
 
 

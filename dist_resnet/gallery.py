@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_resnet import pictures
 from dist_resnet.augment import ChoiceDrawer, Choices, Normalisation, augment
 from dist_resnet.data.dataset import Dataset
+from dist_resnet.data.normalisation import channel_scale
 from dist_resnet.data.stream import Batch
 from dist_resnet.evaluation import Evaluation, Evaluator
 from dist_resnet.plan import make_plan
@@ -113,7 +114,8 @@ def augmented(
         samples: int64 (N,), indices in the training set.
     """
     size = dataset.height, dataset.width
-    statistics = Normalisation.of(dataset.mean, dataset.std, dataset.width, _HOST)
+    scale = channel_scale(config.data.normalisation, dataset)
+    statistics = Normalisation.of(*scale, dataset.width, _HOST)
     choices = choices_at(config, dataset, step, samples)
     inputs = augment(images, choices, config.augment, statistics)[:SHOWN]
     # normalise() backwards: rows of 3 W values.

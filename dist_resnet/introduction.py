@@ -7,7 +7,7 @@ from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
 from dist_resnet.session import Session
 from dist_resnet.state import TrainState
-from dist_resnet.step_mode import choose_step_mode
+from dist_resnet.step_mode import choose_step_mode, told_of_net
 
 
 def introduction(
@@ -28,6 +28,7 @@ def introduction(
         f"device: {session.world.device.type}, {session.precision_reason},"
         f" {session.threads} CPU threads a process; step: {step}",
         *explain(config, plan),
+        *told_of_net(state, plan.replicas_per_rank),
     ]
     if session.world.device.type == "cpu" and session.world.size == 1 and session.threads > 1:
         lines.append(

@@ -25,13 +25,22 @@ def mixed_targets(labels: Tensor, choices: Choices, classes: int, smoothing: flo
 
 
 def mixed_cross_entropy(
-    logits: Tensor, labels: Tensor, choices: Choices, smoothing: float
+    logits: Tensor,
+    labels: Tensor,
+    choices: Choices,
+    smoothing: float,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Mean over the batch of -sum_k target_k log softmax(logits)_k, in float32."""
+    """Mean over the batch of -sum_k weight_k target_k log softmax(logits)_k, in float32.
+
+    Args:
+        weights: of the classes, float32 (K,); None: 1. As torch's `weight`: without mixup the sum
+            is divided by that of the labels' weights, under mixup by the number of images.
+    """
     if choices.partner is None:  # the same, from the labels themselves
-        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        return F.cross_entropy(logits.float(), labels, weights, label_smoothing=smoothing)
     targets = mixed_targets(labels, choices, logits.shape[1], smoothing)
-    return F.cross_entropy(logits.float(), targets)
+    return F.cross_entropy(logits.float(), targets, weights)
 
 
 def weighted_top1(logits: Tensor, labels: Tensor, choices: Choices) -> Tensor:

@@ -110,7 +110,7 @@ def calling(key: str, name: str) -> Iterator[None]:
         yield
     except DistResnetError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit(0) would look like success
         raise UserError(f"{key}={name}: raised {one_line(error)}{_place(error)}") from error
 
 
@@ -200,7 +200,7 @@ def _imported(key: str, name: str, path: str) -> ModuleType:
                 f"{printable(os.getcwd())}"
             ) from None
         raise UserError(f"{key}={name}: importing it raised {one_line(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit(0) would look like success
         raise UserError(
             f"{key}={name}: importing it raised {one_line(error)}{_place(error)}"
         ) from error

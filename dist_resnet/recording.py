@@ -46,8 +46,12 @@ def open_recording(
     step: int,
     folder: RunFolder,
     saved: dict[str, Any] | None,
+    init: dict[str, str] | None = None,
 ) -> Recording:
     """Bring the run folder's files to `step` and open everything that records, on rank 0 only.
+
+    Args:
+        init: file and SHA-256 of the weights that the run began with; None: random ones.
 
     Raises:
         UserError: the folder cannot be written.
@@ -56,7 +60,8 @@ def open_recording(
         return Recording(NullTracker(), None)
     saved = saved or {}
     known, forks = saved.get("wandb_id"), saved.get("forks", [])
-    derived = plan.as_dict() | ({"forks": forks} if forks else {})
+    begun = {"init": init} if init else {}
+    derived = plan.as_dict() | ({"forks": forks} if forks else {}) | begun
     run_id = folder.wandb_id(
         lambda: _new_id(folder.path.name), known, anew=bool(forks) and known is None
     )
@@ -89,6 +94,7 @@ def open_recording(
         parts += _told_by_wandb(config, wandb, store, data, folder.path.name)
     tracker = Trackers(parts, console.message)
     header = _header(config, session, run_id if wandb is None else wandb.run_id, forks) | place
+    header |= begun
     keeper = Keeper(folder, store, header, tracker, wandb)
     keeper.heartbeat(step)
     return Recording(tracker, keeper)
@@ -99,12 +105,13 @@ def _header(
 ) -> dict[str, Any]:
     """What a checkpoint holds beside the state."""
     data = session.dataset
+    mean, std = session.channel_scale
     header = {
         "config": to_dict(config),
         "fingerprint": data.fingerprint,
         "classes": list(data.classes),
-        "mean": list(data.mean),
-        "std": list(data.std),
+        "mean": list(mean),
+        "std": list(std),
         "image_size": list(session.image_size),
         "reading": asdict(data.reading),
         "wandb_id": run_id,

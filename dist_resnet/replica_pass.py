@@ -77,9 +77,11 @@ class TorchPass:
         draw: Callable[[Tensor, Tensor, Tensor | None], Choices],
         statistics: Normalisation,
         replicas: int,
+        weights: Tensor | None = None,
     ) -> None:
         self.smoothing, self.draw = smoothing, draw
         self.augment, self.replicas = Augmenter(config, statistics), replicas
+        self.weights = weights
 
     def inputs(
         self, images: Tensor, samples: Tensor, key: Tensor, turn: Tensor | None = None
@@ -96,7 +98,7 @@ class TorchPass:
         for part, own, chosen in zip(
             logits.chunk(self.replicas), labels.chunk(self.replicas), choices.parts, strict=True
         ):
-            losses.append(mixed_cross_entropy(part, own, chosen, self.smoothing))
+            losses.append(mixed_cross_entropy(part, own, chosen, self.smoothing, self.weights))
             shares.append(weighted_top1(part.detach(), own, chosen))
         loss = losses[0] if self.replicas == 1 else torch.stack(losses).sum()
         top1 = shares[0] if self.replicas == 1 else torch.stack(shares).sum()
@@ -115,9 +117,11 @@ class KernelPass:
         statistics: Normalisation,
         replicas: int,
         precision: torch.dtype,
+        weights: Tensor | None = None,
     ) -> None:
         self.config, self.smoothing, self.draw = config, smoothing, draw
         self.statistics, self.replicas, self.precision = statistics, replicas, precision
+        self.weights = weights
 
     def inputs(
         self, images: Tensor, samples: Tensor, key: Tensor, turn: Tensor | None = None
@@ -160,7 +164,7 @@ class KernelPass:
         if choices.partner is not None and choices.lam is not None:
             mixup = choices.partner, choices.lam
         found, gradient = loss_and_gradient(
-            logits.detach(), labels, mixup, self.smoothing, scale, self.replicas
+            logits.detach(), labels, mixup, self.smoothing, scale, self.replicas, self.weights
         )
         return Objective(logits, gradient, found.sum(dim=0))
 
@@ -172,11 +176,16 @@ def build_pass(
     statistics: Normalisation,
     replicas: int,
     precision: torch.dtype,
+    weights: Tensor | None = None,
 ) -> ReplicaPass:
-    """The kernels' where they run and do all that is wanted, else PyTorch's."""
+    """The kernels' where they run and do all that is wanted, else PyTorch's.
+
+    Args:
+        weights: of the classes in the loss, float32 (K,); None: 1.
+    """
     if support.usable(statistics.mean.device) and within_kernels(config):
-        return KernelPass(config, smoothing, draw, statistics, replicas, precision)
-    return TorchPass(config, smoothing, draw, statistics, replicas)
+        return KernelPass(config, smoothing, draw, statistics, replicas, precision, weights)
+    return TorchPass(config, smoothing, draw, statistics, replicas, weights)
 
 
 def torch_pass(own: ReplicaPass) -> ReplicaPass:
@@ -184,7 +193,7 @@ def torch_pass(own: ReplicaPass) -> ReplicaPass:
     if not isinstance(own, KernelPass):
         return own
     draw = own.draw.by_torch
-    return TorchPass(own.config, own.smoothing, draw, own.statistics, own.replicas)
+    return TorchPass(own.config, own.smoothing, draw, own.statistics, own.replicas, own.weights)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -33,7 +33,8 @@ from dist_resnet.resume import (
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
 from dist_resnet.session import Session, open_session, settle
-from dist_resnet.state import TrainState, build_state
+from dist_resnet.starting import begin
+from dist_resnet.state import TrainState
 from dist_resnet.step import TrainStep
 from dist_resnet.stopwatch import Stopwatch
 from dist_resnet.summary import last_evaluation, summarise
@@ -86,6 +87,7 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     plan = make_plan(config, len(session.train_indices), world.size)
     check_statistics(config, *session.image_size)
     together(lambda: try_extras(config.augment, session.image_size, session.normalisation()))
+    together(session.class_weights)  # refused before anything is written
     if saved is not None:
         saved = starting_point(saved, config, session.dataset.fingerprint, named)
     step = saved["state"]["step"] if saved is not None else 0
@@ -101,9 +103,7 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
             folder.set_status("done", step, exit_code=EXIT_DONE)
         return
     teachers = together(lambda: find_teachers(config))
-    state = build_state(config, len(session.dataset.classes), session.precision, world.device)
-    if saved is not None:
-        state.load_state_dict(saved["state"])
+    state, init = begin(config, session, saved)
     if world.is_main:
         for line in (*introduction(wanted, session, plan, state, folder), *forks_told(saved)):
             say(line)
@@ -111,7 +111,9 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
         if saved is not None and (line := other_rounding(saved, kind, config.train.step_mode)):
             say(line)
     on_main(lambda: take_back(config, folder, step))
-    recording = together(lambda: open_recording(config, session, plan, state.step, folder, saved))
+    recording = together(
+        lambda: open_recording(config, session, plan, state.step, folder, saved, init)
+    )
     trainer = _trainer(config, session, plan, state, recording, saved, teachers)
     _fit_and_close(trainer, session, folder, recording)
 
@@ -148,6 +150,7 @@ def _trainer(
         session.image_size,
         plan.steps_per_epoch,
         together(lambda: build_distillation(teachers, session, session.normalisation())),
+        together(session.class_weights),
     )
     wandb = recording.keeper.wandb if recording.keeper is not None else None
     every = config.wandb.media_every_epochs

@@ -6,11 +6,15 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dist_resnet.augment import Normalisation
+from dist_resnet.data.beton import read_back
+from dist_resnet.data.content import Channels
 from dist_resnet.data.dataset import Dataset
+from dist_resnet.data.normalisation import channel_scale
 from dist_resnet.data.order import split_indices
-from dist_resnet.data.prepare import prepare_builtin
+from dist_resnet.data.prepare import check_source, prepare_builtin
 from dist_resnet.data.stream import open_loader
 from dist_resnet.distributed import World, from_all, from_main, on_main, together
 from dist_resnet.errors import UserError
@@ -46,9 +50,42 @@ class Session:
     def image_size(self) -> tuple[int, int]:
         return self.dataset.height, self.dataset.width
 
+    @property
+    def channel_scale(self) -> tuple[Channels, Channels]:
+        """Mean and standard deviation that images are normalised by, on the scale 0 to 255."""
+        return channel_scale(self.config.data.normalisation, self.dataset)
+
     def normalisation(self) -> Normalisation:
+        return Normalisation.of(*self.channel_scale, self.dataset.width, self.world.device)
+
+    def class_weights(self) -> Tensor | None:
+        """float32 (K,): the loss's weight of each class; None: all alike.
+
+        Raises:
+            UserError: not as many as there are classes, or a class without training images.
+        """
+        chosen, classes = self.config.optim.class_weights, self.dataset.classes
+        if chosen == "none":
+            return None
+        weights = chosen if isinstance(chosen, list) else self._balanced()
+        if len(weights) != len(classes):
+            raise UserError(
+                f"optim.class_weights: {len(weights)} numbers; {self.dataset.folder} has "
+                f"{len(classes)} classes: {', '.join(classes[:5])}{', ...' * (len(classes) > 5)}"
+            )
+        return torch.tensor(weights, dtype=torch.float32, device=self.world.device)
+
+    def _balanced(self) -> list[float]:
+        """images / (classes x images of the class), over the images that are trained on."""
         data = self.dataset
-        return Normalisation.of(data.mean, data.std, data.width, self.world.device)
+        labels = read_back(data.train_path).labels[self.train_indices]
+        counts = np.bincount(labels, minlength=len(data.classes))
+        if counts.min() == 0:
+            raise UserError(
+                "optim.class_weights=balanced: no image of class "
+                f"{data.classes[int(counts.argmin())]} is trained on; give numbers, or such images"
+            )
+        return (len(labels) / (len(counts) * counts)).tolist()
 
     def evaluator(self, statistics: Normalisation) -> Evaluator:
         """Evaluates on the held-out images if there are any, else on the test set.
@@ -144,8 +181,8 @@ def _open_dataset(config: Config) -> Dataset:
 
     def prepare_and_verify() -> None:
         if not Dataset.exists(folder):
-            prepare_builtin(config.data.dataset, user_path(config.data.root))
-        Dataset.load(folder, verify=True)
+            prepare_builtin(config.data.dataset, user_path(config.data.root), config.data.source)
+        check_source(Dataset.load(folder, verify=True), config.data.source)
 
     on_main(prepare_and_verify)
     dataset = together(lambda: Dataset.load(folder, verify=False))

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_resnet.checkpoint import CheckpointStore, read_checkpoint
 from dist_resnet.errors import UserError
-from dist_resnet.models.resnet import build_model
+from dist_resnet.models.build import build_model, in_layout
 from dist_resnet.paths import printable
 from dist_resnet.schema import Config
 from dist_resnet.state import load_tensors
@@ -49,13 +48,19 @@ def _checked(file: Path, saved: dict[str, Any]) -> dict[str, Any]:
     return saved | {"classes": [printable(str(name)) for name in saved["classes"]]}
 
 
+def evaluated_tensors(saved: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights that training evaluated: the moving average where one was kept."""
+    state = saved["state"]
+    found: dict[str, Tensor] = state["model"] if state["ema"] is None else state["ema"]
+    return found
+
+
 def trained_model(saved: dict[str, Any], config: Config) -> nn.Module:
-    """The model with the weights that training evaluated: the moving average where one was kept.
+    """The model with the weights that training evaluated, in evaluation mode.
 
     Raises:
-        UserError: `config` describes another model.
+        UserError: `config` describes another model, or its code is not found.
     """
-    model = build_model(config.model, len(saved["classes"])).to(memory_format=torch.channels_last)
-    state = saved["state"]
-    load_tensors(model, state["model"] if state["ema"] is None else state["ema"])
+    model = in_layout(build_model(config.model, len(saved["classes"])), channels_last=True)
+    load_tensors(model, evaluated_tensors(saved))
     return model.eval()

@@ -18,7 +18,7 @@ from dist_resnet.kernels.loss import loss_and_gradient
 from dist_resnet.loss import mixed_cross_entropy, weighted_top1
 from dist_resnet.metrics import Totals
 from dist_resnet.models import norm_act as models
-from dist_resnet.models.resnet import build_model
+from dist_resnet.models.resnet import resnet
 from dist_resnet.randomness import step_keys, turn_keys
 from dist_resnet.replica_pass import KernelPass
 from dist_resnet.schema import AugmentConfig
@@ -174,7 +174,7 @@ def test_conv_norm_act_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_model() -> None:
     """Every layer by the kernels against every layer by torch's, with two replicas."""
     config = small_config("model.name=m6", "model.widths=[16,32,16]", "model.dropout=0")
-    model = build_model(config.model, 5).to(memory_format=torch.channels_last)
+    model = resnet(config.model, 5).to(memory_format=torch.channels_last)
     x = _image(2, 3, 8, 8)
     launched: list[bool] = []
 
@@ -248,13 +248,14 @@ def test_choices_and_images(
 
 
 @pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("replicas", "count", "classes"),
     [(1, 32, 10), (2, 70, 7), (3, 5, 100), (1, 9, 1), (1, 3, 5000)],
 )
 def test_loss_top1_and_gradient(
-    replicas: int, count: int, classes: int, smoothing: float, mixed: bool
+    replicas: int, count: int, classes: int, smoothing: float, weighted: bool, mixed: bool
 ) -> None:
     total = replicas * count
     labels = torch.randint(classes, (total,))
@@ -262,17 +263,20 @@ def test_loss_top1_and_gradient(
     partners = [torch.randperm(count) for _ in range(replicas)]
     lam = torch.rand(replicas)
     scale = torch.tensor(64.0) if mixed else None
+    weights = 0.2 + torch.rand(classes) if weighted else None
     places = torch.cat([own + number * count for number, own in enumerate(partners)])
     found, gradient = loss_and_gradient(
-        logits.detach(), labels, (places, lam) if mixed else None, smoothing, scale, replicas
-    )
+        logits.detach(), labels, (places, lam) if mixed else None, smoothing, scale, replicas,
+        weights,
+    )  # fmt: skip
     rows, losses = [], []
     for number in range(replicas):
         part = slice(number * count, (number + 1) * count)
         choices = Choices(*[None] * 8)
         if mixed:
             choices = Choices(*[None] * 5, partners[number], lam[number], None)
-        losses.append(mixed_cross_entropy(logits[part], labels[part], choices, smoothing))
+        own = mixed_cross_entropy(logits[part], labels[part], choices, smoothing, weights)
+        losses.append(own)
         rows.append([losses[-1].detach(), weighted_top1(logits[part], labels[part], choices)])
     (torch.stack(losses).sum() * (1 if scale is None else scale)).backward()
     _close(found, torch.tensor(rows), "loss and top-1")

@@ -46,7 +46,7 @@ LAYERS: list[set[str]] = [
         "native",
         "kernels",
     },
-    {"distill", "augment", "loss", "flat", "optim", "muon", "models", "state", "data"}
+    {"distill", "augment", "loss", "flat", "counters", "optim", "muon", "models", "state", "data"}
     | {"reduction", "summing", "replica_pass", "shadow", "update"},
     {
         "step_mode",
@@ -68,6 +68,7 @@ LAYERS: list[set[str]] = [
         "session",
         "recording",
         "weights",
+        "starting",
         "teachers",
         "introduction",
         "trained",
@@ -109,7 +110,7 @@ OWN_THE_TERMINAL = {
 WAITLESS = (
     "step", "captured", "augment.choices", "augment.colour", "augment.erase", "augment.geometry",
     "augment.mix", "augment.named", "augment.normalisation", "augment.pipeline", "augment.trivial",
-    "loss", "flat", "reduction", "summing", "replica_pass", "shadow",
+    "loss", "flat", "counters", "reduction", "summing", "replica_pass", "shadow",
     "update", "models.norm_act", "kernels.conv", "kernels.images", "kernels.loss",
     "kernels.norm_act", "kernels.update",
 )  # fmt: skip

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from dist_resnet.augment import ChoiceDrawer, Normalisation, augment
 from dist_resnet.config import load_config
 from dist_resnet.data.stream import Batch
-from dist_resnet.models.resnet import ResNet, build_model
+from dist_resnet.models.resnet import ResNet, resnet
 from dist_resnet.randomness import step_keys
 from dist_resnet.schema import Config
 from dist_resnet.state import TrainState, build_state
@@ -28,6 +28,13 @@ SMALL = (
 def small_config(*pairs: str) -> Config:
     """The recipe with a tiny model and batch."""
     return load_config([*SMALL, *pairs])
+
+
+def own_config(name: str, *pairs: str) -> Config:
+    """As `small_config`, with a net of `tests.nets`, or one that is named module:callable."""
+    kept = [pair for pair in SMALL if not pair.startswith("model.")]
+    name = name if ":" in name else f"tests.nets:{name}"
+    return load_config([*kept, f"model.name={name}", *pairs])
 
 
 def rates(steps: int = 30) -> list[float]:
@@ -61,9 +68,19 @@ def train_step(
     steps: int = 30,
 ) -> TrainStep:
     """Ours, at step 0; its state is `.state`."""
-    state = build_state(config, CLASSES, dtype, device)
+    state = build_state(config, CLASSES, dtype, device, (SIDE, SIDE))
     statistics = Normalisation(STATISTICS.mean.to(device), STATISTICS.scale.to(device))
-    return TrainStep(config, state, rates(steps), replicas, dtype, statistics, (SIDE, SIDE), 3)
+    weights = class_weights(config)
+    return TrainStep(
+        config, state, rates(steps), replicas, dtype, statistics, (SIDE, SIDE), 3,
+        class_weights=None if weights is None else weights.to(device),
+    )  # fmt: skip
+
+
+def class_weights(config: Config) -> Tensor | None:
+    """float32 (K,): those that are given."""
+    given = config.optim.class_weights
+    return torch.tensor(given) if isinstance(given, list) else None
 
 
 @dataclass
@@ -82,7 +99,7 @@ class PlainLoop:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.model = build_model(config.model, CLASSES, config.seed)
+        self.model = resnet(config.model, CLASSES, config.seed)
         if config.precision.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.optimizer = plain_optimizer(self.model, config)
@@ -151,8 +168,9 @@ def forward(config: Config, model: nn.Module, step: int, batch: Batch) -> tuple[
         lam = choices.lam
         targets = lam * targets + (1 - lam) * targets[choices.partner]
         hits = lam * hits + (1 - lam) * (guesses == batch.labels[choices.partner]).float()
-    smoothing = config.optim.label_smoothing
-    loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+    smoothing, weights = config.optim.label_smoothing, class_weights(config)
+    wanted = targets if weights is None or choices.partner is not None else batch.labels
+    loss = F.cross_entropy(logits, wanted, weights, label_smoothing=smoothing)
     return loss, float(hits.mean())
 
 

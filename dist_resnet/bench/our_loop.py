@@ -96,9 +96,10 @@ def quiet(config: Config) -> Config:
 
 def make_step(config: Config, session: Session, plan: Plan, kind: type[TrainStep]) -> TrainStep:
     """A step of class `kind`, from the state that a run starts from."""
+    classes, device = len(session.dataset.classes), session.world.device
     return kind(
         config,
-        build_state(config, len(session.dataset.classes), session.precision, session.world.device),
+        build_state(config, classes, session.precision, device, session.image_size),
         rates(config, plan),
         plan.replicas,
         session.precision,

@@ -1,12 +1,10 @@
-"""The command line of dist_resnet.data.prepare."""
+"""Options that several sources of data.prepare share, and those of the built-in ones."""
 
 import argparse
 import re
-from typing import NoReturn
 
 from dist_resnet.data.decoding import FITS, Reading
 from dist_resnet.data.folder import Tolerance
-from dist_resnet.data.sources import CIFAR
 from dist_resnet.errors import UserError
 from dist_resnet.paths import user_path
 
@@ -14,51 +12,46 @@ SYNTHETIC = {"num-train": 50_000, "num-test": 10_000, "classes": 10, "size": 32,
 _SKIPPED = 100  # --skip-damaged without a number
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m dist_resnet.data.prepare --help")
+def add_input(parser: argparse.ArgumentParser) -> None:
+    """Of what is downloaded."""
+    parser.add_argument(
+        "--input", type=user_path, help="folder with torchvision's files or .tar.gz"
+    )
 
 
-def parser(about: str) -> argparse.ArgumentParser:
-    """Its options; errors are UserErrors."""
-    parser = _Parser(prog="python -m dist_resnet.data.prepare", description=about)
-    common = _Parser(add_help=False)
-    common.add_argument("--output", type=user_path, default="data", help="default: data")
-    common.add_argument("--name", type=_name, help="of the data set; default: the source's")
-    sources = parser.add_subparsers(dest="source", metavar="SOURCE", required=True)
-    for name in CIFAR:
-        cifar = sources.add_parser(name, parents=[common], help="downloaded, or --input ROOT")
-        cifar.add_argument(
-            "--input", type=user_path, help="folder with torchvision's files or .tar.gz"
-        )
-    _add_folder(sources.add_parser("folder", parents=[common], help="class folders, .tar* or .zip"))
-    sources.add_parser("digits", parents=[common], help="1,797 bundled digits, 32x32")
-    synthetic = sources.add_parser("synthetic", parents=[common], help="a pattern a class, noise")
+def add_synthetic(parser: argparse.ArgumentParser) -> None:
+    """How many, and what they are like."""
     for key, default in SYNTHETIC.items():
-        synthetic.add_argument(f"--{key}", type=int, default=default, help=f"default: {default}")
-    return parser
+        parser.add_argument(f"--{key}", type=int, default=default, help=f"default: {default}")
 
 
-def _add_folder(folder: argparse.ArgumentParser) -> None:
-    for split in ("--train", "--test"):
-        folder.add_argument(split, type=user_path, required=True, help="folder or archive")
-    folder.add_argument("--resize", type=int, metavar="N", help="make every image NxN")
-    folder.add_argument(
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How image files become pixels; see `reading_of`."""
+    parser.add_argument("--resize", type=int, metavar="N", help="make every image NxN")
+    parser.add_argument(
         "--fit", choices=FITS, help="how: default stretch; crop and pad (black) keep the aspect"
     )
-    folder.add_argument(
+    parser.add_argument(
         "--bits", type=int, default=16, help="of greyscale stored with 16; default: 16"
     )
-    folder.add_argument(
+
+
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    """Where they lie, and what may be wrong with them."""
+    for split in ("--train", "--test"):
+        parser.add_argument(split, type=user_path, required=True, help="folder or archive")
+    add_reading(parser)
+    parser.add_argument(
         "--skip-damaged", type=int, nargs="?", const=_SKIPPED, default=0, metavar="N",
         help=f"leave out up to N damaged images of each set ({_SKIPPED} if no N is given)",
     )  # fmt: skip
-    folder.add_argument(
+    parser.add_argument(
         "--allow-missing", action="store_true", help="a class may have no test images"
     )
 
 
-def _name(text: str) -> str:
+def set_name(text: str) -> str:
+    """A data set's name, or UserError."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", text):
         raise UserError(f"--name {text!r}: use letters, digits, '.', '_' and '-', no '.' in front")
     return text

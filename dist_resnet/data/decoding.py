@@ -45,6 +45,13 @@ class Reading:
 AS_STORED = Reading()
 
 
+def target_size(resize: int | None) -> tuple[int, int] | None:
+    """(height, width) that --resize asks for; UserError for what cannot be."""
+    if resize is not None and not 1 <= resize <= 4096:
+        raise UserError(f"--resize {resize}: give a side between 1 and 4096")
+    return None if resize is None else (resize, resize)
+
+
 def stored_reading(raw: Any) -> Reading:
     """A `Reading` as JSON or a checkpoint holds it; older ones do not. ValueError if damaged."""
     reading = Reading(**raw) if isinstance(raw, dict) else AS_STORED
@@ -81,17 +88,32 @@ class Decoder:
         or values of more bits than `reading` says, or has more pixels than Pillow's limit against
         decompression bombs; if it is resized, than `MAX_RESIZED_PIXELS`.
         """
+        file, formats = io.BytesIO(data), decodable()[1]
+        with self._explained(where), self._limit(), Image.open(file, formats=formats) as image:
+            return self._pixels(image)
+
+    def convert(self, image: Image.Image, where: str) -> NDArray[np.uint8]:
+        """As `__call__`, of an image that is open already, and stays as it is."""
+        with self._explained(where), self._limit():
+            return self._pixels(image.copy())
+
+    def _pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or MAX_RESIZED_PIXELS):
+            raise Image.DecompressionBombError
+        deep_colour = _DEEP_COLOUR.search(str(getattr(image, "tile", ())[:1]))
+        image.load()
+        _turn_upright(image)
+        rgb = self._shallow(image) if image.mode.startswith("I") else _to_rgb(image)
+        if deep_colour and not image.mode.startswith("I"):
+            self._note_colour(rgb)
+        return np.array(self._resized(rgb))
+
+    @contextlib.contextmanager
+    def _explained(self, where: str) -> Iterator[None]:
+        """Turn what a decoder raises into a UserError."""
         try:
-            with self._limit(), Image.open(io.BytesIO(data), formats=decodable()[1]) as image:
-                if image.width * image.height > (Image.MAX_IMAGE_PIXELS or MAX_RESIZED_PIXELS):
-                    raise Image.DecompressionBombError
-                deep_colour = _DEEP_COLOUR.search(str(image.tile[:1]))
-                image.load()
-                _turn_upright(image)
-                rgb = self._shallow(image) if image.mode.startswith("I") else _to_rgb(image)
-                if deep_colour and not image.mode.startswith("I"):
-                    self._note_colour(rgb)
-                return np.array(self._resized(rgb))
+            yield
+            return
         except UnidentifiedImageError:  # its message prints an address in memory
             reason = "is not an image or is damaged; replace or remove it"
         except Image.DecompressionBombError:

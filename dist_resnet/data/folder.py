@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_resnet.data.decoding import AS_STORED, Decoder, Reading, decodable
+from dist_resnet.data.decoding import AS_STORED, Decoder, Reading, decodable, target_size
 from dist_resnet.data.images import ImageSet, Split, StoredImages, progress, tell
 from dist_resnet.data.members import Parts, explained, members
 from dist_resnet.errors import UserError
@@ -70,9 +70,7 @@ def load_folder(
     `resize`: every image becomes `resize` x `resize`. Raises UserError naming the file, folder,
     archive or class that has to be changed.
     """
-    if resize is not None and not 1 <= resize <= 4096:
-        raise UserError(f"--resize {resize}: give a side between 1 and 4096")
-    size = None if resize is None else (resize, resize)
+    size = target_size(resize)
     first = _read(train, scratch / "train", Decoder(size, reading), size)
     second = _read(test, scratch / "test", Decoder(size, reading), first.size)
     _judge((first, second), tolerance.damaged)

@@ -20,17 +20,17 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from dist_resnet.cli import run_command
-from dist_resnet.data.arguments import SYNTHETIC, parser, reading_of, tolerance_of
 from dist_resnet.data.beton import read_back, write_beton
 from dist_resnet.data.content import fingerprint
 from dist_resnet.data.dataset import DESCRIPTION, TEST, TRAIN, Dataset, describe
-from dist_resnet.data.folder import load_folder
 from dist_resnet.data.images import ImageSet, blocks, tell
-from dist_resnet.data.sources import CIFAR, load_cifar, load_digits, load_synthetic
+from dist_resnet.data.sources import CIFAR
+from dist_resnet.data.table import SOURCES, default_name, parser, recorded_source
 from dist_resnet.errors import UserError
 from dist_resnet.storage import sync_folder
 
@@ -48,30 +48,42 @@ def prepare(image_set: ImageSet, folder: Path, source_name: str, name: str) -> D
         return _place(image_set, folder, workspace, source_name, name)
 
 
-def prepare_builtin(name: str, data_root: Path) -> Dataset:
+def prepare_builtin(name: str, data_root: Path, source: str | None = None) -> Dataset:
     """The data set `name` below `data_root`; prepared first if it is missing or damaged.
 
-    `name`: cifar10 and cifar100 (downloaded), digits, synthetic. Raises UserError for others, and
-    as `prepare` does.
+    `name`: cifar10 and cifar100 (downloaded), digits, synthetic, or of one's own with
+    `source`, module:callable. Raises UserError for others, and as `prepare` does.
     """
     folder = data_root / name
-    if name not in BUILTIN:
+    if source is None and name not in BUILTIN:
         raise UserError(
             f"there is no data set {name!r} in {data_root}; prepare it: python -m "
             "dist_resnet.data.prepare folder --train PATH --test PATH "
             f"--output {shlex.quote(str(data_root))} --name {shlex.quote(name)}"
         )
+    options = parser().parse_args([name] if source is None else ["source", source])
     with _workspace(folder) as workspace:
         if present := _intact(folder):  # perhaps made by another process while this one waited
             return present
-        image_set = _load_builtin(name, None, workspace)
-        return _place(image_set, folder, workspace, name, name)
+        return _load_and_place(options, folder, workspace, name)
 
 
-def _load_builtin(name: str, input_root: Path | None, workspace: Path) -> ImageSet:
-    if name in CIFAR:
-        return load_cifar(name, input_root, workspace / "download")
-    return load_digits() if name == "digits" else load_synthetic(*SYNTHETIC.values())
+def check_source(dataset: Dataset, source: str | None) -> None:
+    """Raise UserError unless `dataset` was prepared from `source`, module:callable; None: any."""
+    if source is not None and shlex.split(dataset.source)[:2] != ["source", source]:
+        raise UserError(
+            f"data.source={source}: {dataset.folder} was prepared from {dataset.source}; "
+            "choose another data.dataset, or data.source=null for any"
+        )
+
+
+def _load_and_place(
+    options: argparse.Namespace, folder: Path, workspace: Path, name: str
+) -> Dataset:
+    scratch = workspace / "scratch"
+    scratch.mkdir()
+    image_set = SOURCES[options.source].load(options, scratch)
+    return _place(image_set, folder, workspace, recorded_source(options), name)
 
 
 def _intact(folder: Path) -> Dataset | None:
@@ -172,7 +184,7 @@ def _swap(built: Path, place: Path) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     start, source = time.perf_counter(), options.source
-    name = options.name or source
+    name = options.name or default_name(options)
     folder = options.output / name
     with _workspace(folder) as workspace:
         dataset = _intact(folder)
@@ -180,18 +192,7 @@ def _run(options: argparse.Namespace) -> None:
         if dataset and dataset.source == source in CIFAR and not options.input:
             tell(f"{folder} is already prepared", sys.stdout)
         else:
-            if source == "folder":
-                scratch = workspace / "scratch"
-                scratch.mkdir()
-                reading, tolerance = reading_of(options), tolerance_of(options)
-                paths = options.train, options.test, scratch
-                image_set = load_folder(*paths, options.resize, reading, tolerance)
-            elif source == "synthetic":
-                values = [getattr(options, key.replace("-", "_")) for key in SYNTHETIC]
-                image_set = load_synthetic(*values)
-            else:
-                image_set = _load_builtin(source, getattr(options, "input", None), workspace)
-            dataset = _place(image_set, folder, workspace, source, name)
+            dataset = _load_and_place(options, folder, workspace, name)
     tell(
         f"{folder}: {dataset.num_train:,} training and {dataset.num_test:,} test images, "
         f"{dataset.width}x{dataset.height}\n"
@@ -204,8 +205,16 @@ def _run(options: argparse.Namespace) -> None:
     )
 
 
+class _Terminated(BaseException):
+    """By SIGTERM: no SystemExit, which somebody's source may raise too."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, 2 (user's mistake) or 130 (Ctrl-C)."""
+    """Run the command line. Returns the exit code: 0, 2 (user's mistake), 130 (Ctrl-C) or 143."""
     try:
         _run(parser(__doc__.split(":")[0]).parse_args(arguments))
     except UserError as error:
@@ -214,9 +223,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         tell("interrupted; nothing was changed")
         return 130
+    except _Terminated:
+        return 143
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workspace is removed
+    signal.signal(signal.SIGTERM, _terminate)  # so that the workspace is removed
     run_command(main)

@@ -98,12 +98,12 @@ def _download(kind: Any, name: str, root: Path) -> Path:
     from torchvision.datasets.utils import download_url
 
     archive = root / kind.filename
-    with _patience():
+    with patience():
         try:
             _check_reachable(kind.url)
             if not sys.stderr.isatty():
                 print(f"downloading {kind.url} ...", file=sys.stderr, flush=True)
-            with _quiet():
+            with quiet():
                 download_url(kind.url, str(root), kind.filename, kind.tgz_md5)
                 _extract(kind, archive, root)
         except (OSError, RuntimeError, HTTPException) as error:
@@ -118,7 +118,7 @@ def _download(kind: Any, name: str, root: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _patience() -> Iterator[None]:
+def patience() -> Iterator[None]:
     """Bound every wait for the network; torchvision sets no time-out and would wait for ever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_SECONDS)
@@ -129,7 +129,7 @@ def _patience() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide torchvision's prints, and its progress bar too where there is no terminal."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))

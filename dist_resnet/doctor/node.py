@@ -113,12 +113,15 @@ def _ffcv() -> Finding:
 def _dataset(config: Config) -> Finding:
     name, folder = config.data.dataset, user_path(config.data.root) / config.data.dataset
     if not Dataset.exists(folder):
-        command = f"{_PREPARE} {name} --output {shlex.quote(config.data.root)}"
+        source, own = name, config.data.source
+        if own is not None:
+            source = f"source {shlex.quote(own)} --name {shlex.quote(name)}"
+        command = f"{_PREPARE} {source} --output {shlex.quote(config.data.root)}"
         place = next(p for p in folder.absolute().parents if p.exists())
-        if name in _BUILTIN and (why := _why_not_writable(place)):
+        if (own or name in _BUILTIN) and (why := _why_not_writable(place)):
             text = f"{folder} is not there, and {place} cannot be written ({why})"
             return Finding("FAIL", "dataset", text, "set data.root to a folder where it can be")
-        if name in _BUILTIN:
+        if own or name in _BUILTIN:
             text = f"{folder} is not there yet; the first training prepares it"
             return Finding("note", "dataset", text, f"or do it now: {command}")
         text = f"{folder} is not there"

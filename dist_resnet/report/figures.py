@@ -45,6 +45,7 @@ def headline(run: RunRecord) -> list[Figure]:
         Figure("val/top1", either("val/top1", lambda: run.last("val/top1")), ".4f"),
         Figure("val/top5", either("val/top5", lambda: run.last("val/top5")), ".4f"),
         Figure("val/balanced", either("val/balanced", lambda: run.last("val/balanced")), ".4f"),
+        Figure("val/f1_macro", either("val/f1_macro", lambda: run.last("val/f1_macro")), ".4f"),
         Figure("best/val/top1", either("best/val/top1", lambda: best[0]), ".4f"),
         Figure("best/step", either("best/step", lambda: best[1]), ",d"),
         Figure("val/loss", either("val/loss", lambda: run.last("val/loss")), ".4f"),

@@ -61,6 +61,12 @@ def test_a_sound_machine(tmp_path: Path, digits: Dataset) -> None:
     [
         (["data.dataset=birds"], "dataset", "FAIL", "data.prepare --help"),
         (["data.dataset=cifar10"], "dataset", "note", "data.prepare cifar10 --output"),
+        (
+            ["data.dataset=birds", "data.source=my_data:birds"],
+            "dataset",
+            "note",
+            "data.prepare source my_data:birds --name birds --output",
+        ),
         (["wandb.mode=online"], "wandb", "FAIL", "wandb login"),
         (["run.dir=/proc/nowhere"], "disk", "FAIL", "set run.dir"),
         (["data.root=/proc/nowhere"], "dataset", "FAIL", "; set data.root"),

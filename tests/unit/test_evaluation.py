@@ -17,7 +17,7 @@ from dist_resnet.data.images import ImageSet
 from dist_resnet.data.stream import open_loader
 from dist_resnet.distributed import World
 from dist_resnet.evaluation import Evaluation, Evaluator
-from dist_resnet.models.resnet import ResNet, build_model
+from dist_resnet.models.resnet import ResNet, resnet
 from dist_resnet.schema import ModelConfig
 from tests.ranks import run_ranks
 
@@ -57,7 +57,7 @@ def _model() -> ResNet:
 @cache
 def _warmed_up() -> ResNet:
     """Random, with running statistics of random images, so that its guesses differ."""
-    model = build_model(ModelConfig(widths=[8, 8, 16]), CLASSES, 3)
+    model = resnet(ModelConfig(widths=[8, 8, 16]), CLASSES, 3)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _ in range(60):
@@ -140,7 +140,7 @@ def test_top5_and_balanced_accuracy_are_scikit_learns() -> None:
     # A class is far more frequent than the others, and the last one is absent.
     labels = np.minimum(rng.integers(0, 24, count), classes - 2)
     images = rng.integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
-    model = build_model(ModelConfig(widths=[8, 8, 16]), classes, 3)
+    model = resnet(ModelConfig(widths=[8, 8, 16]), classes, 3)
     statistics = Normalisation.of(MEAN, STD, SIDE, CPU)
     loader = ArrayLoader(images, labels, 32)
     evaluate = Evaluator(loader, np.arange(count), statistics, torch.float32, False, ALONE, classes)
@@ -161,6 +161,38 @@ def test_top5_and_balanced_accuracy_are_scikit_learns() -> None:
     assert "val/per_class/c7" in figures
     assert "val/per_class/c8" not in figures
     assert "val/top5" not in _evaluate(ALONE, 8).figures("abcde")  # always 1 of five classes
+
+
+def test_precision_recall_and_f1_are_scikit_learns(truth: dict[str, Any]) -> None:
+    from sklearn.metrics import precision_recall_fscore_support as scores
+
+    labels, guesses = _data()[1], truth["guesses"]
+    found = _evaluate(ALONE, 8)
+    expected = scores(labels, guesses, labels=range(CLASSES), average=None, zero_division=0)
+    for score, *wanted in zip(found.class_scores(), *expected, strict=True):
+        assert [score.precision, score.recall, score.f1] == pytest.approx(wanted[:3])
+        assert score.images == wanted[3]
+    # As scikit-learn: over the classes that occur as truth or as prediction.
+    precision, recall, f1, _ = scores(labels, guesses, average="macro", zero_division=0)
+    figures = found.figures("abcde")
+    assert figures["val/precision_macro"] == pytest.approx(precision)
+    assert figures["val/recall_macro"] == pytest.approx(recall)
+    assert figures["val/f1_macro"] == pytest.approx(f1)
+    assert len({precision, recall, f1, found.balanced}) >= 3
+
+
+@pytest.mark.parametrize("guessed", [0, 4])  # the last class has no image: a prediction only
+def test_macro_means_leave_out_what_does_not_occur(guessed: int) -> None:
+    from sklearn.metrics import f1_score
+
+    confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
+    confusion[0, 0], confusion[1, 1], confusion[1, guessed] = 3, 2, 4
+    rows, columns = confusion.nonzero().repeat_interleave(
+        confusion[confusion > 0], dim=0
+    ).unbind(1)  # fmt: skip
+    found = Evaluation(0.0, 5, 9, None, confusion, 9)
+    wanted = f1_score(rows, columns, average="macro", zero_division=0)
+    assert found.macro()["f1"] == pytest.approx(wanted)
 
 
 def test_without_mirror_images() -> None:

@@ -94,6 +94,9 @@ def _launch_all(half: torch.dtype, widest: int) -> None:
     for classes in (10, 1000):
         logits = torch.empty(256, classes, dtype=half, device=META)
         loss_and_gradient(logits, samples, (samples, rate.expand(8)), 0.1, rate, 8)
+        weights = torch.empty(classes, device=META)
+        for mixup in (None, (samples, rate.expand(8))):
+            loss_and_gradient(logits, samples, mixup, 0.1, rate, 8, weights)
     values, exchange = (torch.empty(n, device=META) for n in (270_000, 272_000))
     squares = update.update(
         values, exchange, values, exchange, 260_000, rate, rate, 0.9, 5e-4, True

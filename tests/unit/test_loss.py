@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dist_resnet.augment import Choices
+from dist_resnet.augment import ChoiceDrawer, Choices, Normalisation
 from dist_resnet.loss import mixed_cross_entropy, mixed_targets, weighted_top1
+from dist_resnet.replica_pass import KernelPass, TorchPass, torch_pass
+from dist_resnet.schema import AugmentConfig
 
 K, N = 10, 33
 
@@ -63,6 +65,36 @@ def test_loss_under_mixup_is_the_mix_of_losses(smoothing: float) -> None:
     torch.testing.assert_close(found, 0.3 * own + 0.7 * other)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("lam", [None, 0.3])
+def test_class_weights_are_torchs(lam: float | None, smoothing: float) -> None:
+    """Without mixup divided by the labels' weights, with it by the number of images."""
+    logits, labels, partner = _case(5)
+    weights = torch.rand(K) + 0.2
+    choices = _choices(None if lam is None else partner, lam)
+    found = mixed_cross_entropy(logits, labels, choices, smoothing, weights)
+    log_p = torch.log_softmax(logits.double(), 1)
+    total, divisor = 0.0, 0.0
+    for i in range(N):
+        shares = {int(labels[i]): 1.0} if lam is None else {}
+        if lam is not None:
+            for label, share in ((labels[i], lam), (labels[partner[i]], 1 - lam)):
+                shares[int(label)] = shares.get(int(label), 0.0) + share
+        for k in range(K):
+            target = (1 - smoothing) * shares.get(k, 0.0) + smoothing / K
+            total -= float(weights[k] * target * log_p[i, k])
+        divisor += float(weights[labels[i]]) if lam is None else 1.0
+    assert float(found) == pytest.approx(total / divisor, rel=1e-5)
+    if lam is None:
+        torchs = F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing)
+        assert torch.equal(found, torchs)
+    else:
+        one_hot = torch.eye(K)
+        mixed = lam * one_hot[labels] + (1 - lam) * one_hot[labels[partner]]
+        torchs = F.cross_entropy(logits, mixed, weight=weights, label_smoothing=smoothing)
+        torch.testing.assert_close(found, torchs)
+
+
 @pytest.mark.parametrize("lam", [None, 0.4])
 def test_gradient_is_softmax_minus_target(lam: float | None) -> None:
     logits, labels, partner = _case(4)
@@ -97,3 +129,13 @@ def test_weighted_accuracy_by_a_loop(lam: float | None) -> None:
         expected += weight * (guess == own) + (1 - weight) * (guess == other)
     assert float(found) == pytest.approx(expected / N, abs=1e-6)
     assert 0 < expected < N
+
+
+def test_the_pass_that_kernels_are_held_to_weighs_alike() -> None:
+    weights, host = torch.rand(K), torch.device("cpu")
+    draw = ChoiceDrawer(AugmentConfig(), (8, 8), 0.0, 4, host)
+    statistics = Normalisation.of((120.0,) * 3, (60.0,) * 3, 8, host)
+    own = KernelPass(AugmentConfig(), 0.1, draw, statistics, 2, torch.float32, weights)
+    found = torch_pass(own)
+    assert isinstance(found, TorchPass)
+    assert found.weights is weights

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dist_resnet.flat import flatten_model
-from dist_resnet.models.resnet import build_model
+from dist_resnet.models.resnet import resnet
 from dist_resnet.optim import FlatSGD, LossScale, ema_weight
 from dist_resnet.schema import ModelConfig, OptimConfig
 
@@ -40,7 +40,7 @@ def _plain_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
     ids=["recipe", "nesterov", "no momentum", "no decay"],
 )
 def test_twenty_steps_of_plain_sgd(config: OptimConfig) -> None:
-    model = build_model(MODEL, 5, 1).to(memory_format=torch.channels_last)
+    model = resnet(MODEL, 5, 1).to(memory_format=torch.channels_last)
     plain = copy.deepcopy(model)
     flat = flatten_model(model)
     ours, theirs = FlatSGD(flat, config), _plain_optimizer(plain, config)
@@ -66,7 +66,7 @@ def test_twenty_steps_of_plain_sgd(config: OptimConfig) -> None:
 
 
 def test_decay_alone_moves_only_what_decays() -> None:
-    flat = flatten_model(model := build_model(MODEL, 5, 1))
+    flat = flatten_model(model := resnet(MODEL, 5, 1))
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(1.0)
@@ -79,7 +79,7 @@ def test_decay_alone_moves_only_what_decays() -> None:
 
 
 def test_an_overflow_leaves_everything_as_it_is() -> None:
-    flat = flatten_model(build_model(MODEL, 5, 1))
+    flat = flatten_model(resnet(MODEL, 5, 1))
     optimizer = FlatSGD(flat, OptimConfig())
     flat.gradients.normal_(generator=torch.Generator().manual_seed(0))
     optimizer.step(0.1, torch.tensor(0.0))

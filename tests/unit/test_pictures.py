@@ -50,8 +50,13 @@ def test_a_confusion_matrix_of_any_size(number: int) -> None:
         assert (pure == (0, 170, 0)).all(axis=1).any()
 
 
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("pairs", [["augment.cutout=6"], ["augment.mixup_alpha=0"]])
-def test_the_batch_shown_is_the_one_trained_on(pairs: list[str]) -> None:
+def test_the_batch_shown_is_the_one_trained_on(pairs: list[str], given: bool) -> None:
+    """Under the dataset's own normalisation or a `given` one, which cutout's squares show."""
+    if given:
+        scale = [[value / 255 for value in row] for row in ((120, 127, 133), (70, 74, 71))]
+        pairs = [*pairs, f"data.normalisation={scale}"]
     config = small_config(*pairs, "model.dropout=0.3", "train.step_mode=eager")
     step, batch = train_step(config, 1), batch_of(0, 1)
     seen: list[torch.Tensor] = []
@@ -62,8 +67,8 @@ def test_the_batch_shown_is_the_one_trained_on(pairs: list[str]) -> None:
     expected = (seen[0] * std + mean).permute(0, 2, 3, 1)
     dataset = Dataset(
         folder=Path(), name="x", source="x", classes=("a",) * 5, height=SIDE, width=SIDE,
-        num_train=100, num_test=10, mean=channels[0], std=channels[1], fingerprint="", files={},
-            created_by={},
+        num_train=100, num_test=10, fingerprint="", files={}, created_by={},
+        mean=(10.0, 200.0, 30.0) if given else channels[0], std=channels[1],
     )  # fmt: skip
     shown = augmented(config, dataset, 0, batch.images, batch.samples)
     assert shown.shape == (BATCH, SIDE, SIDE, 3)

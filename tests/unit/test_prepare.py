@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from dist_resnet.data import prepare as prepare_module
-from dist_resnet.data import sources
+from dist_resnet.data import sources, table
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.content import channel_statistics, fingerprint
 from dist_resnet.data.dataset import Dataset
@@ -351,7 +351,7 @@ def test_builtin_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (digits.num_train, digits.num_test, digits.source) == (1437, 360, "digits")
     # A second time it is not even loaded; a damaged one is prepared anew.
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "load_digits", lambda: pytest.fail("loaded again"))
+        patch.setattr(table, "load_digits", lambda: pytest.fail("loaded again"))
         assert prepare_builtin("digits", tmp_path) == digits
     digits.test_path.write_bytes(b"")
     assert prepare_builtin("digits", tmp_path).fingerprint == digits.fingerprint

@@ -2,15 +2,19 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
 from dist_resnet import session
-from dist_resnet.config import load_config, to_dict
+from dist_resnet.augment import normalise
+from dist_resnet.config import load_config, to_dict, trajectory_hash
+from dist_resnet.data.beton import read_back
+from dist_resnet.data.dataset import Dataset
 from dist_resnet.distributed import World
 from dist_resnet.errors import UserError
 from dist_resnet.precision import choose_precision
-from dist_resnet.session import choose_threads, settle
+from dist_resnet.session import Session, choose_threads, open_session, settle
 
 CPU = torch.device("cpu")
 
@@ -82,3 +86,98 @@ def test_ranks_bound_to_other_cores_take_none_of_ours(monkeypatch: pytest.Monkey
     assert choose_threads(load_config([]), 2) == 2
     monkeypatch.setattr(session, "from_all", lambda value: [(0, set(range(8)))] * 4)
     assert session.sharing_cores(world(4)) == 4, "nobody is bound"
+
+
+def _session(dataset: Dataset, *pairs: str) -> Session:
+    place = f"data.root={dataset.folder.parent}", f"data.dataset={dataset.folder.name}"
+    return open_session(load_config([*place, *pairs]), world(1))
+
+
+@pytest.mark.usefixtures("threads")
+def test_balanced_class_weights_are_scikit_learns_of_what_is_trained_on(tiny: Dataset) -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    held = _session(tiny, "optim.class_weights=balanced", "data.val_split=11")
+    labels = read_back(tiny.train_path).labels[held.train_indices]
+    wanted = compute_class_weight("balanced", classes=np.arange(5), y=labels)
+    found = held.class_weights()
+    assert found is not None
+    assert len(set(wanted)) > 1
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-6)
+    assert _session(tiny).class_weights() is None
+    given = _session(tiny, "optim.class_weights=[1,2,3,0.5,1]").class_weights()
+    assert given is not None
+    assert given.tolist() == [1, 2, 3, 0.5, 1]
+
+
+@pytest.mark.usefixtures("threads")
+def test_class_weights_that_do_not_fit_are_refused(tiny: Dataset) -> None:
+    few = _session(tiny, "optim.class_weights=[1,2]")
+    with pytest.raises(UserError, match=r"2 numbers; .* has 5 classes: class0, class1"):
+        few.class_weights()
+    none = _session(tiny, "optim.class_weights=balanced", "data.val_split=50")
+    with pytest.raises(UserError, match=r"no image of class class[0-4] is trained on"):
+        none.class_weights()
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(
+    ("given", "mean", "std"),
+    [
+        ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("[[0.5,0.4,0.3],[1,0.25,0.5]]", (0.5, 0.4, 0.3), (1, 0.25, 0.5)),
+    ],
+)
+def test_normalisation_is_torchvisions(
+    tiny: Dataset, given: str, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    from torchvision.transforms.functional import normalize
+
+    images = torch.from_numpy(np.asarray(read_back(tiny.test_path).images))
+    statistics = _session(tiny, f"data.normalisation={given}").normalisation()
+    wanted = normalize(images.permute(0, 3, 1, 2) / 255, list(mean), list(std))
+    torch.testing.assert_close(normalise(images, statistics), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("threads")
+def test_the_dataset_s_own_normalisation_is_as_it_was(tiny: Dataset) -> None:
+    assert _session(tiny).channel_scale == (tiny.mean, tiny.std)
+
+
+def test_normalisation_and_class_weights_are_part_of_what_a_run_is() -> None:
+    hashes = {
+        trajectory_hash(load_config(pairs))
+        for pairs in (
+            [],
+            ["data.normalisation=imagenet"],
+            ["data.normalisation=[[0.5,0.5,0.5],[0.2,0.2,0.2]]"],
+            ["optim.class_weights=balanced"],
+            ["optim.class_weights=[1,2]"],
+        )
+    }
+    assert len(hashes) == 5
+    # Where the images came from is not: what they are is known by their fingerprint.
+    assert trajectory_hash(load_config(["data.source=a:b"])) == trajectory_hash(load_config([]))
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        "data.normalisation=imagnet",
+        "data.normalisation=[0.5,0.5]",
+        "data.normalisation=[[0.5,0.5,0.5]]",
+        "data.normalisation=[[0.5,0.5],[0.2,0.2]]",
+        "data.normalisation=[[125,125,125],[60,60,60]]",  # on the scale to 255
+        "data.normalisation=[[0.5,0.5,0.5],[0.2,0,0.2]]",
+        "data.normalisation=[[0.5,0.5,a],[0.2,0.2,0.2]]",
+        "optim.class_weights=balance",
+        "optim.class_weights=[]",
+        "optim.class_weights=[1,-2]",
+        "optim.class_weights=[1,inf]",
+        "optim.class_weights=[1,[2]]",
+        "data.source=my_data.birds",
+    ],
+)
+def test_what_cannot_be_is_refused_by_its_key(pair: str) -> None:
+    with pytest.raises(UserError, match=f"{pair.partition('=')[0]}=.*: must be"):
+        load_config([pair])

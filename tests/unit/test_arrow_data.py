@@ -1,0 +1,187 @@
+"""Hugging Face data sets and parquet files; without pyarrow most of it is skipped."""
+
+import importlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_resnet.data import from_arrow
+from dist_resnet.data.beton import read_back
+from dist_resnet.data.dataset import Dataset
+from dist_resnet.data.prepare import main
+from dist_resnet.errors import UserError
+
+
+@pytest.fixture
+def arrow() -> Any:
+    """pyarrow, with its parquet module."""
+    pytest.importorskip("pyarrow.parquet")
+    return importlib.import_module("pyarrow")
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _images(rng: np.random.Generator, count: int) -> np.ndarray:
+    return rng.integers(0, 256, (count, 28, 28), np.uint8)
+
+
+def _write(arrow: Any, path: Path, columns: dict[str, Any], metadata: Any = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = arrow.table(columns)
+    if metadata is not None:
+        table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+    arrow.parquet.write_table(table, path, row_group_size=7)
+
+
+def _prepared(folder: Path, *arguments: str) -> Dataset:
+    words = ["huggingface", *arguments, "--output", str(folder / "data"), "--name", "x"]
+    assert main(words) == 0
+    return Dataset.load(folder / "data" / "x")
+
+
+def test_parquet_as_the_hub_has_it(tmp_path: Path, arrow: Any, rng: np.random.Generator) -> None:
+    """Split by file names, images in a struct, names of classes in the schema."""
+    first, second, test = _images(rng, 20), _images(rng, 9), _images(rng, 5)
+    features = {
+        "image": {"_type": "Image"},
+        "label": {"names": ["b", "a"], "_type": "ClassLabel"},
+        "id": {"dtype": "int64", "_type": "Value"},
+    }
+    for name, images in (
+        ("train-00000-of-2", first),
+        ("train-00001-of-2", second),
+        ("test-0", test),
+    ):
+        columns = {
+            "image": [{"bytes": _png(image), "path": "x.png"} for image in images],
+            "label": [number % 2 for number in range(len(images))],
+            "id": list(range(len(images))),
+        }
+        path = tmp_path / "set" / "data" / f"{name}.parquet"
+        _write(arrow, path, columns, {"info": {"features": features}})
+    dataset = _prepared(tmp_path, str(tmp_path / "set"))
+    found = read_back(dataset.train_path)
+    assert np.array_equal(found.images[:][..., 0], np.concatenate([first, second]))
+    assert found.labels.tolist() == [k % 2 for k in range(20)] + [k % 2 for k in range(9)]
+    assert dataset.num_test == 5
+    assert dataset.classes == ("b", "a")
+    assert (dataset.height, dataset.width) == (28, 28)
+
+
+def test_plain_parquet_files(tmp_path: Path, arrow: Any, rng: np.random.Generator) -> None:
+    """Bare bytes, labels as text, no notes; the columns found by their types or named."""
+    for name, count in (("a", 12), ("b", 6)):
+        columns = {
+            "picture": [_png(image) for image in _images(rng, count)],
+            "species": [("owl", "wren")[k % 2] for k in range(count)],
+            "weight": [1.5] * count,
+        }
+        _write(arrow, tmp_path / f"{name}.parquet", columns)
+    both = str(tmp_path / "a.parquet"), "--test", str(tmp_path / "b.parquet")
+    dataset = _prepared(tmp_path, *both)
+    assert (dataset.num_train, dataset.num_test, dataset.classes) == (12, 6, ("owl", "wren"))
+    named = _prepared(tmp_path, *both, "--image-column", "picture", "--label-column", "species")
+    assert named.fingerprint == dataset.fingerprint
+    assert "--label-column species" in named.source or named == dataset
+
+
+def test_what_datasets_saves(tmp_path: Path, rng: np.random.Generator, arrow: Any) -> None:
+    """By its own `save_to_disk`; a split called validation serves as the test set."""
+    datasets = pytest.importorskip("datasets")
+    images = {"train": _images(rng, 15), "validation": _images(rng, 4)}
+    features = datasets.Features(
+        {"img": datasets.Image(), "fine": datasets.ClassLabel(names=["u", "v", "w"])}
+    )
+    splits = {
+        name: datasets.Dataset.from_dict(
+            {"img": [Image.fromarray(i) for i in part], "fine": [k % 3 for k in range(len(part))]},
+            features=features,
+        )
+        for name, part in images.items()
+    }
+    datasets.DatasetDict(splits).save_to_disk(
+        tmp_path / "saved", num_shards={"train": 2, "validation": 1}
+    )
+    dataset = _prepared(tmp_path, str(tmp_path / "saved"))
+    found = read_back(dataset.train_path)
+    assert np.array_equal(found.images[:][..., 0], images["train"])
+    assert found.labels.tolist() == [k % 3 for k in range(15)]
+    assert (dataset.num_test, dataset.classes) == (4, ("u", "v", "w"))
+    single = splits["train"].shuffle(seed=1).select(range(6))
+    single.save_to_disk(tmp_path / "single")
+    again = _prepared(tmp_path, str(tmp_path / "single"), "--test", str(tmp_path / "saved"))
+    wanted = [np.asarray(image) for image in single["img"]]
+    assert np.array_equal(read_back(again.train_path).images[:][..., 0], np.stack(wanted))
+
+
+@pytest.mark.parametrize(
+    ("columns", "arguments", "message"),
+    [
+        ({"image": [b"?"], "label": [0]}, (), "item 0 of train: is not an image or is damaged"),
+        ({"image": [None], "label": [0]}, ("--image-column", "image"), "its image is NoneType"),
+        ({"image": [_png(np.ones((3, 3), np.uint8))], "label": [None]},
+         ("--label-column", "label"), "item 0 of train: its label is NoneType"),
+        ({"image": [_png(np.ones((3, 3), np.uint8))], "label": [-1]}, (), "its label is -1"),
+        ({"image": [b"?"], "a": [0], "b": [1]}, (), "a, b of the columns image, a, b may be"),
+        ({"text": ["?"], "label": [0]}, (), "none of the columns text, label may be the image"),
+        ({"image": [b"?"], "label": [0]}, ("--label-column", "lable"), "no such column; there are"),
+        ({"image": [{"bytes": None, "path": "no/such.png"}], "label": [0]}, (),
+         "item 0 of train: raised FileNotFoundError"),
+    ],
+)  # fmt: skip
+def test_a_bad_table_is_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arrow: Any,
+    columns: dict[str, Any],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    path = str(tmp_path / "a.parquet")
+    _write(arrow, tmp_path / "a.parquet", columns)
+    words = ["huggingface", path, "--test", path, "--output", str(tmp_path), *arguments]
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err.strip().splitlines()[-1]
+    assert "Traceback" not in captured.err
+
+
+def test_bad_paths_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arrow: Any
+) -> None:
+    place = "--output", str(tmp_path / "data")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.parquet").write_bytes(b"no parquet")
+    one = tmp_path / "one" / "train.parquet"
+    _write(arrow, one, {"image": [b"?"], "label": [0]})
+    for path, message in (
+        ("empty", "no parquet file and no saved data set lies there"),
+        ("nowhere", "no parquet file and no saved data set lies there"),
+        ("bad.parquet", "has no split test; give one: --test PATH"),
+        ("one", "has no split test; give one: --test PATH"),
+    ):
+        assert main(["huggingface", str(tmp_path / path), *place]) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    bad = str(tmp_path / "bad.parquet")
+    assert main(["huggingface", bad, "--test", bad, *place]) == 2
+    assert "bad.parquet: raised ArrowInvalid" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_without_pyarrow_one_line_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(from_arrow.importlib, "import_module", missing)
+    with pytest.raises(UserError, match=r"pyarrow: pip install 'dist-resnet\[data\]'"):
+        from_arrow._import("pyarrow")
