@@ -61,6 +61,8 @@ def trained_model(saved: dict[str, Any], config: Config) -> nn.Module:
     Raises:
         UserError: `config` describes another model, or its code is not found.
     """
-    model = in_layout(build_model(config.model, len(saved["classes"])), channels_last=True)
+    model = in_layout(
+        build_model(config.model, len(saved["classes"])), config.precision.channels_last
+    )
     load_tensors(model, evaluated_tensors(saved))
     return model.eval()

@@ -112,6 +112,8 @@ BAD = {
     "Unseeded": "head.bias starts otherwise when built again",
     "kept": "gave the same conv.weight twice",
     "Failing": r"raised ValueError: no luck with this \(.*nets.py:\d+\)",
+    "Synchronised": "norm is a SyncBatchNorm",
+    "Viewing": "raised RuntimeError: view size.*or set precision.channels_last=false",
     "NoBackward": "raised RuntimeError: one of the variables needed for gradient",
 }
 
@@ -121,6 +123,12 @@ def test_a_net_that_breaks_the_contract_is_told_in_one_line(name: str) -> None:
     with pytest.raises(UserError, match=f"^model.name=tests.nets:{name}: .*(?:{BAD[name]})") as e:
         check(own_config(name))
     assert "\n" not in str(e.value)
+
+
+def test_a_net_for_the_other_layout_trains_in_it() -> None:
+    step = train_step(own_config("Viewing", "precision.channels_last=false"), 2)
+    step(batch_of(0, 2))
+    assert step.state.traits == Traits()
 
 
 def test_another_size_of_the_images_is_told() -> None:
