@@ -168,13 +168,18 @@ def as_configured(step: TrainStep, report: Callable[[str], None]) -> TrainStep |
 
     A graph draws from where the generators stand when it is replayed: for one replica.
     """
+    if step.reduction.remark:
+        report(step.reduction.remark)
     if step.config.train.step_mode != "graph":
         return step
+    optimizer = step.state.optimizer
+    reason = ""
+    if not optimizer.capturable:
+        reason = f"optim.name={optimizer.name} has no argument capturable"
     if step.state.traits.draws and step.local > 1:
-        report(
-            "train.step_mode=graph: no graph, as the net draws random numbers and there are "
-            f"{step.local} replicas on a rank; steps run one by one"
-        )
+        reason = f"the net draws random numbers and there are {step.local} replicas on a rank"
+    if reason:
+        report(f"train.step_mode=graph: no graph, steps run one by one: {reason}")
         return step
     return CapturedStep(step, report)
 

@@ -10,21 +10,59 @@ import io
 import os
 import re
 from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from dist_resnet.errors import UserError, first_line
+from dist_resnet.paths import printable
+from dist_resnet.state import Snapshot
 from dist_resnet.storage import sync_folder, write_atomically
 
-FORMAT = 1
+FORMAT = 2  # 1, with "momentum" in place of "optimizer", is read too
+T = TypeVar("T", "Checkpoint", Snapshot)
 _LOOKS = 100  # at a folder in which a running training replaces its files
 _NAME = re.compile(r"(step|best)-(\d{8,})-([0-9a-f]{16})\.pt")
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Plain tensors and numbers of one checkpoint.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run at a step: all that continuing it, or using its model, takes."""
+
+    state: Snapshot
+    config: dict[str, Any]
+    """As `config.to_dict`."""
+    classes: list[str]
+    """Names, by the index of their logit."""
+    mean: list[float]
+    std: list[float]
+    """Of each channel, on the scale 0 to 255: what images are normalised by."""
+    image_size: list[int]
+    """Height and width."""
+    fingerprint: str = ""
+    """Of the dataset."""
+    reading: dict[str, Any] | None = None
+    """How image files became pixels, as a dict of `data.decoding.Reading`; None: unknown."""
+    seconds: float = 0.0
+    """Of training until here."""
+    code: dict[str, str] = field(default_factory=dict)
+    """As `code.code_of_run`; empty: unknown."""
+    init: dict[str, str] | None = None
+    """What weights the run began with, as `Start.identity`; None: random ones."""
+    machine: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    """As `environment.machine` and `environment.versions`; empty: unknown."""
+    forks: list[dict[str, Any]] = field(default_factory=list)
+    """Where the run left another one, as `fork.starting_point` records it."""
+    wandb_id: str | None = None
+    wandb_position: Any = None
+    """Of the run on W&B: its name, and how much of its record counts."""
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The content of one file.
 
     Raises:
         UserError: unreadable, damaged, or not a checkpoint of this program.
@@ -41,9 +79,33 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch, zipfile and pickle each have their own
         line = first_line(error).split(". ")[0]  # torch goes on about its own internals
         raise UserError(f"{path}: not a checkpoint, or damaged: {line}") from None
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+    version = saved.get("format") if isinstance(saved, dict) else None
+    if version not in (1, FORMAT):
         raise UserError(f"{path}: not a checkpoint of dist_resnet (format {FORMAT})")
-    return saved
+    state = _filled(path, Snapshot, _of_now(saved.get("state", {}), version))
+    names = [printable(str(name)) for name in saved.get("classes", [])]
+    given = saved | {"state": state} | ({"classes": names} if names else {})
+    return _filled(path, Checkpoint, given)
+
+
+def _of_now(state: Any, version: int) -> Any:
+    """A state as this version writes it."""
+    if version == FORMAT or not isinstance(state, dict) or "momentum" not in state:
+        return state
+    kept = {name: {"momentum_buffer": tensor} for name, tensor in state["momentum"].items()}
+    return state | {"optimizer": {"parameters": kept, "others": {}, "groups": [], "own": {}}}
+
+
+def _filled(path: Path, kind: type[T], values: Any) -> T:
+    """A `kind` of the values that it has fields for."""
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: damaged: its state is no mapping")
+    own = [part for part in fields(kind) if part.init]
+    for part in own:
+        needed = part.default is MISSING and part.default_factory is MISSING
+        if needed and part.name not in values:
+            raise UserError(f"{path}: not a checkpoint of a training: it lacks {part.name}")
+    return kind(**{part.name: values[part.name] for part in own if part.name in values})
 
 
 class CheckpointStore:
@@ -53,7 +115,7 @@ class CheckpointStore:
         self.folder = folder
         self.keep = keep
 
-    def save(self, content: dict[str, Any], step: int, best: bool) -> Path:
+    def save(self, checkpoint: Checkpoint, best: bool) -> Path:
         """Write a checkpoint, then delete those beyond the newest `keep`.
 
         Args:
@@ -63,9 +125,10 @@ class CheckpointStore:
             OSError: disk full or read-only; every older checkpoint is still there.
         """
         buffer = io.BytesIO()
+        content = vars(checkpoint) | {"state": vars(checkpoint.state)}
         torch.save({"format": FORMAT, **content}, buffer)
         data = buffer.getvalue()
-        name = f"{step:08d}-{hashlib.sha256(data).hexdigest()[:16]}.pt"
+        name = f"{checkpoint.state.step:08d}-{hashlib.sha256(data).hexdigest()[:16]}.pt"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._delete_old()  # before, too: a lower checkpoint.keep makes room on a full disk
         path = self.folder / f"step-{name}"
@@ -77,7 +140,7 @@ class CheckpointStore:
 
     def newest(
         self, report: Callable[[str], None], set_aside: bool = True
-    ) -> tuple[Path, dict[str, Any]] | None:
+    ) -> tuple[Path, Checkpoint] | None:
         """The valid checkpoint of the highest step, or None where there has been none.
 
         Damaged ones are told to `report`. Times of files play no part: clocks differ.

@@ -170,7 +170,9 @@ def _numbers(row: Any, count: int) -> bool:
 
 def _check_training(config: Config) -> None:
     optim, schedule, train = config.optim, config.schedule, config.train
-    for key in ("lr", "muon_lr"):
+    clip = optim.clip_norm
+    _require(0 <= clip < float("inf"), "optim.clip_norm", clip, "at least 0")
+    for key in ("lr", "muon_lr", "bias_lr_factor"):
         value = getattr(optim, key)
         _require(0 < value < float("inf"), f"optim.{key}", value, "above 0")
     half = config.precision.dtype == "fp16"

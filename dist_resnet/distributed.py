@@ -118,6 +118,18 @@ def all_reduce_sum(tensor: Tensor) -> None:
             dist.all_reduce(tensor)
 
 
+def start_sum(tensor: Tensor) -> Callable[[], None]:
+    """Begin to sum `tensor` over the ranks, in place; what is returned waits for the end."""
+    with collective():
+        work: Any = dist.all_reduce(tensor, async_op=True)
+
+    def wait() -> None:
+        with collective():
+            work.wait()
+
+    return wait
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """Stack every rank's (n, ...) into (world size * n, ...), by rank; the same on all ranks."""
     if not dist.is_initialized():
@@ -203,8 +215,7 @@ def collective() -> Iterator[None]:
 
 
 def _is_the_devices(error: RuntimeError) -> bool:
-    """Whether the device failed, or a capture, and not the exchange: on a GPU anything surfaces
-    at the next call, whichever it is."""
+    """Whether the device failed, or a capture: on a GPU that surfaces at any later call."""
     if not torch.cuda.is_initialized() or isinstance(error, dist.DistError):
         return False
     return isinstance(error, CUDA_ERRORS) or torch.cuda.is_current_stream_capturing()

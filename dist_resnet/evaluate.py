@@ -59,25 +59,25 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
     if path.suffix == ".safetensors":
         return _evaluate_file(path, pairs)
     file, saved = find_weights(path)
-    config = stored_config(saved["config"], pairs)
-    if config.data.normalisation != stored_config(saved["config"]).data.normalisation:
+    config = stored_config(saved.config, pairs)
+    if config.data.normalisation != stored_config(saved.config).data.normalisation:
         raise UserError("data.normalisation: is the model's own; leave it out")
     world = start(config.parallel.device, config.parallel.timeout_seconds)
     try:
         session = open_session(config, world)
         model = trained_model(saved, config).to(world.device)
-        if tuple(session.dataset.classes) != tuple(saved["classes"]):
+        if tuple(session.dataset.classes) != tuple(saved.classes):
             raise UserError(
                 f"{session.dataset.folder}: its classes are not those the model was trained on"
             )
-        if session.image_size != tuple(saved["image_size"]):
+        if session.image_size != tuple(saved.image_size):
             raise UserError(f"{session.dataset.folder}: its images are not of the model's size")
         width = session.dataset.width
-        statistics = Normalisation.of(saved["mean"], saved["std"], width, world.device)
+        statistics = Normalisation.of(saved.mean, saved.std, width, world.device)
         result = session.evaluator(statistics)(model)
     finally:
         stop()
-    return {"checkpoint": str(file), "step": saved["state"]["step"]} | _figures(session, result)
+    return {"checkpoint": str(file), "step": saved.state.step} | _figures(session, result)
 
 
 def _evaluate_file(path: Path, pairs: Sequence[str | dict[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dist_resnet.code import plugins_of
 from dist_resnet.plan import Plan, explain
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
@@ -29,6 +30,8 @@ def introduction(
         f" {session.threads} CPU threads a process; step: {step}",
         *explain(config, plan),
         *told_of_net(state, plan.replicas_per_rank),
+        *state.optimizer.remarks,
+        *(f"code: {key}={name}" for key, name in plugins_of(config)),
     ]
     if session.world.device.type == "cpu" and session.world.size == 1 and session.threads > 1:
         lines.append(

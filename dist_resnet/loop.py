@@ -1,12 +1,12 @@
 """The training loop: what happens at which step."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
 from dist_resnet import signals, watchdog
 from dist_resnet.captured import CapturedStep
-from dist_resnet.checkpoint import CheckpointStore
+from dist_resnet.checkpoint import Checkpoint, CheckpointStore
 from dist_resnet.data.stream import Batch
 from dist_resnet.diagnosis import LOW_RATE, decline_threshold
 from dist_resnet.distributed import on_main
@@ -17,7 +17,7 @@ from dist_resnet.metrics import Totals
 from dist_resnet.plan import Plan
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
-from dist_resnet.state import TrainState
+from dist_resnet.state import Snapshot, TrainState
 from dist_resnet.step import TrainStep
 from dist_resnet.stopwatch import Stopwatch
 from dist_resnet.tracking.tracker import Tracker
@@ -30,8 +30,8 @@ class Keeper:
 
     folder: RunFolder
     store: CheckpointStore
-    header: dict[str, Any]
-    """What a checkpoint holds beside the state: configuration, dataset, W&B run."""
+    checkpoint: Callable[[Snapshot, float, Any], Checkpoint]
+    """Of a state, the seconds of training and W&B's position."""
     tracker: Tracker
     wandb: WandbTracker | None
 
@@ -47,13 +47,10 @@ class Keeper:
         Raises:
             UserError: it cannot be written though it `must`; else that is told, and we go on.
         """
-        content = self.header | {
-            "state": state.state_dict(),
-            "seconds": seconds,
-            "wandb_position": self.wandb and self.wandb.position(),
-        }
+        position = self.wandb and self.wandb.position()
+        content = self.checkpoint(state.snapshot(), seconds, position)
         try:
-            self.store.save(content, state.step, best)
+            self.store.save(content, best)
         except OSError as error:
             last = self.store.newest_path() or "none"
             line = (

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dist_resnet.flat import FlatModel
+from dist_resnet.groups import flat_groups
 from dist_resnet.schema import OptimConfig
 
 SMALLEST_SCALE = 2.0**-14  # below fp16's own smallest normal number the gradients are infinite
@@ -13,53 +14,28 @@ _SCALE_START = 65536.0  # and
 _SCALE_PATIENCE = 2000  # steps without overflow before it doubles: as torch.amp.GradScaler
 
 
-class FlatSGD:
-    """torch's fused SGD on two tensors: the decayed parameters and the others.
+class FlatSGD(torch.optim.SGD):
+    """torch's fused SGD; over a model's flat values it is two updates, not one a parameter.
 
     The momentum starts at zero, which equals torch's first step from the gradient.
     """
 
-    def __init__(self, flat: FlatModel, config: OptimConfig, first: int = 0) -> None:
-        """`first`: where the values that it updates begin."""
-        self.momentum = torch.zeros_like(flat.values)
-        self._settings: dict[str, Any] = {
-            "momentum": config.momentum,
-            "nesterov": config.nesterov,
-            "dampening": 0.0,
-            "maximize": False,
-            "is_first_step": False,
-        }
-        self._parts = [
-            (
-                [flat.values[part]],
-                [flat.gradients[part]],
-                [self.momentum[part]] if config.momentum else [],
-                decay,
-            )
-            for part, decay in (
-                (slice(first, flat.num_decayed), config.weight_decay),
-                (slice(flat.num_decayed, None), 0.0),
-            )
-        ]
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+    ) -> None:
+        super().__init__(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
-    def step(self, lr: float | Tensor, overflow: Tensor | None = None) -> None:
-        """Update the parameters from their gradients.
-
-        Args:
-            lr: a number, or a 0-dimensional tensor on the device.
-            overflow: float32, 0-dimensional; 1 leaves everything as it is, without a host wait.
-        """
-        for values, gradients, momentum, decay in self._parts:
-            # What torch.optim.SGD(fused=True) ends in; what it does before costs 10 us a step.
-            torch._fused_sgd_(
-                values,
-                gradients,
-                momentum,
-                weight_decay=decay,
-                lr=lr,
-                found_inf=overflow,
-                **self._settings,
-            )
+    @staticmethod
+    def groups(flat: FlatModel, config: OptimConfig) -> list[dict[str, Any]]:
+        """What it is given in place of the model's own parameters."""
+        return flat_groups(flat, config)
 
 
 class LossScale:

@@ -6,7 +6,7 @@ from typing import Any
 from dist_resnet.errors import UserError
 from dist_resnet.plugins import is_plugin
 from dist_resnet.schedule import learning_rates, scale_factor
-from dist_resnet.schema import Config
+from dist_resnet.schema import Config, OptimConfig, ScheduleConfig
 
 _MOST_STEPS = 50_000_000  # the rate of every step is computed before the first
 _SHRINKS = 4  # from a side of the image to one of the last stage: two strides of two
@@ -126,7 +126,25 @@ def explain(config: Config, plan: Plan) -> list[str]:
         f"{plan.images_left_out_per_epoch} left out), {plan.total_steps:,} in all",
         f"learning rate: {plan.base_lr:g} at batch {optim.reference_batch_size} -> "
         f"{plan.peak_lr:g} at batch {size} ({rule}), {config.schedule.name}",
+        *[f"{key}: does nothing {where}" for key, where in _idle(config)],
     ]
+
+
+def _idle(config: Config) -> list[tuple[str, str]]:
+    """Keys other than by default that nothing reads, and why."""
+    optim, default, where = config.optim, OptimConfig(), f"with optim.name={config.optim.name}"
+    own = {"momentum", "nesterov"} if ":" in optim.name else set()
+    own |= {"muon_lr"} if optim.name != "muon" else set()
+    idle = [
+        (f"optim.{key}={getattr(optim, key)}", where)
+        for key in sorted(own)
+        if getattr(optim, key) != getattr(default, key)
+    ]
+    schedule, marks = config.schedule.name, config.schedule.milestones
+    if schedule != "step" and marks != ScheduleConfig().milestones:
+        text = ",".join(map(str, marks))
+        idle.append((f"schedule.milestones=[{text}]", f"with schedule.name={schedule}"))
+    return idle
 
 
 def _largest_divisor(number: int, limit: int) -> int:

@@ -1,10 +1,12 @@
 """Where a run leaves its traces: console, metrics.jsonl, W&B, checkpoints and status."""
 
 import secrets
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dist_resnet.checkpoint import CheckpointStore
+from dist_resnet.checkpoint import Checkpoint, CheckpointStore
+from dist_resnet.code import run_hash
 from dist_resnet.config import to_dict, to_yaml
 from dist_resnet.data.dataset import DESCRIPTION, Dataset
 from dist_resnet.environment import git_commit, machine, versions
@@ -14,6 +16,7 @@ from dist_resnet.plan import Plan
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
 from dist_resnet.session import Session
+from dist_resnet.state import Snapshot
 from dist_resnet.tracking.console import Console
 from dist_resnet.tracking.jsonl import MetricsFile, rewind
 from dist_resnet.tracking.notices import Alerts, Artifacts
@@ -45,23 +48,22 @@ def open_recording(
     plan: Plan,
     step: int,
     folder: RunFolder,
-    saved: dict[str, Any] | None,
-    init: dict[str, str] | None = None,
+    saved: Checkpoint | None,
+    origin: dict[str, Any],
 ) -> Recording:
     """Bring the run folder's files to `step` and open everything that records, on rank 0 only.
 
     Args:
-        init: file and SHA-256 of the weights that the run began with; None: random ones.
+        origin: `Checkpoint.code` and `Checkpoint.init`.
 
     Raises:
         UserError: the folder cannot be written.
     """
     if not session.world.is_main:
         return Recording(NullTracker(), None)
-    saved = saved or {}
-    known, forks = saved.get("wandb_id"), saved.get("forks", [])
-    begun = {"init": init} if init else {}
-    derived = plan.as_dict() | ({"forks": forks} if forks else {}) | begun
+    known, forks = (saved.wandb_id, saved.forks) if saved is not None else (None, [])
+    derived = plan.as_dict() | ({"forks": forks} if forks else {}) | origin
+    derived["hash"] = run_hash(config, origin["code"])
     run_id = folder.wandb_id(
         lambda: _new_id(folder.path.name), known, anew=bool(forks) and known is None
     )
@@ -70,7 +72,7 @@ def open_recording(
         folder.write_json("plan.json", derived)
         rewind(folder.metrics, step)
         (folder.path / "summary.json").unlink(missing_ok=True)  # of a shorter run
-        best = saved["state"]["best"].get("val/top1") if saved else None
+        best = saved.state.best.get("val/top1") if saved is not None else None
         console = Console(plan.total_steps, step, best=best)
         metrics = MetricsFile(folder.metrics, console.message)
     except OSError as error:
@@ -84,7 +86,7 @@ def open_recording(
         resolved | facts | {"plan": derived},
         run_id,
         folder.path.name,
-        resume_position=saved.get("wandb_position") if run_id == known else None,
+        resume_position=saved.wandb_position if saved is not None and run_id == known else None,
         say=console.message,
     )
     store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
@@ -93,20 +95,27 @@ def open_recording(
     if wandb is not None:
         parts += _told_by_wandb(config, wandb, store, data, folder.path.name)
     tracker = Trackers(parts, console.message)
-    header = _header(config, session, run_id if wandb is None else wandb.run_id, forks) | place
-    header |= begun
-    keeper = Keeper(folder, store, header, tracker, wandb)
+    wandb_id = run_id if wandb is None else wandb.run_id
+    header = {"forks": forks, "wandb_id": wandb_id, **_header(config, session), **place, **origin}
+    keeper = Keeper(folder, store, _checkpoints(header), tracker, wandb)
     keeper.heartbeat(step)
     return Recording(tracker, keeper)
 
 
-def _header(
-    config: Config, session: Session, run_id: str, forks: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """What a checkpoint holds beside the state."""
+def _checkpoints(header: dict[str, Any]) -> Callable[[Snapshot, float, Any], Checkpoint]:
+    """What makes a checkpoint of a state, the seconds of training and the place on W&B."""
+
+    def make(state: Snapshot, seconds: float, position: Any) -> Checkpoint:
+        return Checkpoint(state=state, seconds=seconds, wandb_position=position, **header)
+
+    return make
+
+
+def _header(config: Config, session: Session) -> dict[str, Any]:
+    """What a checkpoint holds of the configuration and the dataset."""
     data = session.dataset
     mean, std = session.channel_scale
-    header = {
+    return {
         "config": to_dict(config),
         "fingerprint": data.fingerprint,
         "classes": list(data.classes),
@@ -114,9 +123,7 @@ def _header(
         "std": list(std),
         "image_size": list(session.image_size),
         "reading": asdict(data.reading),
-        "wandb_id": run_id,
     }
-    return header | ({"forks": forks} if forks else {})
 
 
 def _told_by_wandb(

@@ -1,8 +1,9 @@
 """Which folder a run lives in, and which checkpoint it finds there."""
 
+from dataclasses import replace
 from typing import Any
 
-from dist_resnet.checkpoint import CheckpointStore, read_checkpoint
+from dist_resnet.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from dist_resnet.config import flatten, trajectory_hash
 from dist_resnet.distributed import from_main, on_main
 from dist_resnet.environment import differences
@@ -56,14 +57,14 @@ def _goes_on(folder: RunFolder) -> bool:
     return folder.is_of_job(job_id()) if job_id() else restart_count() > 0
 
 
-def find_checkpoint(config: Config, folder: RunFolder) -> dict[str, Any] | None:
+def find_checkpoint(config: Config, folder: RunFolder) -> Checkpoint | None:
     """The content of the checkpoint to continue from, as rank 0 reads it; None: start anew.
 
     Raises:
         UserError: on all ranks, where none of the existing ones is valid.
     """
     store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
-    found: list[dict[str, Any]] = []
+    found: list[Checkpoint] = []
 
     def choose() -> None:
         wanted = config.run.resume
@@ -81,7 +82,7 @@ def find_checkpoint(config: Config, folder: RunFolder) -> dict[str, Any] | None:
             content = read_checkpoint(user_path(wanted))
             if user_path(wanted).resolve().parent != folder.checkpoints.resolve():
                 # Another run's: that one's record on W&B is not this one's to rewind.
-                content |= {"wandb_id": None, "wandb_position": None}
+                content = replace(content, wandb_id=None, wandb_position=None)
             found.append(content)
 
     on_main(choose)
@@ -106,17 +107,17 @@ def take_back(config: Config, folder: RunFolder, step: int) -> None:
         raise UserError(f"{folder.path}: cannot be written: {error.strerror}") from None
 
 
-def other_rounding(saved: dict[str, Any], machine: dict[str, Any], step_mode: str) -> str:
+def other_rounding(saved: Checkpoint, machine: dict[str, Any], step_mode: str) -> str:
     """A line where a run goes on on another kind of machine or in another mode; else empty.
 
     Not refused: it is the same training, up to roundings, which grow.
 
     Args:
-        saved: of a checkpoint; those of older versions do not tell the machine.
+        saved: those of older versions do not tell the machine.
         machine: `environment.machine` here.
     """
     found = differences(
-        saved.get("machine", {}) | {"train.step_mode": saved["config"]["train"]["step_mode"]},
+        saved.machine | {"train.step_mode": saved.config["train"]["step_mode"]},
         machine | {"train.step_mode": step_mode},
     )
     if not found:

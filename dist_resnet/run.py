@@ -7,6 +7,8 @@ from typing import Any
 from dist_resnet import signals, watchdog
 from dist_resnet.augment.trial import try_extras
 from dist_resnet.captured import as_configured
+from dist_resnet.checkpoint import Checkpoint
+from dist_resnet.code import code_of_run, told_of_code
 from dist_resnet.config import to_dict
 from dist_resnet.data.stream import Loader, open_loader, training_batches
 from dist_resnet.distributed import World, from_main, on_main, start, stop, together
@@ -14,7 +16,7 @@ from dist_resnet.ending import ending, exit_code, raise_told, tell_ending
 from dist_resnet.environment import git_commit, hardware, machine, versions
 from dist_resnet.errors import EXIT_DONE, Diverged, Preempted, UserError
 from dist_resnet.evaluation import Evaluator
-from dist_resnet.fork import forks_told, starting_point
+from dist_resnet.fork import forks_told, starting_point, with_code
 from dist_resnet.gallery import Gallery
 from dist_resnet.gpu_memory import explaining_memory
 from dist_resnet.introduction import conclusion, introduction
@@ -90,32 +92,38 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     together(session.class_weights)  # refused before anything is written
     if saved is not None:
         saved = starting_point(saved, config, session.dataset.fingerprint, named)
-    step = saved["state"]["step"] if saved is not None else 0
+    step = saved.state.step if saved is not None else 0
     if step > plan.total_steps:
         raise UserError(
             f"{folder.path}: is at step {step:,} already, beyond the {plan.total_steps:,} of this "
             "command; choose more train.epochs or train.max_steps, or another run.name"
         )
-    early = saved is not None and config.train.early_stop and saved["state"].get("stopped_early")
+    early = saved is not None and config.train.early_stop and saved.state.stopped_early
     if (plan.finished(step) or early) and from_main(folder.has_summary()):
         if world.is_main:
             say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
             folder.set_status("done", step, exit_code=EXIT_DONE)
         return
     teachers = together(lambda: find_teachers(config))
+    code = together(lambda: code_of_run(config)) | {t.name: t.sha256 for t in teachers}
+    before, everywhere = saved.code if saved is not None else {}, from_main(code)
+    saved = together(lambda: with_code(saved, code, everywhere, config.run.allow_code_change))
     state, init = begin(config, session, saved)
     if world.is_main:
         for line in (*introduction(wanted, session, plan, state, folder), *forks_told(saved)):
+            say(line)
+        for line in told_of_code(before, code):
             say(line)
         kind = machine(world.device, session.threads)
         if saved is not None and (line := other_rounding(saved, kind, config.train.step_mode)):
             say(line)
     on_main(lambda: take_back(config, folder, step))
+    origin = {"code": code, "init": init}
     recording = together(
-        lambda: open_recording(config, session, plan, state.step, folder, saved, init)
+        lambda: open_recording(config, session, plan, state.step, folder, saved, origin)
     )
     trainer = _trainer(config, session, plan, state, recording, saved, teachers)
-    _fit_and_close(trainer, session, folder, recording)
+    _fit_and_close(trainer, session, folder, recording, code)
 
 
 def _trainer(
@@ -124,7 +132,7 @@ def _trainer(
     plan: Plan,
     state: TrainState,
     recording: Recording,
-    saved: dict[str, Any] | None,
+    saved: Checkpoint | None,
     teachers: list[FoundTeacher],
 ) -> Trainer:
     world, data = session.world, session.dataset
@@ -165,14 +173,18 @@ def _trainer(
         evaluate=evaluator,
         classes=data.classes,
         tracker=recording.tracker,
-        watch=Stopwatch(saved["seconds"] if saved else 0.0, world.device),
+        watch=Stopwatch(saved.seconds if saved else 0.0, world.device),
         keeper=recording.keeper,
         gallery=Gallery(config, data, every, wandb) if pictures else None,
     )
 
 
 def _fit_and_close(
-    trainer: Trainer, session: Session, folder: RunFolder, recording: Recording
+    trainer: Trainer,
+    session: Session,
+    folder: RunFolder,
+    recording: Recording,
+    sources: dict[str, str],
 ) -> None:
     state, world = trainer.state, session.world
     signals.defer()
@@ -197,7 +209,8 @@ def _fit_and_close(
         try:
             rows = read_rows(folder.metrics)
             last = trainer.last_evaluation or last_evaluation(rows)
-            summary = summarise(rows, last, state.best, _facts(trainer, session))
+            facts = _facts(trainer, session) | {"code": {n: c[:16] for n, c in sources.items()}}
+            summary = summarise(rows, last, state.best, facts)
             folder.write_json("summary.json", summary)
         except OSError as error:
             raise UserError(f"{folder.path}: no summary.json: {error.strerror}") from None

@@ -107,6 +107,10 @@ class OptimConfig:
     """Weight decay of parameters of 2 dimensions and more (under Muon not of convolutions)."""
     nesterov: bool = False
     """Nesterov momentum."""
+    clip_norm: float = 0.0
+    """Largest norm of the gradient, all parameters' together; longer ones are scaled; 0: off."""
+    bias_lr_factor: float = 1.0
+    """Factor of the rate of every bias: BatchNorm's, convolutions' and dense layers'."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """How the rate follows the global batch: not, in proportion (Goyal et al. 2017), by root."""
     reference_batch_size: int = 32

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_resnet.augment import Normalisation
+from dist_resnet.checkpoint import Checkpoint
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.content import Channels
 from dist_resnet.data.dataset import Dataset
@@ -154,7 +155,7 @@ def choose_threads(config: Config, sharing: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // sharing)
 
 
-def settle(config: Config, world: World, saved: dict[str, Any] | None) -> Config:
+def settle(config: Config, world: World, saved: Checkpoint | None) -> Config:
     """`config` with what was left to the machine settled: replicas, precision, mode of the step.
 
     A run that is continued keeps what it began with, wherever it goes on.
@@ -163,17 +164,17 @@ def settle(config: Config, world: World, saved: dict[str, Any] | None) -> Config
         UserError: the precision or the mode does not exist here, or torch crashes on the net.
     """
     if config.parallel.replicas == "auto":
-        began = saved["config"]["parallel"]["replicas"] if saved else world.size
+        began = saved.config["parallel"]["replicas"] if saved else world.size
         config = with_replicas(config, began)
     if config.precision.dtype == "auto":
-        began = saved["config"]["precision"]["dtype"] if saved else "auto"
+        began = saved.config["precision"]["dtype"] if saved else "auto"
         dtype = cast(Any, choose_precision(began, world.device)[0])
         config = replace(config, precision=replace(config.precision, dtype=dtype))
     mode = config.train.step_mode
-    if mode == "auto" and saved and saved["config"]["train"]["step_mode"] in ("eager", "compile"):
+    if mode == "auto" and saved and saved.config["train"]["step_mode"] in ("eager", "compile"):
         # Not the other modes: a machine that lacks them continues all the same, as the mode
         # alters rounding only.
-        mode = saved["config"]["train"]["step_mode"]
+        mode = saved.config["train"]["step_mode"]
     mode = cast(Any, choose_step_mode(mode, config, world.device)[0])
     return replace(config, train=replace(config.train, step_mode=mode))
 

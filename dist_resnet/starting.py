@@ -2,10 +2,10 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
+from dist_resnet.checkpoint import Checkpoint
 from dist_resnet.distributed import from_main, on_main, together
 from dist_resnet.errors import UserError, first_line
 from dist_resnet.models.build import build_model, in_layout
@@ -14,13 +14,13 @@ from dist_resnet.paths import user_path
 from dist_resnet.schema import Config, ModelConfig
 from dist_resnet.session import Session
 from dist_resnet.state import TrainState, build_state
-from dist_resnet.weights import evaluated_tensors, find_weights
+from dist_resnet.weights import find_weights
 
 SAFETENSORS = ".safetensors"
 
 
 def begin(
-    config: Config, session: Session, saved: dict[str, Any] | None
+    config: Config, session: Session, saved: Checkpoint | None
 ) -> tuple[TrainState, dict[str, str] | None]:
     """The state of `saved`, or the one before the first step; and what weights the run began with.
 
@@ -39,8 +39,8 @@ def begin(
     )
     if saved is None:
         return state, start.identity() if start is not None else None
-    state.load_state_dict(saved["state"])
-    return state, saved.get("init")
+    state.restore(saved.state)
+    return state, saved.init
 
 
 def read_start(config: ModelConfig) -> Start | None:
@@ -86,7 +86,7 @@ def _read(path: Path) -> Start:
         raise UserError(f"model.init={path}: {str(error).removeprefix(f'{path}: ')}") from None
     with file.open("rb") as content:
         checksum = hashlib.file_digest(content, "sha256").hexdigest()
-    return Start(str(file), checksum, evaluated_tensors(saved))
+    return Start(str(file), checksum, dict(saved.state.evaluated))
 
 
 def _safetensors(path: Path) -> Start:

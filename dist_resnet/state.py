@@ -13,9 +13,32 @@ from dist_resnet.flat import FlatModel, flatten_model
 from dist_resnet.metrics import Totals
 from dist_resnet.models.contract import Traits, checked_model
 from dist_resnet.models.matching import Start, start_from
-from dist_resnet.muon import build_optimizer
-from dist_resnet.optim import FlatSGD, LossScale
+from dist_resnet.optim import LossScale
+from dist_resnet.optimizer import RunOptimizer, build_optimizer
 from dist_resnet.schema import Config
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A `TrainState` at one step: plain numbers and tensors on the CPU, parameters by name."""
+
+    step: int
+    model: dict[str, Tensor]
+    """Parameters and buffers, in their own shapes."""
+    optimizer: dict[str, Any]
+    """As `OptimizerState.state_dict`; empty: as before the first step."""
+    ema: dict[str, Tensor] | None
+    """As `model`; None: no moving average was kept."""
+    loss_scale: dict[str, Any] | None
+    totals: dict[str, Any]
+    best: dict[str, float]
+    best_at_low_rate: float = 0.0
+    stopped_early: bool = False
+
+    @property
+    def evaluated(self) -> dict[str, Tensor]:
+        """What training evaluated: the moving average where one was kept."""
+        return self.model if self.ema is None else self.ema
 
 
 @dataclass
@@ -23,7 +46,7 @@ class TrainState:
     """Mutable; owned by the training loop."""
 
     flat: FlatModel
-    optimizer: FlatSGD
+    optimizer: RunOptimizer
     loss_scale: LossScale | None
     ema: Tensor | None
     """float32 (P + S,): moving average of parameters and BatchNorm statistics."""
@@ -41,48 +64,49 @@ class TrainState:
 
     def tensors(self) -> list[Tensor]:
         """All that a step on the device changes."""
-        found = [self.flat.values, self.flat.exchange, self.flat.row, self.optimizer.momentum]
-        found += [*self.totals.tensors, *self.flat.counters.values]
+        found = [self.flat.values, self.flat.exchange, self.flat.row]
+        found += [*self.optimizer.state.tensors(), *self.totals.tensors]
+        found += self.flat.counters.values
         if self.ema is not None:
             found.append(self.ema)
         if self.loss_scale is not None:
             found += [self.loss_scale.scale, self.loss_scale.good_steps]
         return found
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and tensors on the CPU, parameters by name and in their own shapes."""
-        flat = self.flat
-        return {
-            "step": self.step,
-            "model": {name: _plain(t) for name, t in flat.model.state_dict().items()},
-            "momentum": _by_name(flat, self.optimizer.momentum),
-            "ema": None if self.ema is None else self._ema_by_name(self.ema),
-            "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
-            "totals": self.totals.state_dict(),
-            "best": dict(self.best),
-            "best_at_low_rate": self.best_at_low_rate,
-            "stopped_early": self.stopped_early,
-        }
+    def snapshot(self) -> Snapshot:
+        """A copy of all of it."""
+        return Snapshot(
+            step=self.step,
+            model={name: _plain(t) for name, t in self.flat.model.state_dict().items()},
+            optimizer=self.optimizer.state.state_dict(),
+            ema=None if self.ema is None else self._ema_by_name(self.ema),
+            loss_scale=None if self.loss_scale is None else self.loss_scale.state_dict(),
+            totals=self.totals.state_dict(),
+            best=dict(self.best),
+            best_at_low_rate=self.best_at_low_rate,
+            stopped_early=self.stopped_early,
+        )
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """The inverse of `state_dict`.
+    def restore(self, saved: Snapshot) -> None:
+        """The inverse of `snapshot`.
 
         Raises:
             UserError: saved from another model.
         """
         flat = self.flat
         if self.ema is not None:
-            load_tensors(flat.model, saved["ema"])
+            load_tensors(flat.model, saved.evaluated)
             self.ema.copy_(_averaged_values(flat))
-        load_tensors(flat.model, saved["model"])
-        self.optimizer.momentum.copy_(_flattened(flat, saved["momentum"]))
-        if self.loss_scale is not None and saved["loss_scale"] is not None:
-            self.loss_scale.load_state_dict(saved["loss_scale"])
-        self.totals.load_state_dict(saved["totals"])
-        self.step = int(saved["step"])
-        self.best = dict(saved["best"])
-        self.best_at_low_rate = saved.get("best_at_low_rate", 0.0)
-        self.stopped_early = saved.get("stopped_early", False)
+        load_tensors(flat.model, saved.model)
+        if saved.optimizer:
+            self.optimizer.state.load_state_dict(saved.optimizer)
+        if self.loss_scale is not None and saved.loss_scale is not None:
+            self.loss_scale.load_state_dict(saved.loss_scale)
+        self.totals.load_state_dict(saved.totals)
+        self.step = saved.step
+        self.best = dict(saved.best)
+        self.best_at_low_rate = saved.best_at_low_rate
+        self.stopped_early = saved.stopped_early
 
     @contextmanager
     def evaluated_weights(self) -> Iterator[None]:
@@ -143,10 +167,11 @@ def build_state(
     model, traits = checked_model(config, classes, image_size, precision, device)
     told = start_from(model, start, config.model)[0] if start is not None else ""
     flat = flatten_model(model)
+    scaled = precision == torch.float16
     return TrainState(
         flat=flat,
-        optimizer=build_optimizer(flat, config.optim),
-        loss_scale=LossScale(device) if precision == torch.float16 else None,
+        optimizer=build_optimizer(flat, config, scaled),
+        loss_scale=LossScale(device) if scaled else None,
         ema=_averaged_values(flat) if config.train.ema_decay else None,
         totals=Totals(device),
         traits=traits,
@@ -160,19 +185,3 @@ def _averaged_values(flat: FlatModel) -> Tensor:
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def _by_name(flat: FlatModel, buffer: Tensor) -> dict[str, Tensor]:
-    """Slices of `buffer`, laid out as `FlatModel.values`, under the parameters' names."""
-    return {
-        name: _plain(buffer.as_strided(p.shape, p.stride(), p.storage_offset()))
-        for name, p in flat.named_parameters()
-    }
-
-
-def _flattened(flat: FlatModel, tensors: dict[str, Tensor]) -> Tensor:
-    """The inverse of `_by_name`."""
-    buffer = torch.zeros_like(flat.values)
-    for name, p in flat.named_parameters():
-        buffer.as_strided(p.shape, p.stride(), p.storage_offset()).copy_(tensors[name])
-    return buffer

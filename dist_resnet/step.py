@@ -50,13 +50,6 @@ class TrainStep:
         self.rates = rates
         self.distillation = distillation
         self.local = replicas // world_size()
-        self.reduction = build_reduction(
-            config.parallel.reduction,
-            state.flat.exchange.numel(),
-            replicas,
-            self.local,
-            state.flat.exchange.device,
-        )
         self.precision = precision
         flat = state.flat
         self.device = flat.values.device
@@ -71,6 +64,9 @@ class TrainStep:
         self.leaves = flat.parameters if self.shadow is None else self.shadow.leaves
         # Each gradient where it belongs, while it is in the cache; on a GPU that is a launch each.
         self.in_place = self.shadow is None and self.device.type == "cpu"
+        self.reduction = build_reduction(
+            config.parallel.reduction, flat, replicas, self.local, self.in_place
+        )
         self.forward = forward_function(mode, flat.model, self.group)
         if self.shadow is not None:
             self.forward = self.shadow.forward
@@ -94,7 +90,8 @@ class TrainStep:
         """While open, steps are made of PyTorch's operations: what our kernels are held to."""
         own, update, model = self.replica_pass, self.update, self.state.flat.model
         fused = {m: m.fused for m in model.modules() if isinstance(m, NormAct)}
-        self.replica_pass, self.update = torch_pass(own), update_by_torch(self.state)
+        by_torch = update_by_torch(self.state, self.config.optim)
+        self.replica_pass, self.update = torch_pass(own), by_torch
         for module in fused:
             module.fused = False
         try:
@@ -152,11 +149,14 @@ class TrainStep:
         # Every replica starts from the same statistics and moves them by its own batch's.
         start = flat.statistics.clone() if self.local > self.group else None
         flat.counters.note()
-        for number in range(self.local // self.group):
+        last = self.local // self.group - 1
+        for number in range(last + 1):
             part = slice(number * size, (number + 1) * size)
             if start is not None:
                 flat.statistics.copy_(start)
                 flat.counters.restart()
+            if number == last:
+                self.reduction.expect_last(flat.exchange)
             self.set_generators(number)
             images, labels, samples = batch.images[part], batch.labels[part], batch.samples[part]
             self.sum_over_group(images, labels, samples, key, turn)

@@ -3,9 +3,9 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dist_resnet.augment import Normalisation
+from dist_resnet.checkpoint import Checkpoint
 from dist_resnet.config import stored_config
 from dist_resnet.distill import Distillation, Teacher
 from dist_resnet.errors import UserError
@@ -21,7 +21,7 @@ class FoundTeacher:
 
     name: str
     file: Path
-    saved: dict[str, Any]
+    saved: Checkpoint
     sha256: str
     """Of the file."""
 
@@ -55,17 +55,17 @@ def build_distillation(
     teachers = []
     for teacher in found:
         saved = teacher.saved
-        if tuple(saved["classes"]) != tuple(data.classes):
+        if tuple(saved.classes) != tuple(data.classes):
             raise UserError(
                 f"distill.teachers={teacher.name}: knows other classes than {data.folder}"
             )
-        if tuple(saved["image_size"]) != session.image_size:
-            height, width = saved["image_size"]
+        if tuple(saved.image_size) != session.image_size:
+            height, width = saved.image_size
             raise UserError(
                 f"distill.teachers={teacher.name}: was trained on images of {width}x{height}"
             )
-        model = trained_model(saved, stored_config(saved["config"])).to(device)
-        own = Normalisation.of(saved["mean"], saved["std"], data.width, device)
+        model = trained_model(saved, stored_config(saved.config)).to(device)
+        own = Normalisation.of(saved.mean, saved.std, data.width, device)
         teachers.append(Teacher.of(model.requires_grad_(False), own, students))
     settings = config.distill
     return Distillation(teachers, settings.temperature, settings.weight) if teachers else None

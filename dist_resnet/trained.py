@@ -65,18 +65,18 @@ def load(path: str | Path, checkpoint: str = "newest") -> Classifier:
     """
     file, saved = find_weights(user_path(str(path)), checkpoint)
     try:
-        reading = stored_reading(saved.get("reading"))
+        reading = stored_reading(saved.reading)
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: damaged: {error}") from None
-    network = trained_model(saved, stored_config(saved["config"]))
-    height, width = saved["image_size"]
+    network = trained_model(saved, stored_config(saved.config))
+    height, width = saved.image_size
     classifier = Classifier(
         network,
-        tuple(saved["classes"]),
+        tuple(saved.classes),
         (height, width),
-        saved["mean"],
-        saved["std"],
-        saved["state"]["step"],
+        saved.mean,
+        saved.std,
+        saved.state.step,
         reading,
     )
     return classifier.eval()

@@ -18,21 +18,27 @@ Update = Callable[[float | Tensor, float | Tensor], None]
 def build_update(state: TrainState, config: OptimConfig) -> Update:
     """By our kernels for SGD without loss scaling where they run, else by PyTorch's operations."""
     plain = config.name == "sgd" and state.loss_scale is None
+    plain = plain and config.clip_norm == 0 and config.bias_lr_factor == 1
     if plain and support.usable(state.flat.values.device):
-        return lambda lr, ema_weight: _by_kernels(state, config, lr, ema_weight)
-    return update_by_torch(state)
+        momentum = _joined_momentum(state)
+        return lambda lr, ema_weight: _by_kernels(state, config, momentum, lr, ema_weight)
+    return update_by_torch(state, config)
 
 
-def update_by_torch(state: TrainState) -> Update:
+def update_by_torch(state: TrainState, config: OptimConfig) -> Update:
     """On any device, for any optimizer, with loss scaling where the state has it."""
-    return lambda lr, ema_weight: _by_torch(state, lr, ema_weight)
+    return lambda lr, ema_weight: _by_torch(state, config.clip_norm, lr, ema_weight)
 
 
-def _by_torch(state: TrainState, lr: float | Tensor, ema_weight: float | Tensor) -> None:
+def _by_torch(
+    state: TrainState, clip_norm: float, lr: float | Tensor, ema_weight: float | Tensor
+) -> None:
     flat, scaling, overflow = state.flat, state.loss_scale, None
     if scaling is not None:
         flat.gradients.div_(scaling.scale)
     torch.linalg.vector_norm(flat.gradients, out=flat.norm)
+    if clip_norm:  # as torch.nn.utils.clip_grad_norm_; what is logged is the norm before
+        flat.gradients.mul_((clip_norm / (flat.norm + 1e-6)).clamp(max=1.0))
     if scaling is not None:
         # fp16 probes for overflow: an infinite gradient is then a skipped step, no divergence,
         # unless no scale is small enough. Skipped steps leave the mean norm finite.
@@ -48,8 +54,23 @@ def _by_torch(state: TrainState, lr: float | Tensor, ema_weight: float | Tensor)
     state.totals.add(flat.row)
 
 
+def _joined_momentum(state: TrainState) -> Tensor:
+    """SGD's momentum as one tensor, float32 (P,), of which it holds views from now on."""
+    optimizer = state.optimizer.optimizer
+    kept = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+    joined = torch.cat([entry["momentum_buffer"] for entry in kept])
+    parts = joined.split([entry["momentum_buffer"].numel() for entry in kept])
+    for entry, part in zip(kept, parts, strict=True):
+        entry["momentum_buffer"] = part
+    return joined
+
+
 def _by_kernels(
-    state: TrainState, config: OptimConfig, lr: float | Tensor, ema_weight: float | Tensor
+    state: TrainState,
+    config: OptimConfig,
+    momentum: Tensor,
+    lr: float | Tensor,
+    ema_weight: float | Tensor,
 ) -> None:
     from dist_resnet.kernels import update as kernels  # Triton is not everywhere
 
@@ -57,7 +78,7 @@ def _by_kernels(
     squares = kernels.update(
         flat.values,
         flat.exchange,
-        state.optimizer.momentum,
+        momentum,
         state.ema,
         flat.num_decayed,
         lr,

@@ -104,6 +104,8 @@ def plain(tree: Tree) -> Any:
         return {str(key): plain(value) for key, value in tree.items()}
     if not isinstance(tree, Text) or tree.quoted:
         return str(tree) if isinstance(tree, Text) else tree
+    if tree.text[:1] in ("[", "{"):  # of the command line, for YAML's own are no text by now
+        return plain(read_yaml(tree.text))
     if tree.text in _NULLS:
         return None
     # Not infinity or nan, which are words.

@@ -1,14 +1,12 @@
 """A trained model out of a checkpoint or a run folder."""
 
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from dist_resnet.checkpoint import CheckpointStore, read_checkpoint
+from dist_resnet.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from dist_resnet.errors import UserError
 from dist_resnet.models.build import build_model, in_layout
-from dist_resnet.paths import printable
 from dist_resnet.schema import Config
 from dist_resnet.state import load_tensors
 from dist_resnet.tracking.tracker import say_on_stderr
@@ -16,7 +14,7 @@ from dist_resnet.tracking.tracker import say_on_stderr
 CHECKPOINTS = ("newest", "best")
 
 
-def find_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, dict[str, Any]]:
+def find_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, Checkpoint]:
     """File and content of a checkpoint, or of the newest valid or the best one of a run folder.
 
     Raises:
@@ -27,7 +25,7 @@ def find_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, dict[str
     if not path.is_dir():
         if checkpoint != CHECKPOINTS[0]:
             raise UserError(f"{path}: is no run folder, which alone has a {checkpoint} checkpoint")
-        return path, _checked(path, read_checkpoint(path))
+        return path, read_checkpoint(path)
     store = CheckpointStore(path / "checkpoints", keep=1)
     if checkpoint == "best":
         best = store.best_path()
@@ -37,32 +35,16 @@ def find_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, dict[str
     if found is None:
         kind = "best " if checkpoint == "best" else ""
         raise UserError(f"{path}: holds no {kind}checkpoint; name a run folder or a .pt file")
-    return found[0], _checked(*found)
-
-
-def _checked(file: Path, saved: dict[str, Any]) -> dict[str, Any]:
-    missing = {"config", "classes", "mean", "std", "image_size", "state"} - saved.keys()
-    if missing:
-        raise UserError(f"{file}: not a checkpoint of a training: it lacks {min(missing)}")
-    # As `Dataset.load` gives them, also from checkpoints of before it did.
-    return saved | {"classes": [printable(str(name)) for name in saved["classes"]]}
-
-
-def evaluated_tensors(saved: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights that training evaluated: the moving average where one was kept."""
-    state = saved["state"]
-    found: dict[str, Tensor] = state["model"] if state["ema"] is None else state["ema"]
     return found
 
 
-def trained_model(saved: dict[str, Any], config: Config) -> nn.Module:
+def trained_model(saved: Checkpoint, config: Config) -> nn.Module:
     """The model with the weights that training evaluated, in evaluation mode.
 
     Raises:
         UserError: `config` describes another model, or its code is not found.
     """
-    model = in_layout(
-        build_model(config.model, len(saved["classes"])), config.precision.channels_last
-    )
-    load_tensors(model, evaluated_tensors(saved))
+    layout = config.precision.channels_last
+    model = in_layout(build_model(config.model, len(saved.classes)), layout)
+    load_tensors(model, saved.state.evaluated)
     return model.eval()

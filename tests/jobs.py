@@ -142,7 +142,7 @@ def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def final_state(run: Path) -> dict[str, Any]:
     found = CheckpointStore(run / "checkpoints", 3).newest(print)
     assert found, f"no checkpoint in {run}"
-    return dict(leaves(found[1]["state"]))
+    return dict(leaves(vars(found[1].state)))
 
 
 def metric_rows(run: Path) -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ LAYERS: list[set[str]] = [
         "kernels",
     },
     {"distill", "augment", "loss", "flat", "counters", "optim", "muon", "models", "state", "data"}
+    | {"groups", "optimizer", "optimizer_state", "overlap", "plain_values"}
     | {"reduction", "summing", "replica_pass", "shadow", "update"},
     {
         "step_mode",
@@ -70,13 +71,14 @@ LAYERS: list[set[str]] = [
         "weights",
         "starting",
         "teachers",
+        "code",
         "introduction",
         "trained",
         "card",
         "fork",
         "ending",
     },
-    {"run", "preview", "sweep_plan", "code"},
+    {"run", "preview", "sweep_plan"},
     # The empty name is the package itself, which offers what others import from it.
     {
         "train",
@@ -110,7 +112,7 @@ OWN_THE_TERMINAL = {
 WAITLESS = (
     "step", "captured", "augment.choices", "augment.colour", "augment.erase", "augment.geometry",
     "augment.mix", "augment.named", "augment.normalisation", "augment.pipeline", "augment.trivial",
-    "loss", "flat", "counters", "reduction", "summing", "replica_pass", "shadow",
+    "loss", "flat", "counters", "overlap", "reduction", "summing", "replica_pass", "shadow",
     "update", "models.norm_act", "kernels.conv", "kernels.images", "kernels.loss",
     "kernels.norm_act", "kernels.update",
 )  # fmt: skip

@@ -159,7 +159,9 @@ def _recording(config: Config, session: Session, plan: Plan, silent: bool) -> It
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         folder = RunFolder(Path(from_main(place)) / "bench")
         on_main(folder.open)
-        recording = open_recording(config, session, plan, 0, folder, None)
+        recording = open_recording(
+            config, session, plan, 0, folder, None, {"code": {}, "init": None}
+        )
         try:
             yield recording
         finally:

@@ -10,7 +10,7 @@ from dist_resnet.data.stream import Batch
 from dist_resnet.distributed import World
 from dist_resnet.flat import flatten_model
 from dist_resnet.metrics import Totals
-from dist_resnet.optim import FlatSGD
+from dist_resnet.optimizer import build_optimizer
 from dist_resnet.plan import make_plan, rates
 from dist_resnet.precision import choose_dtype
 from dist_resnet.replica_pass import KernelPass, ReplicaChoices
@@ -88,7 +88,7 @@ def _dense_state(config: Config, world: World) -> TrainState:
     flat = flatten_model(DenseModel().to(world.device))
     return TrainState(
         flat=flat,
-        optimizer=FlatSGD(flat, config.optim),
+        optimizer=build_optimizer(flat, config),
         loss_scale=None,
         ema=None,
         totals=Totals(world.device),

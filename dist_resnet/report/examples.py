@@ -74,7 +74,7 @@ def find_examples(run: Path) -> Examples:
         UserError: no valid checkpoint, or its dataset is not here.
     """
     file, saved = find_weights(run)
-    config = stored_config(saved["config"], ["parallel.device=auto"])
+    config = stored_config(saved.config, ["parallel.device=auto"])
     folder = user_path(config.data.root) / config.data.dataset
     if not Dataset.exists(folder):
         raise UserError(f"there is no dataset at {folder}")
@@ -82,7 +82,7 @@ def find_examples(run: Path) -> Examples:
     try:
         session = open_session(config, world)
         data = session.dataset
-        if data.fingerprint != saved["fingerprint"]:
+        if data.fingerprint != saved.fingerprint:
             raise UserError(f"{folder} is not the dataset of this run")
         evaluator = session.evaluator(session.normalisation())
         result = evaluator(trained_model(saved, config).to(world.device), mistakes=SHOWN)
@@ -90,7 +90,7 @@ def find_examples(run: Path) -> Examples:
         worst = result.mistakes
         pixels = evaluator.images(worst.positions).numpy()
         found = zip(pixels, worst.labels, worst.guesses, worst.losses, strict=True)
-        step = saved["state"]["step"]
+        step = saved.state.step
         return Examples(
             file=file.name,
             step=step,

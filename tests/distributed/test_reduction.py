@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_resnet import summing
+from dist_resnet import overlap, summing
 from dist_resnet.distributed import World
 from dist_resnet.errors import PeerLost, UserError
 from dist_resnet.models.resnet import resnet
 from dist_resnet.native.build import load
 from dist_resnet.native.shared_sum import SharedSum
+from dist_resnet.reduction import FastReduction
 from dist_resnet.step import TrainStep
 from tests.ranks import RankFailed, run_ranks
 from tests.training import (
@@ -39,9 +40,9 @@ def _ours(world: World, *pairs: str, replicas: int = RANKS, steps: int = STEPS) 
     return step
 
 
-def _collectives(world: World, step: TrainStep) -> dict[str, int]:
+def _collectives(world: World, step: TrainStep, replicas: int = RANKS) -> dict[str, int]:
     """Sums through shared memory, and what torch's profiler sees of c10d, during one step."""
-    batch = part_of(batch_of(STEPS, RANKS), world.rank, world.size)
+    batch = part_of(batch_of(STEPS, replicas), world.rank, world.size)
     sums = Counter[str]()
     original = SharedSum.__call__
 
@@ -90,25 +91,25 @@ def _everything(world: World) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for reduction in ("fast", "exact"):
         step = _ours(world, f"parallel.reduction={reduction}")
-        results[reduction] = step.state.state_dict()
+        results[reduction] = vars(step.state.snapshot())
         results[f"{reduction} collectives"] = _collectives(world, step)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "LOCAL_WORLD_SIZE", "1")  # as if the other were elsewhere
         step = _ours(world)
-        results["apart"] = step.state.state_dict()
+        results["apart"] = vars(step.state.snapshot())
         results["apart collectives"] = _collectives(world, step)
     for missing in ("shared_memory", "SharedSum"):
         with pytest.MonkeyPatch.context() as patch:
             if world.rank == (0 if missing == "shared_memory" else 1):
                 patch.setattr(summing, missing, _is_missing)
             step = _ours(world)
-            results[f"without {missing}"] = step.state.state_dict()
+            results[f"without {missing}"] = vars(step.state.snapshot())
             results[f"without {missing} collectives"] = _collectives(world, step)
-    results["four"] = _ours(world, "parallel.reduction=exact", replicas=4).state.state_dict()
+    results["four"] = vars(_ours(world, "parallel.reduction=exact", replicas=4).state.snapshot())
     for replicas in (2, 4):
-        results[f"{replicas}, one step"] = _ours(
-            world, replicas=replicas, steps=1
-        ).state.state_dict()
+        results[f"{replicas}, one step"] = vars(
+            _ours(world, replicas=replicas, steps=1).state.snapshot()
+        )
     results["theirs"], results["their loss"] = _theirs(world)
     return results
 
@@ -143,10 +144,18 @@ def _assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleran
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance)
 
 
+def _momentum(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    kept = state["optimizer"]["parameters"]
+    return {name: entries["momentum_buffer"] for name, entries in kept.items()}
+
+
 def _assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
-    for part in ("model", "momentum", "ema"):
+    for part in ("model", "ema"):
         for name, tensor in one[part].items():
             assert torch.equal(tensor, other[part][name]), (part, name)
+    kept, others = _momentum(one), _momentum(other)
+    assert kept.keys() == others.keys()
+    assert all(torch.equal(tensor, others[name]) for name, tensor in kept.items())
     assert torch.equal(one["totals"]["sums"], other["totals"]["sums"])
 
 
@@ -209,7 +218,7 @@ def test_exact_is_bit_for_bit_that_of_one_rank(
 ) -> None:
     alone = World(0, 1, 0, 1, torch.device("cpu"))
     step = _ours(alone, "parallel.reduction=exact", replicas=replicas)
-    _assert_equal(step.state.state_dict(), ranks[0][key])
+    _assert_equal(vars(step.state.snapshot()), ranks[0][key])
 
 
 @pytest.mark.parametrize("replicas", [2, 4])
@@ -218,10 +227,10 @@ def test_fast_on_one_rank_differs_by_rounding_only(
 ) -> None:
     """One step: side by side, replicas are summed otherwise than over ranks, and it grows."""
     alone = World(0, 1, 0, 1, torch.device("cpu"))
-    found = _ours(alone, replicas=replicas, steps=1).state.state_dict()
+    found = vars(_ours(alone, replicas=replicas, steps=1).state.snapshot())
     expected = ranks[0][f"{replicas}, one step"]
     _assert_close(found["model"], expected["model"], 1e-6)
-    _assert_close(found["momentum"], expected["momentum"], 1e-5)
+    _assert_close(_momentum(found), _momentum(expected), 1e-5)
 
 
 def _fail(world: World) -> None:
@@ -233,3 +242,78 @@ def _fail(world: World) -> None:
 def test_the_helper_passes_failures_on() -> None:
     with pytest.raises(RankFailed, match="rank 1 says no"):
         run_ranks(2, _fail)
+
+
+def _in_chunks(world: World) -> dict[str, Any]:
+    """Sums during the backward pass, and in one piece, through sockets."""
+    os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if the other were elsewhere
+    results: dict[str, Any] = {"remarks": []}
+    for kind, large in (("whole", 2**40), ("chunks", 0)):
+        for replicas in (2, 4, 12):  # 12: two passes on a rank, of which the last one sends
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(overlap, "LARGE", large)
+                patch.setattr(overlap, "CHUNK", 2000)
+                step = _ours(world, replicas=replicas, steps=4)
+                results[f"{kind}, {replicas}"] = vars(step.state.snapshot())
+        results["remarks"].append(step.reduction.remark)
+        results[f"{kind} collectives"] = _collectives(world, step, 12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overlap, "LARGE", 0)
+        patch.setattr(overlap, "CHUNK", 2000)
+        results["again"] = vars(_ours(world, replicas=2, steps=4).state.snapshot())
+        results["early"] = _sent_during_backward(world)
+        results["twice"] = _in_parts(world)
+    return results
+
+
+def _sent_during_backward(world: World) -> list[int]:
+    """Chunks that were on their way when the first layer's gradient arrived, a step each."""
+    step, found = train_step(small_config(), 2), []
+    assert isinstance(step.reduction, FastReduction)
+    sums = step.reduction._chunks
+    assert sums is not None
+    first = next(step.state.flat.model.parameters())
+    first.register_post_accumulate_grad_hook(lambda _: found.append(len(sums._waits)))
+    for number in range(2):
+        step(part_of(batch_of(number, 2), world.rank, world.size))
+    return found
+
+
+def _in_parts(world: World) -> str:
+    """What is said of a layer whose gradient arrives twice in one backward pass."""
+    step = train_step(small_config(), 2)
+    assert isinstance(step.reduction, FastReduction)
+    sums = step.reduction._chunks
+    assert sums is not None
+    step.reduction.expect_last(step.state.flat.exchange)
+    parameter = next(p for p in step.state.flat.parameters if p in sums._of)
+    sums._arrived(parameter)
+    with pytest.raises(UserError) as caught:
+        sums._arrived(parameter)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def chunks() -> list[dict[str, Any]]:
+    return run_ranks(RANKS, _in_chunks)
+
+
+@pytest.mark.parametrize("replicas", [2, 4, 12])
+def test_chunks_during_the_backward_pass_give_the_same_bits(
+    chunks: list[dict[str, Any]], replicas: int
+) -> None:
+    for result in chunks:
+        _assert_equal(result[f"chunks, {replicas}"], chunks[0][f"whole, {replicas}"])
+
+
+def test_chunks_are_sent_while_the_backward_pass_goes_on(chunks: list[dict[str, Any]]) -> None:
+    for result in chunks:
+        whole, remark = result["remarks"]
+        assert whole == ""
+        sent = result["chunks collectives"]["c10d::allreduce_"]
+        assert remark == f"gradients: 0 MB a step, summed in {sent} chunks during the backward pass"
+        assert sent > 5
+        assert result["whole collectives"] == {"c10d::allreduce_": 1}
+        assert min(result["early"]) >= sent - 3
+        _assert_equal(result["again"], result["chunks, 2"])
+        assert "use_reentrant=False" in result["twice"]

@@ -96,9 +96,9 @@ def test_modes_agree_step_by_step(mode: str, recipe: str, replicas: int) -> None
         else _step(f"train.step_mode={mode}", *keys, replicas=replicas)
     )
     for number in range(8):
-        saved = copy.deepcopy(reference.state.state_dict())
+        saved = reference.state.snapshot()
         _train(reference, number, number + 1, replicas)
-        other.state.load_state_dict(saved)
+        other.state.restore(saved)
         _train(other, number, number + 1, replicas)
         assert _distance(reference.state, other.state) < 2e-5, number
         for name in ("statistics", "row"):
@@ -218,7 +218,7 @@ def test_a_graph_is_continued_from_any_step() -> None:
     first = _graph()
     _train(first, 0, 25)
     second = _graph()
-    second.state.load_state_dict(first.state.state_dict())
+    second.state.restore(first.state.snapshot())
     resumed = CapturedStep(second._step, pytest.fail)
     _train(resumed, 25, 40)
     assert _distance(whole, resumed.state) < 1e-4
@@ -233,7 +233,7 @@ def test_a_net_of_ones_own_under_a_graph(net: str) -> None:
     _train(plain, 0, 20)
     graphed = CapturedStep(first, pytest.fail)
     _train(graphed, 0, 12)
-    second.state.load_state_dict(first.state.state_dict())
+    second.state.restore(first.state.snapshot())
     _train(graphed, 12, 20)
     assert _distance(plain.state, first.state) < 1e-5
     resumed = _train(CapturedStep(second, pytest.fail), 12, 20)

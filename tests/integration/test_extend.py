@@ -15,6 +15,7 @@ from dist_resnet.errors import DistResnetError, UserError
 from dist_resnet.fork import starting_point
 from dist_resnet.plan import make_plan, rates
 from dist_resnet.train import main
+from tests.checkpoints import checkpoint_of
 from tests.jobs import Outcome, final_state, metric_rows, run_job
 
 
@@ -147,7 +148,7 @@ def test_named_keys_come_from_files_and_pairs(tmp_path: Path) -> None:
 
 def test_another_dataset_is_no_fork() -> None:
     config = load_config(["run.extend=true", "data.dataset=other"])
-    saved = {"config": {"data": {"dataset": "one", "val_split": 0}}, "fingerprint": "a"}
+    saved = checkpoint_of(config=load_config(["data.dataset=one"]), fingerprint="a")
     with pytest.raises(UserError, match="the same data"):
         starting_point(saved, config, "b", ["data.dataset"])
 

@@ -120,7 +120,7 @@ def test_sigterm_saves_at_a_step_border_and_the_same_command_continues(
     assert (found["state"], found["exit_code"]) == ("preempted", 75)
     saved = CheckpointStore(tmp_path / "job" / "checkpoints", 3).newest(print)
     assert saved is not None
-    assert saved[1]["state"]["step"] == found["step"]
+    assert saved[1].state.step == found["step"]
     outcome = run_job(2, settings(tmp_path, digits, "job"), tmp_path)
     assert outcome.code == 0, outcome.output
     assert differences(undisturbed, tmp_path / "job") == []
@@ -186,8 +186,8 @@ def test_nan_in_one_rank_ends_all_with_the_step_named(
     assert (status(tmp_path, "job")["state"], status(tmp_path, "job")["exit_code"]) == ("failed", 3)
     newest = CheckpointStore(tmp_path / "job" / "checkpoints", 3).newest(print)
     assert newest is not None
-    assert newest[1]["state"]["step"] == 10
-    assert all(tensor.isfinite().all() for tensor in newest[1]["state"]["model"].values())
+    assert newest[1].state.step == 10
+    assert all(tensor.isfinite().all() for tensor in newest[1].state.model.values())
 
 
 def test_full_disk_costs_no_older_checkpoint(

@@ -82,7 +82,7 @@ def test_grey_images_of_28_pixels_train_exactly_everywhere(
     assert summary["val/top1"] > 0.5
     assert summary["val/f1_macro"] > 0.4
     saved = find_weights(folder / "whole")[1]
-    assert saved["mean"] == pytest.approx([0.485 * 255, 0.456 * 255, 0.406 * 255])
+    assert saved.mean == pytest.approx([0.485 * 255, 0.456 * 255, 0.406 * 255])
     _is_used(folder, dataset, summary, capsys)
     plain = run_job(0, _keys(folder, "plain", "grey", *more[1:]), folder)
     assert plain.code == 0, plain.output
@@ -121,7 +121,7 @@ def test_images_that_are_no_squares_train_too(folder: Path, loader: str) -> None
     more = f"data.loader={loader}", "augment.cutout=6", "data.val_split=50"
     done = run_job(2, _keys(folder, "wide", "wide", *more), folder)
     assert done.code == 0, done.output
-    assert find_weights(folder / "wide")[1]["image_size"] == [20, 24]
+    assert find_weights(folder / "wide")[1].image_size == [20, 24]
     summary = json.loads((folder / "wide" / "summary.json").read_text())
     assert summary["val/top1"] > 0.4
     assert {f"val/per_class/{name}" for name in "ABCD"} <= summary.keys()

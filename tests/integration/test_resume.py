@@ -47,8 +47,8 @@ def middle_of(run: Path) -> Path:
 def made_elsewhere(checkpoint: Path, folder: Path) -> Path:
     """A copy that says that another processor computed it."""
     content = read_checkpoint(checkpoint)
-    content["machine"] |= {"cpu": "Z80"}
-    return CheckpointStore(folder, 1).save(content, MIDDLE, best=False)
+    content.machine["cpu"] = "Z80"
+    return CheckpointStore(folder, 1).save(content, best=False)
 
 
 @pytest.mark.parametrize(

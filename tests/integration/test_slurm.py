@@ -226,7 +226,7 @@ def test_at_its_time_limit_it_goes_on_until_it_is_cancelled(cluster: Cluster, be
     assert status["state"] == "preempted"
     saved = CheckpointStore(run / "checkpoints", 3).newest(print)
     assert saved is not None
-    assert saved[1]["state"]["step"] == status["step"] > 0
+    assert saved[1].state.step == status["step"] > 0
     facts = cluster.facts(job)
     assert int(facts["Restarts"]) >= 2
     time.sleep(7)  # a requeued job would be back by now

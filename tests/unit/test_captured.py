@@ -120,7 +120,7 @@ def test_it_starts_at_the_step_of_the_state(captures: list[Callable[[], None]]) 
     for number in range(4):
         first(batch_of(number, 1))
     second = train_step(small_config(), 1)
-    second.state.load_state_dict(first.state.state_dict())
+    second.state.restore(first.state.snapshot())
     continued = CapturedStep(second, pytest.fail)
     for number in range(4, 4 + STEPS):
         first(batch_of(number, 1))

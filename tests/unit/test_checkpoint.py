@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,10 @@ import pytest
 import torch
 
 from dist_resnet import storage
-from dist_resnet.checkpoint import CheckpointStore, read_checkpoint
+from dist_resnet.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from dist_resnet.errors import Preempted, UserError
+from tests.checkpoints import checkpoint_of
 from tests.training import batch_of, small_config, train_step
-
-
-def _content(step: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(step)
-    return {
-        "step": step,
-        "weights": {"a": torch.randn(40, 9, generator=generator), "b": torch.arange(5)},
-        "words": ["x", None, 1.5, True],
-    }
 
 
 def _store(folder: Path, keep: int = 3) -> CheckpointStore:
@@ -44,7 +37,7 @@ def _newest(store: CheckpointStore) -> tuple[int | None, list[str]]:
     """Step of the checkpoint that would be used, and what was told about others."""
     told: list[str] = []
     found = store.newest(told.append)
-    return (found[1]["step"] if found else None), told
+    return (found[1].state.step if found else None), told
 
 
 def _assert_same(one: Any, other: Any) -> None:
@@ -52,6 +45,8 @@ def _assert_same(one: Any, other: Any) -> None:
     if isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
+    elif is_dataclass(one):
+        _assert_same(vars(one), vars(other))
     elif isinstance(one, dict):
         assert one.keys() == other.keys()
         for key in one:
@@ -61,33 +56,34 @@ def _assert_same(one: Any, other: Any) -> None:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    path = _store(tmp_path).save(_content(7), 7, best=False)
-    _assert_same(read_checkpoint(path), {"format": 1, **_content(7)})
-    _assert_same(torch.load(path, weights_only=True), {"format": 1, **_content(7)})
+    path = _store(tmp_path).save(checkpoint_of(7), best=False)
+    _assert_same(read_checkpoint(path), checkpoint_of(7))
+    content = torch.load(path, weights_only=True)  # nothing of ours is needed to read it
+    _assert_same(content, {"format": 2, **asdict(checkpoint_of(7))})
 
 
 def test_a_lower_keep_makes_room_before_it_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (5, 10, 15):
-        _store(tmp_path).save(_content(step), step, best=step == 5)
+        _store(tmp_path).save(checkpoint_of(step), best=step == 5)
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("dist_resnet.checkpoint.write_atomically", full)
     with pytest.raises(OSError, match="No space left"):
-        _store(tmp_path).save(_content(20), 20, best=False)
+        _store(tmp_path).save(checkpoint_of(20), best=False)
     assert _names(_store(tmp_path)) == [
         "best-00000005", "step-00000005", "step-00000010", "step-00000015"
     ]  # fmt: skip
     with pytest.raises(OSError, match="No space left"):
-        _store(tmp_path, keep=1).save(_content(20), 20, best=False)
+        _store(tmp_path, keep=1).save(checkpoint_of(20), best=False)
     assert _names(_store(tmp_path)) == ["best-00000005", "step-00000015"]
 
 
 def test_the_name_carries_step_and_checksum(tmp_path: Path) -> None:
-    path = _store(tmp_path).save(_content(12345), 12345, best=False)
+    path = _store(tmp_path).save(checkpoint_of(12345), best=False)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     assert path.name == f"step-00012345-{digest}.pt"
 
@@ -98,46 +94,45 @@ def test_the_whole_state_of_training_round_trips(tmp_path: Path) -> None:
     for number in range(3):
         first(batch_of(number, 2))
     first.state.best = {"val/top1": 0.5, "step": 2}
-    path = _store(tmp_path).save({"state": first.state.state_dict()}, 3, best=False)
+    content = replace(checkpoint_of(3), state=first.state.snapshot())
+    path = _store(tmp_path).save(content, best=False)
     saved = torch.load(path, weights_only=True)["state"]
-    second.state.load_state_dict(saved)
+    second.state.restore(read_checkpoint(path).state)
     one, other = first.state, second.state
-    _assert_same(one.state_dict(), other.state_dict())
+    _assert_same(one.snapshot(), other.snapshot())
     assert (other.step, other.best) == (3, {"val/top1": 0.5, "step": 2})
     assert torch.equal(one.flat.values, other.flat.values)
     assert torch.equal(one.flat.statistics, other.flat.statistics)
     # Parameters by name and in their own shapes: a plain model can load them.
     shapes = {name: p.shape for name, p in one.flat.model.named_parameters()}
-    for part in ("model", "momentum", "ema"):
+    for part in ("model", "ema"):
         for name, shape in shapes.items():
             assert saved[part][name].shape == shape
             assert saved[part][name].is_contiguous()
-    for name, p in one.flat.model.named_parameters():
-        assert p.grad is not None
-        place = (p.shape, p.stride(), p.storage_offset())
-        assert torch.equal(one.optimizer.momentum.as_strided(*place), saved["momentum"][name]), name
+    kept = saved["optimizer"]["parameters"]
+    assert {name: kept[name]["momentum_buffer"].shape for name in kept} == shapes
 
 
 def test_loading_does_not_alias_what_was_loaded() -> None:
     step = train_step(small_config("train.ema_decay=0.9"), 1)
-    saved = step.state.state_dict()
-    kept = {name: tensor.clone() for name, tensor in saved["model"].items()}
-    step.state.load_state_dict(saved)
+    saved = step.state.snapshot()
+    kept = {name: tensor.clone() for name, tensor in saved.model.items()}
+    step.state.restore(saved)
     step(batch_of(0, 1))
     for name, tensor in kept.items():
-        assert torch.equal(saved["model"][name], tensor), name
+        assert torch.equal(saved.model[name], tensor), name
 
 
 def test_a_state_of_another_model_is_refused() -> None:
-    saved = train_step(small_config(), 1).state.state_dict()
+    saved = train_step(small_config(), 1).state.snapshot()
     other = train_step(small_config("model.widths=[8,10,16]"), 1)
     with pytest.raises(UserError, match="another model"):
-        other.state.load_state_dict(saved)
+        other.state.restore(saved)
 
 
 def test_the_newest_is_chosen_by_its_step_not_its_age(tmp_path: Path) -> None:
     store = _store(tmp_path, keep=9)
-    paths = {step: store.save(_content(step), step, best=False) for step in (5, 100, 40)}
+    paths = {step: store.save(checkpoint_of(step), best=False) for step in (5, 100, 40)}
     os.utime(paths[5], (time.time() + 9999,) * 2)
     assert _newest(store) == (100, [])
     assert store.newest_path() == paths[100]
@@ -157,24 +152,24 @@ def test_nothing_there_is_no_error(tmp_path: Path) -> None:
 def test_the_newest_k_and_the_best_are_kept(keep: int, tmp_path: Path) -> None:
     store = _store(tmp_path, keep)
     for step in range(1, 8):
-        store.save(_content(step), step, best=step in (1, 3))
+        store.save(checkpoint_of(step), best=step in (1, 3))
     steps = [f"step-{step:08d}" for step in range(8 - keep, 8)]
     assert _names(store) == sorted(["best-00000003", *steps])
     best = next(store.folder.glob("best-*"))
-    assert read_checkpoint(best)["step"] == 3
+    assert read_checkpoint(best).state.step == 3
 
 
 def test_a_step_saved_again_is_fine(tmp_path: Path) -> None:
     store = _store(tmp_path)
     for _ in range(2):
-        store.save(_content(4), 4, best=True)
+        store.save(checkpoint_of(4), best=True)
     assert _newest(store) == (4, [])
     assert _names(store) == ["best-00000004", "step-00000004"]
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, bytes]:
-    path = _store(tmp_path).save(_content(9), 9, best=False)
+    path = _store(tmp_path).save(checkpoint_of(9), best=False)
     return path, path.read_bytes()
 
 
@@ -194,7 +189,7 @@ def test_every_flipped_bit_is_detected(saved: tuple[Path, bytes]) -> None:
             read_checkpoint(path)
     assert silent > 50  # torch alone would have believed them: the checksum is needed
     path.write_bytes(content)
-    assert read_checkpoint(path)["step"] == 9
+    assert read_checkpoint(path).state.step == 9
 
 
 def test_every_truncation_is_detected(saved: tuple[Path, bytes]) -> None:
@@ -273,7 +268,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", list(DAMAGES))
 def test_a_damaged_file_is_set_aside_and_the_one_before_used(damage: str, tmp_path: Path) -> None:
     store = _store(tmp_path)
-    paths = [store.save(_content(step), step, best=False) for step in (1, 2, 3)]
+    paths = [store.save(checkpoint_of(step), best=False) for step in (1, 2, 3)]
     for path in paths[1:]:
         DAMAGES[damage](path)
     step, told = _newest(store)
@@ -290,7 +285,7 @@ def test_a_damaged_file_is_set_aside_and_the_one_before_used(damage: str, tmp_pa
 def test_the_best_one_serves_when_all_others_are_damaged(tmp_path: Path) -> None:
     store = _store(tmp_path, keep=2)
     for step in range(1, 5):
-        store.save(_content(step), step, best=step == 1)
+        store.save(checkpoint_of(step), best=step == 1)
     for path in store.folder.glob("step-*"):
         _flip(path)
     assert _newest(store)[0] == 1
@@ -298,7 +293,7 @@ def test_the_best_one_serves_when_all_others_are_damaged(tmp_path: Path) -> None
 
 def test_all_damaged_is_the_users_to_decide(tmp_path: Path) -> None:
     store = _store(tmp_path)
-    names = [store.save(_content(step), step, best=False).name for step in (1, 2)]
+    names = [store.save(checkpoint_of(step), best=False).name for step in (1, 2)]
     for path in store.folder.iterdir():
         _flip(path)
     for _ in range(2):  # and a second start must not begin anew in silence
@@ -312,13 +307,13 @@ def test_a_reader_looks_again_where_a_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = _store(tmp_path, keep=1)
-    store.save(_content(1), 1, best=False)
+    store.save(checkpoint_of(1), best=False)
     steps = iter((2, 3))
 
-    def too_late(path: Path) -> dict[str, Any]:
+    def too_late(path: Path) -> Checkpoint:
         """A newer checkpoint is saved, and this one deleted, between listing and reading."""
         for step in steps:
-            store.save(_content(step), step, best=False)
+            store.save(checkpoint_of(step), best=False)
             break
         return read_checkpoint(path)
 
@@ -333,7 +328,7 @@ def test_a_reader_looks_again_where_a_run_goes_on(
 def test_later_checkpoints_are_set_aside_when_a_run_is_taken_back(tmp_path: Path) -> None:
     store = _store(tmp_path, keep=9)
     for step in (1, 2, 3, 4):
-        store.save(_content(step), step, best=step == 4)
+        store.save(checkpoint_of(step), best=step == 4)
     store.set_aside_after(2)
     assert _newest(store) == (2, [])
     assert len(list(store.folder.glob("*.superseded"))) == 3
@@ -345,27 +340,28 @@ def test_a_full_disk_leaves_what_was_there(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = _store(tmp_path, keep=1)
-    store.save(_content(1), 1, best=False)
+    store.save(checkpoint_of(1), best=False)
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(storage.os, call, full)
     with pytest.raises(OSError, match="No space left"):
-        store.save(_content(2), 2, best=True)
+        store.save(checkpoint_of(2), best=True)
     monkeypatch.undo()
     assert _newest(store) == (1, [])
     assert _names(store) == ["step-00000001"]  # no leftovers
 
 
 KILLED = """
-import os, signal, sys, torch
+import os, signal, sys
 from pathlib import Path
 from dist_resnet.checkpoint import CheckpointStore
+from tests.checkpoints import checkpoint_of
 store = CheckpointStore(Path(sys.argv[1]), 1)
-store.save({"step": 1, "weights": torch.ones(1000)}, 1, best=False)
+store.save(checkpoint_of(1), best=False)
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-store.save({"step": 2, "weights": torch.ones(1000)}, 2, best=False)
+store.save(checkpoint_of(2), best=False)
 """
 
 
@@ -382,17 +378,17 @@ def test_a_kill_between_writing_and_renaming_leaves_the_old_one(tmp_path: Path) 
 
 
 def test_a_copy_in_another_folder_under_another_name_is_readable(tmp_path: Path) -> None:
-    path = _store(tmp_path).save(_content(3), 3, best=False)
+    path = _store(tmp_path).save(checkpoint_of(3), best=False)
     copy = tmp_path / "model.pt"
     shutil.copy(path, copy)
-    assert read_checkpoint(copy)["step"] == 3
+    assert read_checkpoint(copy).state.step == 3
 
 
 def test_a_signal_while_reading_is_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = _store(tmp_path)
-    path = store.save(_content(1), 1, best=False)
+    path = store.save(checkpoint_of(1), best=False)
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise Preempted("stopped by SIGTERM before the first step")
@@ -412,7 +408,48 @@ def test_best_is_kept_on_a_file_system_without_hard_links(
     monkeypatch.setattr(os, "link", refused)
     store = _store(tmp_path, keep=1)
     for step in (1, 2):
-        store.save(_content(step), step, best=step == 1)
+        store.save(checkpoint_of(step), best=step == 1)
     assert _names(store) == ["best-00000001", "step-00000002"]
     (best,) = store.folder.glob("best-*")
-    _assert_same(read_checkpoint(best)["weights"], _content(1)["weights"])
+    _assert_same(read_checkpoint(best), checkpoint_of(1))
+
+
+def _of_format_1(content: Checkpoint) -> dict[str, Any]:
+    """As the versions before wrote it, SGD's and Muon's momentum by the parameters' names."""
+    saved = asdict(content)
+    for later in ("code", "forks", "machine"):  # the oldest lacked these too
+        del saved[later]
+    state = saved["state"]
+    del state["best_at_low_rate"], state["stopped_early"]
+    kept = state.pop("optimizer")["parameters"]
+    state["momentum"] = {name: entries["momentum_buffer"] for name, entries in kept.items()}
+    return {"format": 1, **saved}
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+def test_checkpoints_of_the_version_before_are_continued(name: str, tmp_path: Path) -> None:
+    config = small_config(f"optim.name={name}", "train.ema_decay=0.9")
+    first, second = train_step(config, 1), train_step(config, 1)
+    for number in range(3):
+        first(batch_of(number, 1))
+    content = replace(checkpoint_of(3), state=first.state.snapshot())
+    torch.save(_of_format_1(content), tmp_path / "old.pt")
+    found = read_checkpoint(tmp_path / "old.pt")
+    second.state.restore(found.state)
+    assert (found.code, found.forks, found.state.stopped_early) == ({}, [], False)
+    for number in (3, 4):
+        first(batch_of(number, 1))
+        second(batch_of(number, 1))
+    _assert_same(first.state.snapshot(), second.state.snapshot())
+
+
+def test_a_file_without_what_a_training_has_is_no_checkpoint(tmp_path: Path) -> None:
+    for part in ("config", "classes", "mean", "std", "image_size"):
+        saved = {"format": 2, **asdict(checkpoint_of(3))}
+        del saved[part]
+        torch.save(saved, tmp_path / "part.pt")
+        with pytest.raises(UserError, match=f"not a checkpoint of a training: it lacks {part}"):
+            read_checkpoint(tmp_path / "part.pt")
+    torch.save({"format": 2, **asdict(checkpoint_of(3)), "state": [1]}, tmp_path / "part.pt")
+    with pytest.raises(UserError, match="damaged"):
+        read_checkpoint(tmp_path / "part.pt")

@@ -37,6 +37,7 @@ CONTRACT = {
     "model.name": "resnet20", "model.widths": [16, 32, 64], "model.shortcut": "projection",
     "model.dropout": 0.3,
     "optim.lr": 0.05, "optim.momentum": 0.9, "optim.weight_decay": 5e-4, "optim.nesterov": False,
+    "optim.clip_norm": 0, "optim.bias_lr_factor": 1,
     "optim.lr_scaling": "none", "optim.reference_batch_size": 32, "optim.label_smoothing": 0,
     "schedule.name": "cosine", "schedule.warmup_epochs": 0, "schedule.milestones": [80, 120],
     "train.epochs": 150, "train.max_steps": None, "train.ema_decay": 0, "train.step_mode": "auto",
@@ -179,6 +180,7 @@ def test_a_wrong_type_names_key_value_and_type(pair: str, kind: str) -> None:
         "augment.flip=1", "augment.flip=3", "augment.jitter=-0.1", "augment.erasing=1.1",
         "augment.cutmix_alpha=0",
         "model.widths=[16,32]", "model.widths=[0,1,2]", "model.dropout=1", "model.dropout=-0.1",
+        "optim.clip_norm=-1", "optim.clip_norm=inf", "optim.bias_lr_factor=0",
         "optim.lr=0", "optim.lr=-1", "optim.lr=inf", "optim.lr=nan", "optim.momentum=1",
         "optim.weight_decay=-1", "optim.reference_batch_size=0", "optim.label_smoothing=1",
         "schedule.warmup_epochs=-1", "schedule.warmup_epochs=150", "schedule.milestones=[2,1]",
@@ -479,3 +481,12 @@ def test_anchors_and_merges_are_yaml_s(tmp_path: Path) -> None:
     text = "model: &m {name: resnet32}\noptim: {<<: {lr: 0.3, momentum: 0.5}, lr: 0.4}\n"
     config = load_config([_write(tmp_path, "a.yaml", text)])
     assert (config.model.name, config.optim.lr, config.optim.momentum) == ("resnet32", 0.4, 0.5)
+
+
+def test_a_list_for_an_argument_of_ones_own() -> None:
+    given = ["optim.name=torch.optim:AdamW", "optim.args.betas=[0.8, 0.95]"]
+    assert load_config(given).optim.args == {"betas": [0.8, 0.95]}
+    assert load_config([*given, "optim.args.x={a: [1]}"]).optim.args["x"] == {"a": [1]}
+    text = load_config(["model.name=a:b", 'model.args={x: "[1]"}'])
+    assert stored_config(to_dict(text)).model.args == text.model.args == {"x": "[1]"}
+    assert "optim.args" in _refused("optim.args.betas=[0.8")

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_resnet.config import load_config, to_dict
+from dist_resnet.config import load_config
 from dist_resnet.environment import differences, hardware, machine
 from dist_resnet.resume import other_rounding
+from tests.checkpoints import checkpoint_of
 
 CPU = torch.device("cpu")
 BEGAN = {
@@ -63,8 +64,8 @@ def test_bf16_and_amx_stand_in_the_instructions_where_torch_finds_them() -> None
 
 
 def note(now: dict[str, object], mode: str = "fused", **saved: object) -> str:
-    began = to_dict(load_config(["train.step_mode=fused"]))
-    return other_rounding({"config": began, "machine": BEGAN, **saved}, dict(now), mode)
+    began = load_config(["train.step_mode=fused"])
+    return other_rounding(checkpoint_of(1, began, **{"machine": BEGAN, **saved}), dict(now), mode)
 
 
 def test_a_run_that_goes_on_elsewhere_is_told_in_one_line() -> None:

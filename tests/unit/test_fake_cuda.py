@@ -17,6 +17,7 @@ from dist_resnet.models.dropout import dropouts, set_factors
 from dist_resnet.models.resnet import ResNet, resnet
 from dist_resnet.muon import FlatMuon
 from dist_resnet.optim import LossScale
+from dist_resnet.optimizer import build_optimizer
 from dist_resnet.randomness import step_keys, turn_keys
 from dist_resnet.step_mode import forward_function
 
@@ -119,11 +120,12 @@ def test_muon_neither(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(["optim.name=muon"])
     flat = flatten_model(_model())
     monkeypatch.setattr("dist_resnet.optim.FlatSGD.step", lambda *arguments: None)
-    optimizer = FlatMuon(flat, config.optim)
+    optimizer = build_optimizer(flat, config)
     for rate in (0.1, torch.empty((), device=CUDA)):
         optimizer.step(rate)
-    assert optimizer.momentum.device == CUDA
-    assert len(optimizer._stacks) == 1
+    assert {tensor.device for tensor in optimizer.state.tensors()} == {CUDA}
+    assert isinstance(optimizer.optimizer, FlatMuon)
+    assert len(optimizer.optimizer._stacks) == 1
 
 
 @pytest.mark.parametrize(

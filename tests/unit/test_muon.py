@@ -11,9 +11,10 @@ from dist_resnet.config import load_config
 from dist_resnet.errors import UserError
 from dist_resnet.flat import flatten_model
 from dist_resnet.models.resnet import resnet
-from dist_resnet.muon import build_optimizer, orthogonalise
+from dist_resnet.muon import orthogonalise
 from dist_resnet.optim import FlatSGD
-from dist_resnet.schema import ModelConfig, OptimConfig
+from dist_resnet.optimizer import build_optimizer
+from dist_resnet.schema import Config, ModelConfig, OptimConfig
 
 MODEL = ModelConfig(widths=[8, 10, 12])
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -60,7 +61,7 @@ def test_five_steps_written_out(layout: torch.memory_format, nesterov: bool) -> 
     )
     model = resnet(MODEL, 5, 1).to(memory_format=layout)
     plain = copy.deepcopy(model).double()
-    ours = build_optimizer(flatten_model(model), config)
+    ours = build_optimizer(flatten_model(model), Config(optim=config))
     others = [p for name, p in plain.named_parameters() if p.ndim != 4 and name != "head.weight"]
     theirs = torch.optim.SGD(
         [
@@ -96,6 +97,6 @@ def test_five_steps_written_out(layout: torch.memory_format, nesterov: bool) -> 
 
 def test_sgd_is_what_is_built_otherwise() -> None:
     flat = flatten_model(resnet(MODEL, 5, 1))
-    assert type(build_optimizer(flat, OptimConfig())) is FlatSGD
+    assert type(build_optimizer(flat, Config()).optimizer) is FlatSGD
     with pytest.raises(UserError, match=r"optim\.name=muon: must be sgd with fp16"):
         load_config(["optim.name=muon", "precision.dtype=fp16"])

@@ -147,3 +147,21 @@ def test_batchnorm_needs_two_values(batch: int, side: int, enough: bool) -> None
 def test_a_schedule_that_no_memory_holds_is_refused() -> None:
     with pytest.raises(UserError, match=r"train\.epochs=1000000: 1,000,000,000 steps"):
         make_plan(load_config(["train.epochs=1000000", "data.batch_size_per_replica=1"]), 1000, 1)
+
+
+def test_keys_that_do_nothing_are_said() -> None:
+    def said(*pairs: str) -> list[str]:
+        config = load_config(pairs)
+        return [line for line in explain(config, make_plan(config, 50_000, 1)) if "nothing" in line]
+
+    assert said() == said("optim.name=muon", "optim.muon_lr=0.2", "optim.momentum=0.8") == []
+    assert said("schedule.name=step", "schedule.milestones=[3,5]") == []
+    assert said("optim.muon_lr=0.2", "schedule.milestones=[3,5]") == [
+        "optim.muon_lr=0.2: does nothing with optim.name=sgd",
+        "schedule.milestones=[3,5]: does nothing with schedule.name=cosine",
+    ]
+    own = "torch.optim:AdamW"
+    assert said(f"optim.name={own}", "optim.momentum=0.8", "optim.nesterov=true") == [
+        f"optim.momentum=0.8: does nothing with optim.name={own}",
+        f"optim.nesterov=True: does nothing with optim.name={own}",
+    ]

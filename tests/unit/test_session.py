@@ -8,13 +8,14 @@ import torch
 
 from dist_resnet import session
 from dist_resnet.augment import normalise
-from dist_resnet.config import load_config, to_dict, trajectory_hash
+from dist_resnet.config import load_config, trajectory_hash
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.distributed import World
 from dist_resnet.errors import UserError
 from dist_resnet.precision import choose_precision
 from dist_resnet.session import Session, choose_threads, open_session, settle
+from tests.checkpoints import checkpoint_of
 
 CPU = torch.device("cpu")
 
@@ -37,13 +38,13 @@ def test_a_new_run_takes_the_machine_s_replicas_precision_and_step_mode() -> Non
 def test_a_continued_run_keeps_what_it_began_with(dtype: str, mode: str) -> None:
     settings = ["parallel.replicas=4", f"precision.dtype={dtype}", f"train.step_mode={mode}"]
     began = load_config(settings)
-    config = settle(load_config([]), world(2), {"config": to_dict(began)})
+    config = settle(load_config([]), world(2), checkpoint_of(config=began))
     assert config == began
 
 
 @pytest.mark.usefixtures("compiler")
 def test_a_run_is_continued_where_its_step_mode_does_not_exist() -> None:
-    began = {"config": to_dict(load_config(["train.step_mode=graph"]))}
+    began = checkpoint_of(config=load_config(["train.step_mode=graph"]))
     assert settle(load_config([]), world(1), began).train.step_mode == "fused"
     with pytest.raises(UserError, match=r"train\.step_mode=graph: only on GPUs"):
         settle(load_config(["train.step_mode=graph"]), world(1), None)
@@ -51,7 +52,8 @@ def test_a_run_is_continued_where_its_step_mode_does_not_exist() -> None:
 
 def test_what_is_configured_is_never_changed() -> None:
     wanted = load_config(["parallel.replicas=6", "precision.dtype=fp32", "train.step_mode=eager"])
-    began = {"config": to_dict(load_config(["parallel.replicas=4", "precision.dtype=bf16"]))}
+    before = load_config(["parallel.replicas=4", "precision.dtype=bf16"])
+    began = checkpoint_of(config=before)
     assert settle(wanted, world(2), began) == wanted
 
 

@@ -157,10 +157,10 @@ def test_a_step_is_a_function_of_step_and_batch_alone(replicas: int) -> None:
     for number in range(6):
         first(batch_of(number, replicas))
         if number == 2:
-            saved = copy.deepcopy(first.state.state_dict())
+            saved = first.state.snapshot()
     second = train_step(config, replicas)
     torch.manual_seed(99)
-    second.state.load_state_dict(saved)
+    second.state.restore(saved)
     assert second.state.step == 3
     for number in range(3, 6):
         second(batch_of(number, replicas))
