@@ -17,7 +17,8 @@ from layers_of_mine import activation
 
 def net(num_classes):
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), activation(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)
+        nn.Conv2d(3, 8, 3), activation(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, num_classes),
     )
 """
 
