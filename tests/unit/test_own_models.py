@@ -13,6 +13,7 @@ from dist_resnet.errors import UserError
 from dist_resnet.models.build import build_model
 from dist_resnet.models.contract import Traits, checked_model
 from dist_resnet.models.generators import replica_seed
+from dist_resnet.plan import explain, make_plan
 from dist_resnet.randomness import step_keys
 from dist_resnet.schema import Config, ModelConfig
 from tests import nets
@@ -351,9 +352,11 @@ def test_the_momentum_of_batchnorm_is_set_in_any_net() -> None:
 @pytest.mark.parametrize(
     "pair", ["model.dropout=0.1", "model.widths=[8,8,8]", "model.shortcut=pad"]
 )
-def test_keys_of_the_built_in_nets_are_refused_with_ones_own(pair: str) -> None:
-    with pytest.raises(UserError, match=r"model\.args"):
-        own_config("Plain", pair)
+def test_keys_of_the_built_in_nets_are_told_to_do_nothing(pair: str) -> None:
+    config = own_config("Plain", pair, "parallel.replicas=1")
+    told = explain(config, make_plan(config, 100, 1))
+    key = pair.partition("=")[0]
+    assert [line for line in told if line.startswith(key) and "does nothing with a net of" in line]
 
 
 def test_torchvisions_resnet18_trains_as_by_a_plain_loop() -> None:
