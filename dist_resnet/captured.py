@@ -61,6 +61,7 @@ class CapturedStep:
         if self._calls <= WARM_UP_STEPS:
             warm_up(self._launch)
         elif self._run is not None:
+            self._step.set_generators(0)
             self._run()
         else:
             self._replay_checked()
@@ -105,6 +106,7 @@ class CapturedStep:
             warm_up(lambda: self._step.average_over_replicas(batch, key, turn))
             expected = self.state.flat.exchange.clone()
         _restore(tensors, before)
+        self._step.set_generators(0)
         self._graph.replay()
         wrong = self._differs(expected)
         if not any(from_all(wrong is not None)):
@@ -137,7 +139,7 @@ class CapturedStep:
                 flat.statistics,
                 expected[size:end],
             ),
-            "the loss": (flat.loss, expected[end]),
+            "the loss": (flat.loss, expected[-3]),
         }
         for name, (found, wanted) in parts.items():
             error, scale = (found - wanted).norm(), wanted.norm()
@@ -162,17 +164,22 @@ class CapturedStep:
 
 
 def as_configured(step: TrainStep, report: Callable[[str], None]) -> TrainStep | CapturedStep:
-    """`step`, captured if its train.step_mode says graph; `report` as for `CapturedStep`."""
+    """`step`, captured if its train.step_mode says graph; `report` as for `CapturedStep`.
+
+    A graph draws from where the generators stand when it is replayed: for one replica.
+    """
     if step.reduction.remark:
         report(step.reduction.remark)
     if step.config.train.step_mode != "graph":
         return step
     optimizer = step.state.optimizer
+    reason = ""
     if not optimizer.capturable:
-        report(
-            f"train.step_mode=graph: no graph, steps run one by one: optim.name={optimizer.name}"
-            " has no argument capturable"
-        )
+        reason = f"optim.name={optimizer.name} has no argument capturable"
+    if step.state.traits.draws and step.local > 1:
+        reason = f"the net draws random numbers and there are {step.local} replicas on a rank"
+    if reason:
+        report(f"train.step_mode=graph: no graph, steps run one by one: {reason}")
         return step
     return CapturedStep(step, report)
 

@@ -86,7 +86,7 @@ def _text(model: Classifier, files: dict[str, dict[str, str]]) -> str:
     listed = "\n".join(f"- `{name}`: {entry['compared']}" for name, entry in sorted(files.items()))
     return f"""# {", ".join(sorted(files))}
 
-A residual network for {width}x{height} RGB images, trained by dist_resnet for {model.step:,} steps.
+A classifier of {width}x{height} RGB images, trained by dist_resnet for {model.step:,} steps.
 
 - input: float32 (N, 3, {height}, {width}), RGB in [0, 1]; normalisation is part of the model
 - output: logits, float32 (N, {len(model.classes)})

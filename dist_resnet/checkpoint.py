@@ -49,6 +49,8 @@ class Checkpoint:
     """Of training until here."""
     code: dict[str, str] = field(default_factory=dict)
     """As `code.code_of_run`; empty: unknown."""
+    init: dict[str, str] | None = None
+    """What weights the run began with, as `Start.identity`; None: random ones."""
     machine: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     """As `environment.machine` and `environment.versions`; empty: unknown."""

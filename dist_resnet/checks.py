@@ -7,7 +7,7 @@ from typing import Any
 from dist_resnet.builtins import AUGMENTATIONS, MODELS, OPTIMIZERS
 from dist_resnet.errors import UserError
 from dist_resnet.keys import nearest
-from dist_resnet.schema import Config
+from dist_resnet.schema import Config, ModelConfig
 from dist_resnet.values import as_tree, shown
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 1000  # in bytes; Linux takes 255 and 4096
@@ -47,6 +47,7 @@ def _check_names(config: Config) -> None:
                 f"module:callable{hint and f'; did you mean {hint}?'}"
             )
         _require(not args, f"{key}.args", args, f"empty with {key}.name={name}")
+    _check_own_model(config)
 
 
 def _check_augmentation(config: Config) -> None:
@@ -78,6 +79,23 @@ def _check_augmentation(config: Config) -> None:
                 f"augment.extra={shown(as_tree(name))}: must be one of {', '.join(AUGMENTATIONS)}, "
                 f"or module:callable{hint and f'; did you mean {hint}?'}"
             )
+
+
+def _check_own_model(config: Config) -> None:
+    model, default = config.model, ModelConfig()
+    for key in ("widths", "shortcut", "dropout") if ":" in model.name else ():
+        value = getattr(model, key)
+        wanted = "left out: it is of the built-in nets; a net of your own has model.args"
+        _require(value == getattr(default, key), f"model.{key}", value, wanted)
+    kind = model.init_map
+    usable = isinstance(kind, dict) and all(isinstance(name, str) for name in kind.values())
+    wanted = "names, order, or {their prefix: ours, ...}"
+    _require(kind in ("names", "order") or usable, "model.init_map", kind, wanted)
+    _require(kind == "names" or model.init is not None, "model.init_map", kind, "with a model.init")
+    _require(model.init != "", "model.init", model.init, "a path, or null")
+    momentum = model.bn_momentum
+    good = momentum is None or 0 < momentum <= 1
+    _require(good, "model.bn_momentum", momentum, "above 0 and at most 1, or null")
 
 
 def _check_run_and_data(config: Config) -> None:

@@ -5,9 +5,11 @@ refused, unless run.allow_code_change=true, and then recorded.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from dist_resnet.config import trajectory_hash
 from dist_resnet.errors import UserError
 from dist_resnet.plugins import code_of, is_plugin, resolve
 from dist_resnet.schema import Config
@@ -53,6 +55,20 @@ def changed_code(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]
     return [
         name for name in names if before.get(name) != now.get(name) and name not in _TOLD_ELSEWHERE
     ]
+
+
+def told_of_code(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """A line where a run goes on with other code of this package, which is not refused."""
+    if not before or before.get(OURS) == now.get(OURS):
+        return []
+    return ["continued by another version of dist_resnet than the checkpoint's: bits may differ"]
+
+
+def run_hash(config: Config, code: Mapping[str, str]) -> str:
+    """16 hexadecimal digits that two runs share when configuration and plug-ins are the same."""
+    own = {name: value for name, value in code.items() if name != OURS}
+    text = json.dumps([trajectory_hash(config), own], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_code(before: Mapping[str, str], now: Mapping[str, str], allowed: bool) -> list[str]:

@@ -101,8 +101,9 @@ def _merge(overlays: Iterable[tuple[str, Mapping[Any, Any]]]) -> Config:
     for source, overlay in overlays:
         for key, given in _entries(overlay):
             for name, value in _read(key, given, source).items():
-                kept = values.get(name, {}) if isinstance(value, dict) and value else {}
-                values[name] = kept | value if isinstance(value, dict) else value
+                kept = values.get(name)
+                merges = isinstance(kept, dict) and isinstance(value, dict) and value
+                values[name] = kept | value if merges else value
     sections: dict[str, dict[str, Any]] = {section: {} for section in key_sections()}
     for key in key_kinds():
         section, _, name = key.rpartition(".")
@@ -119,7 +120,7 @@ def _entries(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str,
     """As `flatten`, but a key that takes a mapping has one for its value."""
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value and key_kinds().get(name) != "dict":
+        if isinstance(value, Mapping) and value and name not in _mappings():
             yield from _entries(value, f"{name}.")
             continue
         section = next((k for k in _mappings() if name.startswith(f"{k}.")), None)
@@ -130,7 +131,7 @@ def _entries(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _mappings() -> list[str]:
-    return [key for key, kind in key_kinds().items() if kind == "dict"]
+    return [key for key, kind in key_kinds().items() if kind.startswith("dict")]
 
 
 def _overlays(arguments: Sequence[Argument]) -> list[tuple[str, Mapping[Any, Any]]]:

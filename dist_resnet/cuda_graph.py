@@ -22,6 +22,11 @@ def side_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is done on `device` now is recorded."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Graph:
     """A recorded action: torch's graph, and what it must outlive."""
 

@@ -101,6 +101,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's number; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def step_timeout() -> float:
     """Longest wait for another rank in a training step."""
     return _timeout.total_seconds()
@@ -210,8 +215,7 @@ def collective() -> Iterator[None]:
 
 
 def _is_the_devices(error: RuntimeError) -> bool:
-    """Whether the device failed, or a capture, and not the exchange: on a GPU anything surfaces
-    at the next call, whichever it is."""
+    """Whether the device failed, or a capture: on a GPU that surfaces at any later call."""
     if not torch.cuda.is_initialized() or isinstance(error, dist.DistError):
         return False
     return isinstance(error, CUDA_ERRORS) or torch.cuda.is_current_stream_capturing()

@@ -1,5 +1,7 @@
 """Evaluate a checkpoint: python -m dist_resnet.evaluate CHECKPOINT_OR_RUN [--json FILE] [key=value]
 
+Also FILE.safetensors, whose net and normalisation key=value must tell: model.name, model.init_map.
+
 Uses the checkpoint's own configuration; key=value changes it (data.root, data.dataset,
 eval.flip_tta, precision.dtype ...). Under torchrun the images are shared among the ranks, and the
 figures are the same as with one.
@@ -10,13 +12,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dist_resnet.api import callable_module, threads_kept
 from dist_resnet.cli import run_command
 from dist_resnet.errors import EXIT_DONE, UserError
 from dist_resnet.launcher import environment_rank
 from dist_resnet.paths import user_path
+
+if TYPE_CHECKING:
+    from dist_resnet.evaluation import Evaluation
+    from dist_resnet.session import Session
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,7 +44,7 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
     """Figures of one checkpoint on one prepared dataset, the same on every rank.
 
     Args:
-        path: a checkpoint, or a run folder (its newest one).
+        path: a checkpoint, a run folder (its newest one), or weights in a safetensors file.
         pairs: key=value, or mappings of keys, over the checkpoint's configuration.
 
     Raises:
@@ -50,6 +56,8 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
     from dist_resnet.session import open_session
     from dist_resnet.weights import find_weights, trained_model
 
+    if path.suffix == ".safetensors":
+        return _evaluate_file(path, pairs)
     file, saved = find_weights(path)
     config = stored_config(saved.config, pairs)
     if config.data.normalisation != stored_config(saved.config).data.normalisation:
@@ -69,9 +77,29 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
         result = session.evaluator(statistics)(model)
     finally:
         stop()
+    return {"checkpoint": str(file), "step": saved.state.step} | _figures(session, result)
+
+
+def _evaluate_file(path: Path, pairs: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
+    """As `evaluate_checkpoint`, of weights alone: all else is the configuration's."""
+    from dist_resnet.config import stored_config
+    from dist_resnet.distributed import start, stop
+    from dist_resnet.session import open_session
+    from dist_resnet.starting import started_model
+
+    config = stored_config({}, [*pairs, {"model": {"init": str(path)}}])
+    world = start(config.parallel.device, config.parallel.timeout_seconds)
+    try:
+        session = open_session(config, world)
+        model = started_model(config, len(session.dataset.classes)).to(world.device)
+        result = session.evaluator(session.normalisation())(model)
+    finally:
+        stop()
+    return {"weights": str(path)} | _figures(session, result)
+
+
+def _figures(session: "Session", result: "Evaluation") -> dict[str, Any]:
     figures: dict[str, Any] = {
-        "checkpoint": str(file),
-        "step": saved.state.step,
         "dataset": session.dataset.name,
         "eval_set": session.eval_set,
         "correct": result.correct,

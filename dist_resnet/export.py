@@ -120,7 +120,8 @@ def _safetensors(model: Classifier) -> tuple[bytes, Logits]:
         from safetensors.torch import load, save
     except ImportError:
         raise UserError(f"--format safetensors needs a package: {_INSTALL}") from None
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    # Clones, as tied weights share memory, which the format does not have.
+    tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
     facts = {
         "classes": json.dumps(model.classes),
         "image_size": json.dumps(model.image_size),
@@ -130,7 +131,7 @@ def _safetensors(model: Classifier) -> tuple[bytes, Logits]:
     stored = load(content)
 
     def again(images: Tensor) -> Tensor:
-        return torch.func.functional_call(model, stored, (images,))
+        return torch.func.functional_call(model, stored, (images,), tie_weights=False)
 
     return content, again
 

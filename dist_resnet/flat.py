@@ -6,15 +6,19 @@ first step, which breaks bitwise resume on three ranks and more), and the optimi
 parameters into two fused updates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dist_resnet.counters import Counters
 
 # Values: 64 bytes of float32, 32 of bfloat16. cuDNN's BatchNorm fails where weights or statistics
 # do not begin at a multiple of 16 bytes.
 _ALIGNED = 16
+_LARGEST = 1e30  # a buffer that holds more, such as a mask of -inf, has no mean: a constant
 
 
 @dataclass
@@ -25,11 +29,13 @@ class FlatModel:
     values: Tensor
     """(P,): parameters, the decayed ones first."""
     exchange: Tensor
-    """(P + S + 3,): gradients, BatchNorm statistics, loss, top-1, stop requests."""
+    """(P + S + C + 3,): gradients, statistics, counts, loss, top-1, stop requests."""
     gradients: Tensor
     """(P,) of `exchange`."""
     statistics: Tensor
-    """(S,) of `exchange`."""
+    """(S,) of `exchange`: the model's float32 buffers."""
+    counts: Tensor
+    """(C,) of `exchange`: what a replica adds to the model's integer buffers."""
     row: Tensor
     """(5,): loss, top-1 and stop requests of `exchange`; behind it the gradient's norm, and 1."""
     num_decayed: int
@@ -37,6 +43,9 @@ class FlatModel:
     """In the order of `values`; views of it, their .grad of `gradients`."""
     fillers: list[Tensor]
     """Zeros that follow each parameter, up to where the next begins; none on a CPU."""
+    counters: Counters
+    places: list[tuple[dict[str, Tensor | None], str, Tensor]]
+    """Buffers that a forward pass may replace by other tensors: where they stand, and which."""
 
     loss: Tensor = field(init=False)
     top1: Tensor = field(init=False)
@@ -49,8 +58,20 @@ class FlatModel:
 
     @property
     def num_parameters(self) -> int:
-        """Of the model; `values` has fillers beside them."""
-        return sum(parameter.numel() for parameter in self.parameters)
+        """Of the model, frozen ones too; `values` has fillers beside those that are trained."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those that are trained."""
+        return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+
+    def hold_buffers(self) -> None:
+        """Take over what a forward pass has put in the place of a buffer."""
+        for holder, name, kept in self.places:
+            found = holder[name]
+            if found is not kept and found is not None:
+                kept.copy_(found.detach())
+                holder[name] = kept
 
     def collect(self, gradients: Sequence[Tensor]) -> None:
         """Copy the parameters' gradients, given in the order of `parameters`, to `self.gradients`.
@@ -74,24 +95,29 @@ class FlatModel:
 
 
 def flatten_model(model: nn.Module) -> FlatModel:
-    """Move `model`'s parameters, their gradients and its BatchNorm statistics into flat buffers.
+    """Move `model`'s trained parameters, their gradients and its buffers into flat buffers.
 
-    Memory layout is kept. Weight decay is for the weights of convolutions and dense layers, told by
-    their module's type.
+    Memory layout is kept, which must be dense. Weight decay is for parameters of two dimensions and
+    more: weights of convolutions and dense layers, not biases and what normalisation scales by.
     """
-    decayed = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    chosen = {id(parameter) for parameter in decayed}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2]
+    counters, places = Counters(model), _places(model)
+    constants = {id(buffer) for *_, buffer in places if not _has_mean(buffer)}
+    statistics = [
+        buffer
+        for buffer in model.buffers()
+        if buffer.dtype == torch.float32 and id(buffer) not in constants
+    ]
 
-    parameters: list[Tensor] = [*decayed, *others]
+    parameters: list[Tensor] = [*decayed, *(p for p in trained if p.ndim < 2)]
     device = parameters[0].device
     gap = _ALIGNED if device.type == "cuda" else 1
     num_values = sum(_room(p, gap) for p in parameters)
     num_statistics = sum(_room(b, gap) for b in statistics)
     values = torch.zeros(num_values, device=device)
     size = num_values + num_statistics
-    whole = torch.zeros(size + 5, device=device)
+    whole = torch.zeros(size + counters.size + 5, device=device)
     whole[-1] = 1
     exchange = whole[:-2]
 
@@ -110,11 +136,31 @@ def flatten_model(model: nn.Module) -> FlatModel:
         exchange=exchange,
         gradients=exchange[:num_values],
         statistics=exchange[num_values:size],
-        row=whole[size:],
+        counts=exchange[size:-3],
+        row=whole[size + counters.size :],
         num_decayed=sum(_room(p, gap) for p in decayed),
         fillers=[torch.zeros(_room(p, gap) - p.numel(), device=device) for p in parameters],
         parameters=parameters,
+        counters=counters,
+        places=places,
     )
+
+
+def _has_mean(buffer: Tensor) -> bool:
+    if buffer.dtype != torch.float32:
+        return False
+    return not buffer.numel() or bool(buffer.abs().max() < _LARGEST)  # false of NaN, too
+
+
+def _places(model: nn.Module) -> list[tuple[dict[str, Tensor | None], str, Tensor]]:
+    """Buffers of other modules than BatchNorm, which changes its own in place."""
+    return [
+        (module._buffers, name, buffer)
+        for module in model.modules()
+        if not isinstance(module, _BatchNorm)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
 
 
 def _in_memory_order(gradient: Tensor, parameter: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """Whether a checkpoint may be continued under a configuration: as it was, or as a fork of it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from dist_resnet.checkpoint import Checkpoint
+from dist_resnet.code import changed_code, check_code
 from dist_resnet.config import to_dict, trajectory_differences
 from dist_resnet.errors import UserError
 from dist_resnet.plugins import is_plugin
@@ -46,7 +47,33 @@ def starting_point(
             f"run.extend=true: {what}: "
             + ("only what the command names may change" if silent else "it must be the same data")
         )
+    if begun := [line for line in differences if line.startswith("model.init")]:
+        raise UserError(
+            f"run.extend=true: {begun[0]}: these weights were read before the first step; leave it"
+        )
     return _forked(saved, config, differences)
+
+
+def with_code(
+    saved: Checkpoint | None, code: Mapping[str, str], main: Mapping[str, str], allowed: bool
+) -> Checkpoint | None:
+    """`saved`, where code of plug-ins has changed and that is `allowed` with a record of it.
+
+    Args:
+        code: of this rank, as `code.code_of_run`.
+        main: of rank 0.
+
+    Raises:
+        UserError: it is not allowed, or the ranks have not the same code.
+    """
+    if other := changed_code(main, code):
+        raise UserError(f"the ranks have other code of {other[0]}: copy it to every node")
+    changed = check_code(saved.code, code, allowed) if saved is not None else []
+    if saved is None or not changed:
+        return saved
+    told = [f"the code of {name}" for name in changed]
+    fork = {"step": saved.state.step, "changed": told, "wandb_id": saved.wandb_id}
+    return replace(saved, forks=[*saved.forks, fork])
 
 
 def forks_told(saved: Checkpoint | None) -> list[str]:

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+from dist_resnet.code import plugins_of
 from dist_resnet.plan import Plan, explain
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
 from dist_resnet.session import Session
 from dist_resnet.state import TrainState
-from dist_resnet.step_mode import choose_step_mode
+from dist_resnet.step_mode import choose_step_mode, told_of_net
 
 
 def introduction(
@@ -28,7 +29,9 @@ def introduction(
         f"device: {session.world.device.type}, {session.precision_reason},"
         f" {session.threads} CPU threads a process; step: {step}",
         *explain(config, plan),
+        *told_of_net(state, plan.replicas_per_rank),
         *state.optimizer.remarks,
+        *(f"code: {key}={name}" for key, name in plugins_of(config)),
     ]
     if session.world.device.type == "cpu" and session.world.size == 1 and session.threads > 1:
         lines.append(

@@ -1,10 +1,12 @@
 """Where a run leaves its traces: console, metrics.jsonl, W&B, checkpoints and status."""
 
 import secrets
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dist_resnet.checkpoint import Checkpoint, CheckpointStore
+from dist_resnet.code import run_hash
 from dist_resnet.config import to_dict, to_yaml
 from dist_resnet.data.dataset import DESCRIPTION, Dataset
 from dist_resnet.environment import git_commit, machine, versions
@@ -47,8 +49,12 @@ def open_recording(
     step: int,
     folder: RunFolder,
     saved: Checkpoint | None,
+    origin: dict[str, Any],
 ) -> Recording:
     """Bring the run folder's files to `step` and open everything that records, on rank 0 only.
+
+    Args:
+        origin: `Checkpoint.code` and `Checkpoint.init`.
 
     Raises:
         UserError: the folder cannot be written.
@@ -56,7 +62,8 @@ def open_recording(
     if not session.world.is_main:
         return Recording(NullTracker(), None)
     known, forks = (saved.wandb_id, saved.forks) if saved is not None else (None, [])
-    derived = plan.as_dict() | ({"forks": forks} if forks else {})
+    derived = plan.as_dict() | ({"forks": forks} if forks else {}) | origin
+    derived["hash"] = run_hash(config, origin["code"])
     run_id = folder.wandb_id(
         lambda: _new_id(folder.path.name), known, anew=bool(forks) and known is None
     )
@@ -89,14 +96,19 @@ def open_recording(
         parts += _told_by_wandb(config, wandb, store, data, folder.path.name)
     tracker = Trackers(parts, console.message)
     wandb_id = run_id if wandb is None else wandb.run_id
-    header = _header(config, session) | place | {"forks": forks, "wandb_id": wandb_id}
-
-    def checkpoint(state: Snapshot, seconds: float, position: Any) -> Checkpoint:
-        return Checkpoint(state=state, seconds=seconds, wandb_position=position, **header)
-
-    keeper = Keeper(folder, store, checkpoint, tracker, wandb)
+    header = {"forks": forks, "wandb_id": wandb_id, **_header(config, session), **place, **origin}
+    keeper = Keeper(folder, store, _checkpoints(header), tracker, wandb)
     keeper.heartbeat(step)
     return Recording(tracker, keeper)
+
+
+def _checkpoints(header: dict[str, Any]) -> Callable[[Snapshot, float, Any], Checkpoint]:
+    """What makes a checkpoint of a state, the seconds of training and the place on W&B."""
+
+    def make(state: Snapshot, seconds: float, position: Any) -> Checkpoint:
+        return Checkpoint(state=state, seconds=seconds, wandb_position=position, **header)
+
+    return make
 
 
 def _header(config: Config, session: Session) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dist_resnet import signals, watchdog
 from dist_resnet.augment.trial import try_extras
 from dist_resnet.captured import as_configured
 from dist_resnet.checkpoint import Checkpoint
+from dist_resnet.code import code_of_run, told_of_code
 from dist_resnet.config import to_dict
 from dist_resnet.data.stream import Loader, open_loader, training_batches
 from dist_resnet.distributed import World, from_main, on_main, start, stop, together
@@ -15,7 +16,7 @@ from dist_resnet.ending import ending, exit_code, raise_told, tell_ending
 from dist_resnet.environment import git_commit, hardware, machine, versions
 from dist_resnet.errors import EXIT_DONE, Diverged, Preempted, UserError
 from dist_resnet.evaluation import Evaluator
-from dist_resnet.fork import forks_told, starting_point
+from dist_resnet.fork import forks_told, starting_point, with_code
 from dist_resnet.gallery import Gallery
 from dist_resnet.gpu_memory import explaining_memory
 from dist_resnet.introduction import conclusion, introduction
@@ -34,7 +35,8 @@ from dist_resnet.resume import (
 from dist_resnet.run_folder import RunFolder
 from dist_resnet.schema import Config
 from dist_resnet.session import Session, open_session, settle
-from dist_resnet.state import TrainState, build_state
+from dist_resnet.starting import begin
+from dist_resnet.state import TrainState
 from dist_resnet.step import TrainStep
 from dist_resnet.stopwatch import Stopwatch
 from dist_resnet.summary import last_evaluation, summarise
@@ -87,6 +89,7 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     plan = make_plan(config, len(session.train_indices), world.size)
     check_statistics(config, *session.image_size)
     together(lambda: try_extras(config.augment, session.image_size, session.normalisation()))
+    together(session.class_weights)  # refused before anything is written
     if saved is not None:
         saved = starting_point(saved, config, session.dataset.fingerprint, named)
     step = saved.state.step if saved is not None else 0
@@ -102,20 +105,25 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
             folder.set_status("done", step, exit_code=EXIT_DONE)
         return
     teachers = together(lambda: find_teachers(config))
-    classes = len(session.dataset.classes)
-    state = together(lambda: build_state(config, classes, session.precision, world.device))
-    if saved is not None:
-        state.restore(saved.state)
+    code = together(lambda: code_of_run(config)) | {t.name: t.sha256 for t in teachers}
+    before, everywhere = saved.code if saved is not None else {}, from_main(code)
+    saved = together(lambda: with_code(saved, code, everywhere, config.run.allow_code_change))
+    state, init = begin(config, session, saved)
     if world.is_main:
         for line in (*introduction(wanted, session, plan, state, folder), *forks_told(saved)):
+            say(line)
+        for line in told_of_code(before, code):
             say(line)
         kind = machine(world.device, session.threads)
         if saved is not None and (line := other_rounding(saved, kind, config.train.step_mode)):
             say(line)
     on_main(lambda: take_back(config, folder, step))
-    recording = together(lambda: open_recording(config, session, plan, state.step, folder, saved))
+    origin = {"code": code, "init": init}
+    recording = together(
+        lambda: open_recording(config, session, plan, state.step, folder, saved, origin)
+    )
     trainer = _trainer(config, session, plan, state, recording, saved, teachers)
-    _fit_and_close(trainer, session, folder, recording)
+    _fit_and_close(trainer, session, folder, recording, code)
 
 
 def _trainer(
@@ -172,7 +180,11 @@ def _trainer(
 
 
 def _fit_and_close(
-    trainer: Trainer, session: Session, folder: RunFolder, recording: Recording
+    trainer: Trainer,
+    session: Session,
+    folder: RunFolder,
+    recording: Recording,
+    sources: dict[str, str],
 ) -> None:
     state, world = trainer.state, session.world
     signals.defer()
@@ -197,7 +209,8 @@ def _fit_and_close(
         try:
             rows = read_rows(folder.metrics)
             last = trainer.last_evaluation or last_evaluation(rows)
-            summary = summarise(rows, last, state.best, _facts(trainer, session))
+            facts = _facts(trainer, session) | {"code": {n: c[:16] for n, c in sources.items()}}
+            summary = summarise(rows, last, state.best, facts)
             folder.write_json("summary.json", summary)
         except OSError as error:
             raise UserError(f"{folder.path}: no summary.json: {error.strerror}") from None

@@ -77,6 +77,10 @@ class ModelConfig:
     """Arguments of your own model, beside the number of classes."""
     init: str | None = None
     """Starting weights: a run, a checkpoint or a .safetensors file; null: random."""
+    init_map: dict[str, Any] | str = "names"
+    """How model.init's tensors find theirs: names; order; or {their prefix: ours, ...}."""
+    bn_momentum: float | None = None
+    """Weight of a batch in BatchNorm's running statistics; null: the net's own, mostly 0.1."""
     widths: list[int] = field(default_factory=lambda: [16, 32, 64])
     """Filters of the three stages; m6 reads the default as its own 32/64/128."""
     shortcut: Literal["projection", "pad"] = "projection"
@@ -92,7 +96,7 @@ class OptimConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of your own optimizer, beside the rate and the weight decay."""
     freeze: list[str] = field(default_factory=list)
-    """Parameters that stay as they are, by name, where * stands for anything: [stages.0.*]."""
+    """Parameters that stay as they are, by name, * standing for anything: [stem.*,stages.0.*]."""
     muon_lr: float = 0.1
     """Rate of optim.name=muon where SGD's is optim.lr, which it follows: relative to a weight."""
     lr: float = 0.05
@@ -100,7 +104,7 @@ class OptimConfig:
     momentum: float = 0.9
     """Momentum of SGD and of Muon."""
     weight_decay: float = 5e-4
-    """Weight decay of convolutions (not under Muon) and dense weights; of nothing else."""
+    """Weight decay of parameters of 2 dimensions and more (under Muon not of convolutions)."""
     nesterov: bool = False
     """Nesterov momentum."""
     clip_norm: float = 0.0

@@ -1,9 +1,16 @@
 """Weights in the type of the activations: one cast a step, where autocast makes one a layer."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_resnet.flat import FlatModel
+
+
+def fits(flat: FlatModel) -> bool:
+    """Whether autocast would cast every decayed parameter: those of no other modules."""
+    modules = [m for m in flat.model.modules() if type(m) in (nn.Conv2d, nn.Linear)]
+    cast = {id(module.weight) for module in modules}
+    return all(id(p) in cast for _, p in flat.named_parameters() if p.ndim >= 2)
 
 
 class Shadow:
@@ -22,7 +29,7 @@ class Shadow:
                 self._copy.as_strided(*place).requires_grad_() if lower else parameter
             )
         by_identity = dict(zip(map(id, flat.parameters), self.leaves, strict=True))
-        self._tensors = {n: by_identity[id(p)] for n, p in flat.model.named_parameters()}
+        self._tensors = {n: by_identity[id(p)] for n, p in flat.named_parameters()}
 
     def refresh(self) -> None:
         """Follow the parameters."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dist_resnet.errors import UserError
 from dist_resnet.flat import FlatModel, flatten_model
 from dist_resnet.metrics import Totals
-from dist_resnet.models.resnet import build_model
+from dist_resnet.models.contract import Traits, checked_model
+from dist_resnet.models.matching import Start, start_from
 from dist_resnet.optim import LossScale
 from dist_resnet.optimizer import RunOptimizer, build_optimizer
 from dist_resnet.schema import Config
@@ -50,6 +51,9 @@ class TrainState:
     ema: Tensor | None
     """float32 (P + S,): moving average of parameters and BatchNorm statistics."""
     totals: Totals
+    traits: Traits = field(default_factory=Traits)
+    told: str = ""
+    """What the reader should know of the starting weights; empty: nothing."""
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)
     """val/top1 and step of the best evaluation so far."""
@@ -62,6 +66,7 @@ class TrainState:
         """All that a step on the device changes."""
         found = [self.flat.values, self.flat.exchange, self.flat.row]
         found += [*self.optimizer.state.tensors(), *self.totals.tensors]
+        found += self.flat.counters.values
         if self.ema is not None:
             found.append(self.ema)
         if self.loss_scale is not None:
@@ -143,12 +148,25 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def build_state(
-    config: Config, classes: int, precision: torch.dtype, device: torch.device
+    config: Config,
+    classes: int,
+    precision: torch.dtype,
+    device: torch.device,
+    image_size: tuple[int, int] | None = None,
+    start: Start | None = None,
 ) -> TrainState:
-    """The state before the first step: a function of the configuration alone."""
-    model = build_model(config.model, classes, config.seed)
-    layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
-    flat = flatten_model(model.to(device).to(memory_format=layout))
+    """The state before the first step: a function of the configuration and `start`.
+
+    Args:
+        image_size: (height, width) of what a net of the user's own is tried on.
+        start: weights to begin with; None: random ones.
+
+    Raises:
+        UserError: the net cannot be trained, or `start` is of another one.
+    """
+    model, traits = checked_model(config, classes, image_size, precision, device)
+    told = start_from(model, start, config.model)[0] if start is not None else ""
+    flat = flatten_model(model)
     scaled = precision == torch.float16
     return TrainState(
         flat=flat,
@@ -156,6 +174,8 @@ def build_state(
         loss_scale=LossScale(device) if scaled else None,
         ema=_averaged_values(flat) if config.train.ema_decay else None,
         totals=Totals(device),
+        traits=traits,
+        told=told,
     )
 
 

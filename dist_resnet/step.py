@@ -9,17 +9,20 @@ from torch import Tensor
 from dist_resnet import signals
 from dist_resnet.allocator import keep_freed_memory
 from dist_resnet.augment import ChoiceDrawer, Normalisation
+from dist_resnet.cuda_graph import capturing
 from dist_resnet.data.stream import Batch
 from dist_resnet.distill import Distillation
-from dist_resnet.distributed import world_size
+from dist_resnet.distributed import rank, world_size
 from dist_resnet.models.dropout import dropouts, num_features, probability_of, set_factors
+from dist_resnet.models.generators import replica_seed, set_generators
 from dist_resnet.models.norm_act import NormAct
 from dist_resnet.optim import ema_weight
+from dist_resnet.plugins import is_plugin
 from dist_resnet.randomness import step_keys, turn_keys
 from dist_resnet.reduction import build_reduction
 from dist_resnet.replica_pass import build_pass, torch_pass
 from dist_resnet.schema import Config
-from dist_resnet.shadow import Shadow
+from dist_resnet.shadow import Shadow, fits
 from dist_resnet.state import TrainState
 from dist_resnet.step_mode import choose_step_mode, forward_function, replicas_at_once
 from dist_resnet.update import build_update, update_by_torch
@@ -51,9 +54,12 @@ class TrainStep:
         flat = state.flat
         self.device = flat.values.device
         mode, _ = choose_step_mode(config.train.step_mode, config, self.device)
-        self.group = replicas_at_once(config, self.local, self.device)
+        self.group = replicas_at_once(config, self.local, self.device, state.traits)
+        self.own = is_plugin(config.model.name)
+        self.host_keys = step_keys(config.seed, len(rates)) if state.traits.draws else None
         self.shadow = None
-        if mode != "compile" and precision != torch.float32 and self.device.type == "cuda":
+        lower = precision != torch.float32 and self.device.type == "cuda"
+        if mode != "compile" and lower and fits(flat):
             self.shadow = Shadow(flat, precision)
         self.leaves = flat.parameters if self.shadow is None else self.shadow.leaves
         # Each gradient where it belongs, while it is in the cache; on a GPU that is a launch each.
@@ -74,13 +80,8 @@ class TrainStep:
             self.device.type, precision, enabled=precision != torch.float32
         )
         self.dropouts = dropouts(flat.model)
-        draw = ChoiceDrawer(
-            config.augment,
-            image_size,
-            probability_of(self.dropouts),
-            num_features(self.dropouts),
-            self.device,
-        )
+        dropped = probability_of(self.dropouts), num_features(self.dropouts)
+        draw = ChoiceDrawer(config.augment, image_size, *dropped, self.device)
         settings = config.augment, config.optim.label_smoothing, draw, statistics
         self.replica_pass = build_pass(*settings, self.group, precision, class_weights)
 
@@ -147,17 +148,31 @@ class TrainStep:
             self.shadow.refresh()
         # Every replica starts from the same statistics and moves them by its own batch's.
         start = flat.statistics.clone() if self.local > self.group else None
-        count = self.local * size // self.group
-        for first in range(0, count, size):
-            part = slice(first, first + size)
+        flat.counters.note()
+        last = self.local // self.group - 1
+        for number in range(last + 1):
+            part = slice(number * size, (number + 1) * size)
             if start is not None:
                 flat.statistics.copy_(start)
-            if first + size == count:
+                flat.counters.restart()
+            if number == last:
                 self.reduction.expect_last(flat.exchange)
+            self.set_generators(number)
             images, labels, samples = batch.images[part], batch.labels[part], batch.samples[part]
             self.sum_over_group(images, labels, samples, key, turn)
             self.reduction.add(flat.exchange)
         self.reduction.finish(flat.exchange)
+        flat.counters.finish(flat.counts)
+
+    def set_generators(self, number: int) -> None:
+        """Set what a net draws from, before the forward pass of local replica `number`.
+
+        Not while a graph is captured: then before the replay, of the one local replica.
+        """
+        if self.host_keys is not None and not capturing(self.device):
+            replica = rank() * self.local + number
+            seed = replica_seed(self.host_keys[self.state.step], replica)
+            set_generators(seed, self.device)
 
     def sum_over_group(
         self,
@@ -172,6 +187,8 @@ class TrainStep:
         inputs, choices = self.replica_pass.inputs(images, samples, key, turn)
         if not self.config.precision.channels_last:
             inputs = inputs.contiguous()
+        if self.own:
+            inputs = inputs.float()  # our kernels' are of the lower type already
         set_factors(self.dropouts, choices.keep)
         with self.autocast:
             logits = self.forward(inputs)
@@ -185,7 +202,12 @@ class TrainStep:
             flat.gradients.zero_()
             torch.autograd.backward(objective.output, objective.gradient, inputs=flat.parameters)
         else:
-            found = torch.autograd.grad(objective.output, self.leaves, objective.gradient)
-            flat.collect(found)
+            found = torch.autograd.grad(
+                objective.output, self.leaves, objective.gradient, allow_unused=True
+            )
+            pairs = zip(found, self.leaves, strict=True)
+            flat.collect([torch.zeros_like(p) if g is None else g for g, p in pairs])
+        flat.hold_buffers()
+        flat.counters.put(flat.counts)
         flat.row[:2].copy_(objective.row)
         flat.stop.copy_(self.stop)

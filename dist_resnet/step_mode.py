@@ -8,12 +8,15 @@ from torch import Tensor, nn
 
 from dist_resnet.errors import UserError
 from dist_resnet.kernels import support
+from dist_resnet.models.contract import Traits
 from dist_resnet.models.norm_act import NormAct
 from dist_resnet.native.build import load
 from dist_resnet.schema import Config
+from dist_resnet.state import TrainState
 
 # On two cores 4 replicas of 32 images are 1.3 times as fast as one after the other, 8 no faster.
 _AT_ONCE_ON_CPU = 4
+_ANY = Traits()
 
 
 def choose_step_mode(wanted: str, config: Config, device: torch.device) -> tuple[str, str]:
@@ -47,17 +50,31 @@ def choose_step_mode(wanted: str, config: Config, device: torch.device) -> tuple
     return "fused", "fused (BatchNorm, ReLU and addition as one kernel)"
 
 
-def replicas_at_once(config: Config, local: int, device: torch.device) -> int:
+def replicas_at_once(
+    config: Config, local: int, device: torch.device, traits: Traits = _ANY
+) -> int:
     """How many of a rank's `local` replicas run as one forward and backward pass; divides them.
 
     One with parallel.reduction=exact, as the sum over the images of several rounds otherwise than
     the sum of each replica's.
     """
-    if config.parallel.reduction == "exact":
+    if config.parallel.reduction == "exact" or traits.alone:
         return 1
     if device.type == "cuda":
         return local
     return max(count for count in range(1, _AT_ONCE_ON_CPU + 1) if local % count == 0)
+
+
+def told_of_net(state: TrainState, local: int) -> list[str]:
+    """What the reader should know of it: its starting weights, how its replicas run, what is
+    frozen."""
+    lines = [state.told] * bool(state.told)
+    frozen = [name for name, p in state.flat.model.named_parameters() if not p.requires_grad]
+    if frozen:
+        lines.append(f"frozen: {len(frozen)} parameters, such as {frozen[0]}")
+    if local > 1 and state.traits.alone:
+        lines.append(f"a process's {local} replicas one after the other: {state.traits.alone}")
+    return lines
 
 
 def forward_function(mode: str, model: nn.Module, replicas: int = 1) -> Callable[[Tensor], Tensor]:
@@ -66,12 +83,13 @@ def forward_function(mode: str, model: nn.Module, replicas: int = 1) -> Callable
     Args:
         replicas: whose images a batch holds side by side.
     """
-    for module in model.modules():
-        if isinstance(module, NormAct):
-            module.fused = mode in ("fused", "graph")
-            module.replicas = replicas
+    ours = [module for module in model.modules() if isinstance(module, NormAct)]
+    for module in ours:
+        module.fused = mode in ("fused", "graph")
+        module.replicas = replicas
     if mode == "compile":
-        compiled: Any = torch.compile(model, fullgraph=True, dynamic=False)
+        # Ours are one graph; others' nets may have code that must stay Python.
+        compiled: Any = torch.compile(model, fullgraph=bool(ours), dynamic=False)
         return compiled
     return model
 

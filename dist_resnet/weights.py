@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from dist_resnet.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from dist_resnet.errors import UserError
-from dist_resnet.models.resnet import build_model
+from dist_resnet.models.build import build_model, in_layout
 from dist_resnet.schema import Config
 from dist_resnet.state import load_tensors
 from dist_resnet.tracking.tracker import say_on_stderr
@@ -40,11 +39,11 @@ def find_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, Checkpoi
 
 
 def trained_model(saved: Checkpoint, config: Config) -> nn.Module:
-    """The model with the weights that training evaluated: the moving average where one was kept.
+    """The model with the weights that training evaluated, in evaluation mode.
 
     Raises:
-        UserError: `config` describes another model.
+        UserError: `config` describes another model, or its code is not found.
     """
-    model = build_model(config.model, len(saved.classes)).to(memory_format=torch.channels_last)
+    model = in_layout(build_model(config.model, len(saved.classes)), channels_last=True)
     load_tensors(model, saved.state.evaluated)
     return model.eval()

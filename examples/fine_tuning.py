@@ -1,28 +1,27 @@
 """Fine-tuning: a net trained on one data set starts the training on another.
 
-python examples/fine_tuning.py
+python -m examples.fine_tuning
 """
 
 import sys
 
 import dist_resnet
-from examples.own_data import shapes
 
-COMMON = {"wandb": {"mode": "disabled"}, "model": {"widths": [16, 16, 32]}}
+NET = {"model": {"widths": [16, 16, 32]}, "wandb": {"mode": "disabled"}}
 
 
-def main(*pairs: str) -> None:
+def main(runs: str = "runs") -> None:
     """Train on digits, then tune all but the first layers on circles and squares."""
-    dist_resnet.train(
-        COMMON, "data.dataset=digits", "train.epochs=4", "run.name=digits-first", *pairs
-    )
+    place = f"run.dir={runs}"
+    dist_resnet.train(NET, place, "run.name=first", "data.dataset=digits", "train.epochs=4")
     summary = dist_resnet.train(
-        COMMON,
-        {"data": {"dataset": "shapes", "source": f"{shapes.__module__}:{shapes.__name__}"}},
-        {"model": {"init": "runs/digits-first"}, "optim": {"freeze": ["stem.*", "stages.0.*"]}},
-        "train.epochs=2",
-        "run.name=shapes-tuned",
-        *pairs,
+        NET,
+        place,
+        "run.name=tuned",
+        f"model.init={runs}/first",
+        optim={"freeze": ["stem.*", "stages.0.*"], "lr": 0.02},
+        data={"dataset": "shapes", "source": "examples.own_data:shapes"},
+        train={"epochs": 2},
     )
     print(f"{summary['val/top1']:.1%} of the test images are recognised")
 

@@ -18,7 +18,7 @@ from dist_resnet.kernels.loss import loss_and_gradient
 from dist_resnet.loss import mixed_cross_entropy, weighted_top1
 from dist_resnet.metrics import Totals
 from dist_resnet.models import norm_act as models
-from dist_resnet.models.resnet import build_model
+from dist_resnet.models.resnet import resnet
 from dist_resnet.randomness import step_keys, turn_keys
 from dist_resnet.replica_pass import KernelPass
 from dist_resnet.schema import AugmentConfig
@@ -174,7 +174,7 @@ def test_conv_norm_act_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_model() -> None:
     """Every layer by the kernels against every layer by torch's, with two replicas."""
     config = small_config("model.name=m6", "model.widths=[16,32,16]", "model.dropout=0")
-    model = build_model(config.model, 5).to(memory_format=torch.channels_last)
+    model = resnet(config.model, 5).to(memory_format=torch.channels_last)
     x = _image(2, 3, 8, 8)
     launched: list[bool] = []
 

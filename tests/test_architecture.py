@@ -46,7 +46,7 @@ LAYERS: list[set[str]] = [
         "native",
         "kernels",
     },
-    {"distill", "augment", "loss", "flat", "optim", "muon", "models", "state", "data"}
+    {"distill", "augment", "loss", "flat", "counters", "optim", "muon", "models", "state", "data"}
     | {"groups", "optimizer", "optimizer_state", "overlap", "plain_values"}
     | {"reduction", "summing", "replica_pass", "shadow", "update"},
     {
@@ -69,14 +69,16 @@ LAYERS: list[set[str]] = [
         "session",
         "recording",
         "weights",
+        "starting",
         "teachers",
+        "code",
         "introduction",
         "trained",
         "card",
         "fork",
         "ending",
     },
-    {"run", "preview", "sweep_plan", "code"},
+    {"run", "preview", "sweep_plan"},
     # The empty name is the package itself, which offers what others import from it.
     {
         "train",
@@ -110,7 +112,7 @@ OWN_THE_TERMINAL = {
 WAITLESS = (
     "step", "captured", "augment.choices", "augment.colour", "augment.erase", "augment.geometry",
     "augment.mix", "augment.named", "augment.normalisation", "augment.pipeline", "augment.trivial",
-    "loss", "flat", "overlap", "reduction", "summing", "replica_pass", "shadow",
+    "loss", "flat", "counters", "overlap", "reduction", "summing", "replica_pass", "shadow",
     "update", "models.norm_act", "kernels.conv", "kernels.images", "kernels.loss",
     "kernels.norm_act", "kernels.update",
 )  # fmt: skip

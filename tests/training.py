@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from dist_resnet.augment import ChoiceDrawer, Normalisation, augment
 from dist_resnet.config import load_config
 from dist_resnet.data.stream import Batch
-from dist_resnet.models.resnet import ResNet, build_model
+from dist_resnet.models.resnet import ResNet, resnet
 from dist_resnet.randomness import step_keys
 from dist_resnet.schema import Config
 from dist_resnet.state import TrainState, build_state
@@ -28,6 +28,13 @@ SMALL = (
 def small_config(*pairs: str) -> Config:
     """The recipe with a tiny model and batch."""
     return load_config([*SMALL, *pairs])
+
+
+def own_config(name: str, *pairs: str) -> Config:
+    """As `small_config`, with a net of `tests.nets`, or one that is named module:callable."""
+    kept = [pair for pair in SMALL if not pair.startswith("model.")]
+    name = name if ":" in name else f"tests.nets:{name}"
+    return load_config([*kept, f"model.name={name}", *pairs])
 
 
 def rates(steps: int = 30) -> list[float]:
@@ -61,7 +68,7 @@ def train_step(
     steps: int = 30,
 ) -> TrainStep:
     """Ours, at step 0; its state is `.state`."""
-    state = build_state(config, CLASSES, dtype, device)
+    state = build_state(config, CLASSES, dtype, device, (SIDE, SIDE))
     statistics = Normalisation(STATISTICS.mean.to(device), STATISTICS.scale.to(device))
     weights = class_weights(config)
     return TrainStep(
@@ -92,7 +99,7 @@ class PlainLoop:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.model = build_model(config.model, CLASSES, config.seed)
+        self.model = resnet(config.model, CLASSES, config.seed)
         if config.precision.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.optimizer = plain_optimizer(self.model, config)

@@ -68,7 +68,10 @@ class ChoiceDrawer:
         self.box_table = (
             None if config.mix == "mixup" else beta_quantiles(config.cutmix_alpha).to(device)
         )
+        self.mixes = self.lam_table is not None or self.box_table is not None
         self.lanes = {named.stream: named.lanes for named in all_named(config)}
+        alternating = config.flip == "alternating"
+        self.streams = alternating or bool(self.lanes) or self.box_table is not None
 
     def __call__(self, key: Tensor, samples: Tensor, turn: Tensor | None = None) -> Choices:
         """Choices of one replica's batch.
@@ -103,7 +106,7 @@ class ChoiceDrawer:
             lam=lam if mixed else None,
             keep=keep if self.dropout else None,
         )
-        return self._with_streams(choices, key, samples, turn)
+        return self._with_streams(choices, key, samples, turn) if self.streams else choices
 
     def by_torch(self, key: Tensor, samples: Tensor, turn: Tensor | None = None) -> Choices:
         """The same on any device."""
@@ -123,12 +126,7 @@ class ChoiceDrawer:
             else torch.take(self.lam_table, below(draws[0, _LAM], LAM_QUANTILES)),
             keep=dropout_factors(draws[:, _DROPOUT:], self.dropout) if self.dropout else None,
         )
-        return self._with_streams(choices, key, samples, turn)
-
-    @property
-    def mixes(self) -> bool:
-        """Whether images are mixed in pairs."""
-        return self.lam_table is not None or self.box_table is not None
+        return self._with_streams(choices, key, samples, turn) if self.streams else choices
 
     def flips(self, drawn: Tensor, samples: Tensor, turn: Tensor | None) -> Tensor:
         """`drawn`, bool (N,), of every step anew, or in its place what alternates by epoch."""

@@ -149,8 +149,8 @@ def _ours(session: Any, kind: Literal["ffcv", "resident"]) -> Epoch:
     """What TrainStep does with a batch before the model, and the stream that feeds it."""
     from dist_resnet.augment import Augmenter, ChoiceDrawer
     from dist_resnet.bench.our_loop import open_batches, quiet
+    from dist_resnet.models.build import build_model
     from dist_resnet.models.dropout import dropouts, num_features, probability_of
-    from dist_resnet.models.resnet import build_model
     from dist_resnet.plan import make_plan
     from dist_resnet.randomness import step_keys, turn_keys
 

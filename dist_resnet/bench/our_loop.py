@@ -96,9 +96,10 @@ def quiet(config: Config) -> Config:
 
 def make_step(config: Config, session: Session, plan: Plan, kind: type[TrainStep]) -> TrainStep:
     """A step of class `kind`, from the state that a run starts from."""
+    classes, device = len(session.dataset.classes), session.world.device
     return kind(
         config,
-        build_state(config, len(session.dataset.classes), session.precision, session.world.device),
+        build_state(config, classes, session.precision, device, session.image_size),
         rates(config, plan),
         plan.replicas,
         session.precision,
@@ -158,7 +159,9 @@ def _recording(config: Config, session: Session, plan: Plan, silent: bool) -> It
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         folder = RunFolder(Path(from_main(place)) / "bench")
         on_main(folder.open)
-        recording = open_recording(config, session, plan, 0, folder, None)
+        recording = open_recording(
+            config, session, plan, 0, folder, None, {"code": {}, "init": None}
+        )
         try:
             yield recording
         finally:

@@ -116,7 +116,7 @@ class ResNet(nn.Module):
         return self.head(self.dropout(self.stages(x).mean(dim=(2, 3))))
 
 
-def build_model(config: ModelConfig, classes: int, seed: int = 0) -> ResNet:
+def resnet(config: ModelConfig, classes: int, seed: int = 0) -> ResNet:
     """The configured model, its weights a function of `seed` (He et al. 2015b: normal, fan-in)."""
     widths = tuple(config.widths)
     if config.name == "m6" and widths == _DEFAULT_WIDTHS:

@@ -9,7 +9,7 @@ from dist_resnet.report.record import RunRecord
 from dist_resnet.schema import Config
 
 # What summary.json alone tells; its figures stand in other sections.
-_ENVIRONMENT = ("hardware", "git_commit", "precision", "dataset", "eval_set", "versions")
+_ENVIRONMENT = ("hardware", "git_commit", "precision", "dataset", "eval_set", "versions", "code")
 _HASHES, _HASH_SHOWN = ("git_commit", "dataset.fingerprint"), 12
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dist_resnet import overlap, summing
 from dist_resnet.distributed import World
 from dist_resnet.errors import PeerLost, UserError
-from dist_resnet.models.resnet import build_model
+from dist_resnet.models.resnet import resnet
 from dist_resnet.native.build import load
 from dist_resnet.native.shared_sum import SharedSum
 from dist_resnet.reduction import FastReduction
@@ -60,7 +60,7 @@ def _collectives(world: World, step: TrainStep, replicas: int = RANKS) -> dict[s
 def _theirs(world: World) -> tuple[dict[str, Tensor], float]:
     """DDP, its BatchNorm statistics left to each rank and averaged at the end: they are linear."""
     config = small_config()
-    model = build_model(config.model, CLASSES, config.seed).to(memory_format=torch.channels_last)
+    model = resnet(config.model, CLASSES, config.seed).to(memory_format=torch.channels_last)
     wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = plain_optimizer(model, config)
     total = 0.0
@@ -169,7 +169,7 @@ def test_ten_steps_of_ddp(ranks: list[dict[str, Any]], reduction: str) -> None:
 
 def test_training_moved_the_weights(ranks: list[dict[str, Any]]) -> None:
     """Or the comparisons above would compare nothing."""
-    start = build_model(small_config().model, CLASSES, 0).state_dict()
+    start = resnet(small_config().model, CLASSES, 0).state_dict()
     for name, tensor in ranks[0]["fast"]["model"].items():
         assert float((tensor - start[name]).abs().max()) > 1e-4, name
 

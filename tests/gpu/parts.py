@@ -103,11 +103,11 @@ def speed(size: int, replicas: int, mode: str, *pairs: str, steps: int = 100) ->
 
 def plain_loop(size: int, ddp: bool) -> Callable[[int], None]:
     """What everyone writes: torch's layers, autocast, channels-last, SGD; in DDP's wrapper."""
-    from dist_resnet.models.resnet import build_model
+    from dist_resnet.models.resnet import resnet
 
     torch.manual_seed(0)
     config = small_config("model.widths=[16,32,64]")
-    model: Any = build_model(config.model, 10).to(DEVICE).to(memory_format=torch.channels_last)
+    model: Any = resnet(config.model, 10).to(DEVICE).to(memory_format=torch.channels_last)
     if ddp:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[0] if CUDA else None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)

@@ -18,7 +18,7 @@ from dist_resnet.models.norm_act import NormAct
 from dist_resnet.replica_pass import KernelPass, TorchPass
 from dist_resnet.state import TrainState
 from dist_resnet.step import TrainStep
-from tests.training import batch_of, small_config, train_step
+from tests.training import batch_of, own_config, small_config, train_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -222,6 +222,25 @@ def test_a_graph_is_continued_from_any_step() -> None:
     resumed = CapturedStep(second._step, pytest.fail)
     _train(resumed, 25, 40)
     assert _distance(whole, resumed.state) < 1e-4
+
+
+@pytest.mark.parametrize("net", ["Counting", "Attention", "Averaging"])
+def test_a_net_of_ones_own_under_a_graph(net: str) -> None:
+    """Draws as without one, counts, and goes on from a checkpoint with the same draws."""
+    config = own_config(net, "train.step_mode=graph")
+    device = torch.device("cuda")
+    plain, first, second = (train_step(config, 1, device=device) for _ in range(3))
+    _train(plain, 0, 20)
+    graphed = CapturedStep(first, pytest.fail)
+    _train(graphed, 0, 12)
+    second.state.load_state_dict(first.state.state_dict())
+    _train(graphed, 12, 20)
+    assert _distance(plain.state, first.state) < 1e-5
+    resumed = _train(CapturedStep(second, pytest.fail), 12, 20)
+    assert _distance(first.state, resumed) < 1e-5
+    for state in (first.state, resumed):
+        for name, buffer in plain.state.flat.model.named_buffers():
+            torch.testing.assert_close(state.flat.model.get_buffer(name), buffer, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

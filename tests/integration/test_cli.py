@@ -109,6 +109,13 @@ def test_val_split_larger_than_the_set(tmp_path: Path, tiny: Dataset) -> None:
     refused(call("dist_resnet.train", *arguments, "data.val_split=53"), "data.val_split=53")
 
 
+def test_class_weights_of_other_classes_begin_no_run(tmp_path: Path, tiny: Dataset) -> None:
+    arguments = ["data.dataset=tiny", f"data.root={tiny.folder.parent}", f"run.dir={tmp_path}"]
+    weights = "optim.class_weights=[1,2]", "run.name=job", "wandb.mode=offline"
+    refused(call("dist_resnet.train", *arguments, *weights), "2 numbers", "5 classes: class0")
+    assert {path.name for path in (tmp_path / "job").iterdir()} <= {"status.json", ".lock", "lock"}
+
+
 def test_a_training_leaves_the_run_folder_of_the_contract(tmp_path: Path, digits: Dataset) -> None:
     keys = [
         str(ROOT / "configs" / "digits.yaml"),

@@ -40,7 +40,7 @@ from dist_resnet.distributed import World
 from dist_resnet.errors import UserError
 from dist_resnet.metrics import Totals
 from dist_resnet.models.dropout import dropouts
-from dist_resnet.models.resnet import build_model
+from dist_resnet.models.resnet import resnet
 from dist_resnet.state import build_state
 from tests.training import (
     BATCH,
@@ -359,7 +359,7 @@ def test_the_step_fed_from_memory_is_the_step() -> None:
 def test_resnet20_takes_244_megaflop_an_image() -> None:
     """Forward 81.6, backward 162.4 without the images' gradient: counted by hand."""
     config = load_config([])
-    model = build_model(config.model, 10)
+    model = resnet(config.model, 10)
     images = torch.randn(2, 3, 32, 32)
     labels = torch.zeros(2, dtype=torch.int64)
     work = count_work(lambda: F.cross_entropy(model(images), labels).backward(), model)
@@ -371,7 +371,7 @@ def test_resnet20_takes_244_megaflop_an_image() -> None:
 
 
 def test_ceilings_are_positive() -> None:
-    model = build_model(small_config().model, CLASSES)
+    model = resnet(small_config().model, CLASSES)
     images = torch.randn(2, 3, SIDE, SIDE)
     work = count_work(lambda: model(images).sum().backward(), model)
     found = measure_ceilings(model, images, torch.float32, work, seconds=0.0)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dist_resnet import captured
-from dist_resnet.captured import WARM_UP_STEPS, CapturedStep
+from dist_resnet import captured, step
+from dist_resnet.captured import WARM_UP_STEPS, CapturedStep, as_configured
 from dist_resnet.errors import UserError
 from dist_resnet.state import TrainState
-from tests.training import batch_of, small_config, train_step
+from tests.training import batch_of, own_config, small_config, train_step
 
 STEPS = WARM_UP_STEPS + 5
 
@@ -73,6 +73,46 @@ def test_it_follows_the_same_trajectory(
         assert len(captures) == (number >= WARM_UP_STEPS)
         assert graphed.state.step == number + 1
         assert _equal(plain.state, graphed.state), number
+
+
+@pytest.mark.parametrize(("net", "replicas"), [("Counting", 1), ("Averaging", 2), ("Unused", 1)])
+def test_other_nets_draw_and_count_as_without_a_graph(
+    monkeypatch: pytest.MonkeyPatch, net: str, replicas: int
+) -> None:
+    """A graph draws from where the generators stand: they cannot be set within it."""
+    recording = [False]
+
+    def record(action: Callable[[], None]) -> Played:
+        def play() -> None:
+            recording[0] = True
+            action()
+            recording[0] = False
+
+        return Played(play)
+
+    monkeypatch.setattr(captured, "capture", record)
+    monkeypatch.setattr(step, "capturing", lambda device: recording[0])
+    config = own_config(net, "train.step_mode=eager", "train.ema_decay=0.9")
+    plain = train_step(config, replicas)
+    graphed = CapturedStep(train_step(config, replicas), pytest.fail)
+    for number in range(STEPS):
+        plain(batch_of(number, replicas))
+        graphed(batch_of(number, replicas))
+        assert _equal(plain.state, graphed.state), number
+    for name, tensor in plain.state.flat.model.state_dict().items():
+        assert torch.equal(graphed.state.flat.model.state_dict()[name], tensor), name
+
+
+def test_a_net_that_draws_has_no_graph_of_several_replicas() -> None:
+    told: list[str] = []
+    several = train_step(own_config("Counting"), 2)
+    several.config = small_config("train.step_mode=graph")
+    assert as_configured(several, told.append) is several
+    assert len(told) == 1
+    assert "draws random numbers" in told[0]
+    one = train_step(own_config("Counting"), 1)
+    one.config = small_config("train.step_mode=graph")
+    assert isinstance(as_configured(one, pytest.fail), CapturedStep)
 
 
 def test_it_starts_at_the_step_of_the_state(captures: list[Callable[[], None]]) -> None:

@@ -17,7 +17,7 @@ from dist_resnet.data.images import ImageSet
 from dist_resnet.data.stream import open_loader
 from dist_resnet.distributed import World
 from dist_resnet.evaluation import Evaluation, Evaluator
-from dist_resnet.models.resnet import ResNet, build_model
+from dist_resnet.models.resnet import ResNet, resnet
 from dist_resnet.schema import ModelConfig
 from tests.ranks import run_ranks
 
@@ -57,7 +57,7 @@ def _model() -> ResNet:
 @cache
 def _warmed_up() -> ResNet:
     """Random, with running statistics of random images, so that its guesses differ."""
-    model = build_model(ModelConfig(widths=[8, 8, 16]), CLASSES, 3)
+    model = resnet(ModelConfig(widths=[8, 8, 16]), CLASSES, 3)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _ in range(60):
@@ -140,7 +140,7 @@ def test_top5_and_balanced_accuracy_are_scikit_learns() -> None:
     # A class is far more frequent than the others, and the last one is absent.
     labels = np.minimum(rng.integers(0, 24, count), classes - 2)
     images = rng.integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
-    model = build_model(ModelConfig(widths=[8, 8, 16]), classes, 3)
+    model = resnet(ModelConfig(widths=[8, 8, 16]), classes, 3)
     statistics = Normalisation.of(MEAN, STD, SIDE, CPU)
     loader = ArrayLoader(images, labels, 32)
     evaluate = Evaluator(loader, np.arange(count), statistics, torch.float32, False, ALONE, classes)

@@ -14,7 +14,7 @@ from dist_resnet.flat import flatten_model
 from dist_resnet.loss import mixed_cross_entropy, weighted_top1
 from dist_resnet.metrics import Totals
 from dist_resnet.models.dropout import dropouts, set_factors
-from dist_resnet.models.resnet import ResNet, build_model
+from dist_resnet.models.resnet import ResNet, resnet
 from dist_resnet.muon import FlatMuon
 from dist_resnet.optim import LossScale
 from dist_resnet.optimizer import build_optimizer
@@ -41,7 +41,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
 
 
 def _model() -> ResNet:
-    model = build_model(load_config([]).model, CLASSES)
+    model = resnet(load_config([]).model, CLASSES)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

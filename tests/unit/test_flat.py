@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_resnet.flat import FlatModel, flatten_model
-from dist_resnet.models.resnet import ResNet, build_model
+from dist_resnet.models.resnet import ResNet, resnet
 from dist_resnet.schema import ModelConfig
 
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
@@ -15,7 +15,7 @@ LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 
 def _model(layout: str = "nhwc") -> ResNet:
     config = ModelConfig(widths=[8, 10, 12], dropout=0)
-    return build_model(config, 5, 1).to(memory_format=LAYOUTS[layout])
+    return resnet(config, 5, 1).to(memory_format=LAYOUTS[layout])
 
 
 def _inside(view: Tensor, buffer: Tensor) -> range:
@@ -124,7 +124,7 @@ def test_decay_is_told_by_the_type_of_the_module() -> None:
 
 
 def test_decay_of_the_resnet_is_for_convolutions_and_the_dense_layer() -> None:
-    flat = flatten_model(build_model(ModelConfig(), 10))
+    flat = flatten_model(resnet(ModelConfig(), 10))
     decayed = _decayed(flat)
     assert decayed == {n for n, p in flat.model.named_parameters() if p.ndim in (2, 4)}
     assert len(decayed) == 19 + 2 + 1

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_resnet.models.resnet import BLOCKS_PER_STAGE, Pad, ResNet, build_model
+from dist_resnet.models.resnet import BLOCKS_PER_STAGE, Pad, ResNet, resnet
 from dist_resnet.schema import ModelConfig
 
 
 def _model(name: str = "resnet20", seed: int = 0, classes: int = 10, **settings: object) -> ResNet:
-    return build_model(ModelConfig(name=name, **settings), classes, seed)  # type: ignore[arg-type]
+    return resnet(ModelConfig(name=name, **settings), classes, seed)  # type: ignore[arg-type]
 
 
 def _sizes(model: nn.Module) -> tuple[int, int]:
@@ -207,10 +207,10 @@ def test_initial_weights_are_he_normal() -> None:
 NARROW = """
 import torch
 from dist_resnet.config import load_config
-from dist_resnet.models.resnet import build_model
+from dist_resnet.models.resnet import resnet
 
 for widths in ([4, 4, 4], [4, 6, 8], [5, 7, 9]):
-    model = build_model(load_config([f"model.widths={widths}"]).model, 10)
+    model = resnet(load_config([f"model.widths={widths}"]).model, 10)
     model = model.to(memory_format=torch.channels_last)
     for images in (4, 33):
         for _ in range(4):

@@ -10,7 +10,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from dist_resnet.config import load_config
 from dist_resnet.errors import UserError
 from dist_resnet.flat import flatten_model
-from dist_resnet.models.resnet import build_model
+from dist_resnet.models.resnet import resnet
 from dist_resnet.muon import orthogonalise
 from dist_resnet.optim import FlatSGD
 from dist_resnet.optimizer import build_optimizer
@@ -59,7 +59,7 @@ def test_five_steps_written_out(layout: torch.memory_format, nesterov: bool) -> 
     config = OptimConfig(
         name="muon", lr=0.2, muon_lr=0.05, momentum=0.8, nesterov=nesterov, weight_decay=0.01
     )
-    model = build_model(MODEL, 5, 1).to(memory_format=layout)
+    model = resnet(MODEL, 5, 1).to(memory_format=layout)
     plain = copy.deepcopy(model).double()
     ours = build_optimizer(flatten_model(model), Config(optim=config))
     others = [p for name, p in plain.named_parameters() if p.ndim != 4 and name != "head.weight"]
@@ -96,7 +96,7 @@ def test_five_steps_written_out(layout: torch.memory_format, nesterov: bool) -> 
 
 
 def test_sgd_is_what_is_built_otherwise() -> None:
-    flat = flatten_model(build_model(MODEL, 5, 1))
+    flat = flatten_model(resnet(MODEL, 5, 1))
     assert type(build_optimizer(flat, Config()).optimizer) is FlatSGD
     with pytest.raises(UserError, match=r"optim\.name=muon: must be sgd with fp16"):
         load_config(["optim.name=muon", "precision.dtype=fp16"])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from dist_resnet.config import load_config
 from dist_resnet.errors import UserError
 from dist_resnet.kernels import support
-from dist_resnet.models.resnet import NormAct, build_model
+from dist_resnet.models.resnet import NormAct, resnet
 from dist_resnet.native import build
 from dist_resnet.native.norm_act import CHANNELS, accepts, norm_act
 from dist_resnet.step_mode import choose_step_mode, forward_function
@@ -182,7 +182,7 @@ def test_a_model_with_it_is_the_same_function(shortcut: str, widths: list[int]) 
     labels = torch.tensor([0, 1, 2, 3])
     results = []
     for mode in ("eager", "fused"):
-        model = build_model(config.model, 10).to(memory_format=torch.channels_last)
+        model = resnet(config.model, 10).to(memory_format=torch.channels_last)
         loss = F.cross_entropy(forward_function(mode, model)(images), labels)
         loss.backward()
         results.append((loss, {n: p.grad for n, p in model.named_parameters()}, model))

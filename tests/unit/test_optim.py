@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dist_resnet.flat import flatten_model
-from dist_resnet.models.resnet import build_model
+from dist_resnet.models.resnet import resnet
 from dist_resnet.optim import LossScale, ema_weight
 from dist_resnet.optimizer import RunOptimizer, build_optimizer
 from dist_resnet.schema import Config, ModelConfig, OptimConfig
@@ -46,7 +46,7 @@ def _momentum(optimizer: RunOptimizer) -> dict[str, torch.Tensor]:
     ids=["recipe", "nesterov", "no momentum", "no decay"],
 )
 def test_twenty_steps_of_plain_sgd(config: OptimConfig) -> None:
-    model = build_model(MODEL, 5, 1).to(memory_format=torch.channels_last)
+    model = resnet(MODEL, 5, 1).to(memory_format=torch.channels_last)
     plain = copy.deepcopy(model)
     flat = flatten_model(model)
     ours, theirs = build_optimizer(flat, Config(optim=config)), _plain_optimizer(plain, config)
@@ -72,7 +72,7 @@ def test_twenty_steps_of_plain_sgd(config: OptimConfig) -> None:
 
 
 def test_decay_alone_moves_only_what_decays() -> None:
-    flat = flatten_model(model := build_model(MODEL, 5, 1))
+    flat = flatten_model(model := resnet(MODEL, 5, 1))
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(1.0)
@@ -85,7 +85,7 @@ def test_decay_alone_moves_only_what_decays() -> None:
 
 
 def test_an_overflow_leaves_everything_as_it_is() -> None:
-    flat = flatten_model(build_model(MODEL, 5, 1))
+    flat = flatten_model(resnet(MODEL, 5, 1))
     optimizer = build_optimizer(flat, Config())
     flat.gradients.normal_(generator=torch.Generator().manual_seed(0))
     optimizer.step(0.1, torch.tensor(0.0))

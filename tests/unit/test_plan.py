@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dist_resnet.config import load_config
 from dist_resnet.errors import UserError
-from dist_resnet.models.resnet import build_model
+from dist_resnet.models.resnet import resnet
 from dist_resnet.plan import Plan, check_statistics, explain, make_plan, rates
 from dist_resnet.schema import Config, DataConfig, ParallelConfig
 
@@ -132,7 +132,7 @@ def test_the_explanation_says_reference_effective_and_why() -> None:
 @pytest.mark.parametrize(("batch", "side", "enough"), [(1, 4, False), (1, 5, True), (2, 4, True)])
 def test_batchnorm_needs_two_values(batch: int, side: int, enough: bool) -> None:
     config = load_config([f"data.batch_size_per_replica={batch}", "model.widths=[2,2,2]"])
-    model = build_model(config.model, 3, 0).train()
+    model = resnet(config.model, 3, 0).train()
     images = torch.zeros(batch, 3, side, side)
     if enough:
         check_statistics(config, side, side)

@@ -31,11 +31,12 @@ STEPS = 20
             "model.widths=[4,6,8]", "model.shortcut=pad",
         ],
         ["model.shortcut=pad", "optim.momentum=0", "augment.flip=false", "seed=3"],
+        ["augment.mix=both", "augment.mixup_alpha=1", "augment.erasing=0.5", "seed=2"],
         ["parallel.reduction=exact"],
         ["optim.class_weights=[3.0,0.5,1.0,2.0,0.25]"],
         ["optim.class_weights=[3.0,0.5,1.0,2.0,0.25]", "augment.mixup_alpha=0", "model.dropout=0"],
     ],
-    ids=["recipe", "smoothing nesterov cutout", "no mixup no dropout nchw", "pad", "exact",
+    ids=["recipe", "smoothing cutout", "no mixup no dropout nchw", "pad", "cutmix", "exact",
          "class weights", "class weights no mixup"],
 )  # fmt: skip
 def test_one_replica_is_a_plain_loop(pairs: list[str]) -> None:
