@@ -7,7 +7,7 @@ from typing import Any
 from dist_resnet.builtins import AUGMENTATIONS, MODELS, OPTIMIZERS
 from dist_resnet.errors import UserError
 from dist_resnet.keys import nearest
-from dist_resnet.schema import Config, ModelConfig
+from dist_resnet.schema import Config
 from dist_resnet.values import as_tree, shown
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 1000  # in bytes; Linux takes 255 and 4096
@@ -82,11 +82,7 @@ def _check_augmentation(config: Config) -> None:
 
 
 def _check_own_model(config: Config) -> None:
-    model, default = config.model, ModelConfig()
-    for key in ("widths", "shortcut", "dropout") if ":" in model.name else ():
-        value = getattr(model, key)
-        wanted = "left out: it is of the built-in nets; a net of your own has model.args"
-        _require(value == getattr(default, key), f"model.{key}", value, wanted)
+    model = config.model
     kind = model.init_map
     usable = isinstance(kind, dict) and all(isinstance(name, str) for name in kind.values())
     wanted = "names, order, or {their prefix: ours, ...}"

@@ -137,6 +137,7 @@ class Evaluator:
         flip_tta: bool,
         world: World,
         classes: int,
+        channels_last: bool = True,
     ) -> None:
         self.loader = loader
         self.indices = indices
@@ -145,6 +146,7 @@ class Evaluator:
         self.flip_tta = flip_tta
         self.world = world
         self.classes = classes
+        self.channels_last = channels_last
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, mistakes: int = 0) -> Evaluation:
@@ -205,6 +207,8 @@ class Evaluator:
         for turn, (images, labels) in enumerate(batches):
             watchdog.rearm()
             inputs = normalise(images, self.statistics)
+            if not self.channels_last:
+                inputs = inputs.contiguous()
             with torch.autocast(
                 inputs.device.type, self.precision, enabled=self.precision != torch.float32
             ):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dist_resnet.card import check_place, write_card
 from dist_resnet.cli import Parser, run_command
-from dist_resnet.errors import EXIT_DONE, UserError
+from dist_resnet.errors import EXIT_DONE, UserError, one_line
 from dist_resnet.paths import user_path
 from dist_resnet.storage import write_atomically
 from dist_resnet.trained import Classifier, load
@@ -46,16 +46,30 @@ def main(arguments: Sequence[str]) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         check_place(options.output, name, model)
     # Whole in memory before anything is written: torch aborts the process where a disk is full.
-    with warnings.catch_warnings():
+    with _exporting(options.format), warnings.catch_warnings():
         # Of torch's exporters about themselves (2.11): nothing that a user could mend.
         warnings.filterwarnings("ignore", "(?s).*(treespec|buffer is not writable)")
         content, again = make(model)
-    error = _compare(model, again, images)
+        error = _compare(model, again, images)
     with _writing(path):
         write_atomically(path, content)
         write_card(options.output, name, model, f"{error:.1e} on {len(images)} {origin}")
     print(f"{path}: logits within {error:.1e} of the checkpoint's on {len(images)} {origin}")
     return EXIT_DONE
+
+
+@contextlib.contextmanager
+def _exporting(kind: str) -> Iterator[None]:
+    """Turn what an exporter says of a net that is not ours into a line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"--format {kind}: this net cannot be exported so: {one_line(error)}; it must take "
+            "batches of any size: x.shape[0], not len(x)"
+        ) from None
 
 
 @contextlib.contextmanager

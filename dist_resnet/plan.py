@@ -6,7 +6,7 @@ from typing import Any
 from dist_resnet.errors import UserError
 from dist_resnet.plugins import is_plugin
 from dist_resnet.schedule import learning_rates, scale_factor
-from dist_resnet.schema import Config, OptimConfig, ScheduleConfig
+from dist_resnet.schema import Config, ModelConfig, OptimConfig, ScheduleConfig
 
 _MOST_STEPS = 50_000_000  # the rate of every step is computed before the first
 _SHRINKS = 4  # from a side of the image to one of the last stage: two strides of two
@@ -140,6 +140,13 @@ def _idle(config: Config) -> list[tuple[str, str]]:
         for key in sorted(own)
         if getattr(optim, key) != getattr(default, key)
     ]
+    if is_plugin(config.model.name):
+        model, usual = config.model, ModelConfig()
+        idle += [
+            (f"model.{key}={getattr(model, key)}", "with a net of your own, which has model.args")
+            for key in ("widths", "shortcut", "dropout")
+            if getattr(model, key) != getattr(usual, key)
+        ]
     schedule, marks = config.schedule.name, config.schedule.milestones
     if schedule != "step" and marks != ScheduleConfig().milestones:
         text = ",".join(map(str, marks))

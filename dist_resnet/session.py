@@ -98,9 +98,16 @@ class Session:
         path = data.train_path if len(held_out) else data.test_path
         indices = held_out if len(held_out) else np.arange(data.num_test)
         loader = open_loader(self.config.data.loader, path, BATCH_SIZE, self.world.device)
-        tta = self.config.eval.flip_tta
-        classes = len(data.classes)
-        return Evaluator(loader, indices, statistics, self.precision, tta, self.world, classes)
+        return Evaluator(
+            loader,
+            indices,
+            statistics,
+            self.precision,
+            self.config.eval.flip_tta,
+            self.world,
+            len(data.classes),
+            self.config.precision.channels_last,
+        )
 
 
 def open_session(config: Config, world: World) -> Session:

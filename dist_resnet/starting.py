@@ -67,7 +67,9 @@ def started_model(config: Config, classes: int) -> nn.Module:
     assert start is not None
 
     def build() -> nn.Module:
-        model = in_layout(build_model(config.model, classes, config.seed), channels_last=True)
+        model = in_layout(
+            build_model(config.model, classes, config.seed), config.precision.channels_last
+        )
         if start_from(model, start, config.model)[1]:
             raise UserError(f"{start.file}: its net tells other classes apart than {classes}")
         return model.eval()

@@ -44,6 +44,7 @@ def trained_model(saved: Checkpoint, config: Config) -> nn.Module:
     Raises:
         UserError: `config` describes another model, or its code is not found.
     """
-    model = in_layout(build_model(config.model, len(saved.classes)), channels_last=True)
+    layout = config.precision.channels_last
+    model = in_layout(build_model(config.model, len(saved.classes)), layout)
     load_tensors(model, saved.state.evaluated)
     return model.eval()

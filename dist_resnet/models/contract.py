@@ -77,6 +77,13 @@ def check_tensors(name: str, model: nn.Module) -> None:
     Raises:
         UserError: naming the first that is not.
     """
+    for key, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise _error(
+                name,
+                f"{key} is a SyncBatchNorm; statistics are those of a replica, whatever the number "
+                "of processes: use BatchNorm2d and a larger data.batch_size_per_replica",
+            )
     for key, tensor in _tensors(model).items():
         if nn.parameter.is_lazy(tensor):
             raise _error(name, f"{key} is not initialised; give its module its sizes")

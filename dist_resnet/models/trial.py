@@ -72,10 +72,15 @@ class Trial:
         self.model.train(training)
         lower = self.precision != torch.float32 and not whole
         autocast = torch.autocast(self.device.type, self.precision, enabled=lower)
-        with seeded(_SEED, self.device), calling("model.name", self.name), autocast:
-            before = default_states(self.device)
-            found = self.model(images)
-            self.drew = default_states(self.device) != before
+        try:
+            with seeded(_SEED, self.device), calling("model.name", self.name), autocast:
+                before = default_states(self.device)
+                found = self.model(images)
+                self.drew = default_states(self.device) != before
+        except UserError as error:
+            if "view size is not compatible" not in str(error):
+                raise
+            raise UserError(f"{error}; or set precision.channels_last=false") from None
         return found
 
     def _again(self) -> Any:

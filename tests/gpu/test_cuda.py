@@ -233,7 +233,7 @@ def test_a_net_of_ones_own_under_a_graph(net: str) -> None:
     _train(plain, 0, 20)
     graphed = CapturedStep(first, pytest.fail)
     _train(graphed, 0, 12)
-    second.state.load_state_dict(first.state.state_dict())
+    second.state.restore(first.state.snapshot())
     _train(graphed, 12, 20)
     assert _distance(plain.state, first.state) < 1e-5
     resumed = _train(CapturedStep(second, pytest.fail), 12, 20)

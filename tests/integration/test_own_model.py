@@ -13,6 +13,7 @@ from PIL import Image
 import dist_resnet
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset
+from dist_resnet.errors import UserError
 from tests.jobs import (
     HELD,
     differences,
@@ -147,6 +148,25 @@ def test_it_is_evaluated_loaded_exported_and_predicts(
     assert predict.main([str(whole), "image.png", "--json", "--top", "1"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["top"][0]["class"] == digits.classes[int(guesses[0])]
+
+
+def test_a_net_that_cannot_be_exported_is_one_line(whole: Path) -> None:
+    import net_of_mine
+
+    from dist_resnet import export
+
+    original = net_of_mine.Net.forward
+
+    def fixed(self: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        return original(self, images.reshape(len(images), 3, 32, 32))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(net_of_mine.Net, "forward", fixed)
+        for kind in ("onnx", "torch_export"):
+            with pytest.raises(UserError, match=f"^--format {kind}: this net cannot be") as caught:
+                export.main([str(whole), "--format", kind, "--output", "not"])
+            assert "\n" not in str(caught.value)
+            assert not Path("not", "model.onnx").exists()
 
 
 def test_where_its_file_is_not_there_is_one_line(

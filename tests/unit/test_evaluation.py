@@ -76,6 +76,24 @@ def _evaluate(
     return evaluator(_model(), mistakes)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_images_come_in_the_models_layout(channels_last: bool) -> None:
+    seen: list[bool] = []
+
+    class Looks(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images.is_contiguous(memory_format=torch.channels_last))
+            return images.mean(dim=(2, 3)).repeat(1, 2)[:, :CLASSES]
+
+    images, labels = _data()
+    evaluator = Evaluator(
+        ArrayLoader(images, labels, 50), np.arange(COUNT), Normalisation.of(MEAN, STD, SIDE, CPU),
+        torch.float32, False, ALONE, CLASSES, channels_last,
+    )  # fmt: skip
+    evaluator(Looks())
+    assert set(seen) == {channels_last}
+
+
 def _one_by_one(model: ResNet, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Each image alone, in float64, its loss written out."""
     model = model.double().eval()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_resnet.data.arguments import parser
+from dist_resnet.data.table import parser
 from tests.launching import LAUNCH, assert_meets, played
 
 EXIT_PREEMPTED = 75

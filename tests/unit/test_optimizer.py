@@ -14,7 +14,7 @@ from dist_resnet.captured import as_configured
 from dist_resnet.config import load_config
 from dist_resnet.errors import UserError
 from dist_resnet.flat import FlatModel, flatten_model
-from dist_resnet.models.build import build_model
+from dist_resnet.models.resnet import resnet
 from dist_resnet.optimizer import RunOptimizer, build_optimizer
 from dist_resnet.schema import Config, ModelConfig
 from tests.own_optimizers import Lion
@@ -25,7 +25,7 @@ OWN = "tests.own_optimizers"
 
 
 def _flat(layout: torch.memory_format = torch.channels_last) -> FlatModel:
-    return flatten_model(build_model(MODEL, 5, 1).to(memory_format=layout))
+    return flatten_model(resnet(MODEL, 5, 1).to(memory_format=layout))
 
 
 def _config(name: str, **args: Any) -> Config:

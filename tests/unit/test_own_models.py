@@ -112,6 +112,8 @@ BAD = {
     "Unseeded": "head.bias starts otherwise when built again",
     "kept": "gave the same conv.weight twice",
     "Failing": r"raised ValueError: no luck with this \(.*nets.py:\d+\)",
+    "Synchronised": "norm is a SyncBatchNorm",
+    "Viewing": "raised RuntimeError: view size.*or set precision.channels_last=false",
     "NoBackward": "raised RuntimeError: one of the variables needed for gradient",
 }
 
@@ -121,6 +123,12 @@ def test_a_net_that_breaks_the_contract_is_told_in_one_line(name: str) -> None:
     with pytest.raises(UserError, match=f"^model.name=tests.nets:{name}: .*(?:{BAD[name]})") as e:
         check(own_config(name))
     assert "\n" not in str(e.value)
+
+
+def test_a_net_for_the_other_layout_trains_in_it() -> None:
+    step = train_step(own_config("Viewing", "precision.channels_last=false"), 2)
+    step(batch_of(0, 2))
+    assert step.state.traits == Traits()
 
 
 def test_another_size_of_the_images_is_told() -> None:
@@ -261,13 +269,15 @@ def test_a_state_is_restored_whole(name: str) -> None:
             first(batch_of(number, 2))
     again = train_step(config, 2)
     torch.rand(7)
-    again.state.load_state_dict(first.state.state_dict())
+    again.state.restore(first.state.snapshot())
     for number in (3, 4):
         again(batch_of(number, 2))
-    expected = whole.state.state_dict()
-    for part in ("model", "ema"):
-        for key, tensor in again.state.state_dict()[part].items():
-            assert torch.equal(tensor, expected[part][key]), (part, key)
+    expected, found = whole.state.snapshot(), again.state.snapshot()
+    for one, other in ((expected.model, found.model), (expected.ema, found.ema)):
+        assert one is not None
+        assert other is not None
+        for key, tensor in one.items():
+            assert torch.equal(tensor, other[key]), key
 
 
 def test_replicas_are_side_by_side_where_that_changes_nothing() -> None:
@@ -293,7 +303,7 @@ def test_frozen_parameters_stay_and_are_not_exchanged() -> None:
         step(batch_of(number, 2))
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"norm.weight", "head.weight", "head.bias"}
-    step.state.load_state_dict(step.state.state_dict())
+    step.state.restore(step.state.snapshot())
 
 
 @pytest.mark.parametrize("mode", ["fused", "eager"])

@@ -1,6 +1,7 @@
 """Starting weights: whose tensor is whose, from where they come, what stays new."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_resnet.checkpoint import CheckpointStore
-from dist_resnet.config import load_config, to_dict
+from dist_resnet.config import load_config
 from dist_resnet.errors import UserError
 from dist_resnet.fork import starting_point
 from dist_resnet.models.matching import Start, matched, natural, start_from
@@ -16,6 +17,7 @@ from dist_resnet.models.resnet import resnet
 from dist_resnet.schema import ModelConfig
 from dist_resnet.starting import read_start, started_model
 from dist_resnet.state import build_state
+from tests.checkpoints import checkpoint_of
 
 _EMBEDDED = "shared/peer_weights/resnet20-w16-ema.safetensors"
 PEER = next((p / _EMBEDDED for p in Path(__file__).parents if (p / _EMBEDDED).exists()), None)
@@ -129,10 +131,8 @@ def checkpoint(folder: Path, ema: bool) -> Path:
     state = build_state(load_config(pairs), 5, torch.float32, torch.device("cpu"))
     if state.ema is not None:
         state.ema += 1
-    facts = {"config": {}, "classes": list("abcde"), "mean": [], "std": [], "image_size": [8, 8]}
-    return CheckpointStore(folder / "checkpoints", 1).save(
-        facts | {"state": state.state_dict()}, 3, best=False
-    )
+    saved = replace(checkpoint_of(3), state=state.snapshot())
+    return CheckpointStore(folder / "checkpoints", 1).save(saved, best=False)
 
 
 @pytest.mark.parametrize("ema", [False, True])
@@ -232,7 +232,7 @@ def test_a_file_is_evaluated_with_all_its_classes_only(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_cannot_begin_with_other_weights() -> None:
-    saved = {"config": to_dict(load_config(["model.init=a"])), "fingerprint": "f", "forks": []}
+    saved = checkpoint_of(config=load_config(["model.init=a"]), fingerprint="f")
     same = load_config(["model.init=a"])
     assert starting_point(saved, same, "f", []) is saved
     other = ["model.init=b", "train.epochs=200"]
