@@ -171,3 +171,15 @@ def test_torchrun_extends_too(runs: Runs, tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.output
     assert "fork: at step 18, train.epochs: 3 -> 4" in outcome.output
     assert runs.json("summary.json")["step"] == 24
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [("sgd", "muon", True), ("sgd", "torch.optim:AdamW", False), ("my:A", "my:A", True)],
+)
+def test_another_optimizer_begins_with_no_state(before: str, after: str, kept: bool) -> None:
+    saved = checkpoint_of(config=load_config([f"optim.name={before}"]))
+    config = load_config(["run.extend=true", f"optim.name={after}", "optim.lr=0.2"])
+    fork = starting_point(saved, config, "", ["optim.name", "optim.lr"])
+    assert bool(fork.state.optimizer) == kept
+    assert fork.state.model.keys() == saved.state.model.keys()

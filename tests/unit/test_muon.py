@@ -100,3 +100,45 @@ def test_sgd_is_what_is_built_otherwise() -> None:
     assert type(build_optimizer(flat, Config()).optimizer) is FlatSGD
     with pytest.raises(UserError, match=r"optim\.name=muon: must be sgd with fp16"):
         load_config(["optim.name=muon", "precision.dtype=fp16"])
+
+
+class _Ordered(nn.Module):
+    """The same layers, in one order of registration or another."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        layers: dict[str, nn.Module] = {
+            "first": nn.Conv2d(3, 8, 3), "second": nn.Conv2d(8, 5, 1), "dense": nn.Linear(5, 4)
+        }  # fmt: skip
+        for layer in layers.values():
+            for parameter in layer.parameters():
+                nn.init.normal_(parameter, generator=generator)
+        for name in names:
+            self.add_module(name, layers[name])
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_a_dense_layer_may_come_before_a_convolution(factor: int) -> None:
+    config = Config(optim=OptimConfig(name="muon", nesterov=True, bias_lr_factor=factor))
+    models = _Ordered("first", "second", "dense"), _Ordered("first", "dense", "second")
+    saved = []
+    for model in models:
+        optimizer = build_optimizer(flatten_model(model), config)
+        for step in range(3):
+            for name, p in sorted(model.named_parameters()):
+                generator = torch.Generator().manual_seed(step + len(name) + p.numel())
+                assert p.grad is not None
+                p.grad.copy_(torch.randn(p.shape, generator=generator))
+            optimizer.step(0.1)
+        saved.append(optimizer.state.state_dict()["parameters"])
+    first, other = (dict(model.named_parameters()) for model in models)
+    for name, p in first.items():
+        torch.testing.assert_close(p, other[name], msg=name)
+        kept = (state[name]["momentum_buffer"] for state in saved)
+        torch.testing.assert_close(*kept, msg=name)
+
+
+def test_without_a_convolution_it_is_refused() -> None:
+    with pytest.raises(UserError, match=r"optim\.name=muon: the model has no convolution"):
+        build_optimizer(flatten_model(_Ordered("dense")), Config(optim=OptimConfig(name="muon")))
