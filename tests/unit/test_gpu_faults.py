@@ -60,7 +60,7 @@ def test_the_graph_is_given_up_before_the_process_group(
     recording = SimpleNamespace(close=lambda *a: None)
 
     def run_in(config: Any, named: Any, world: World, folder: Any) -> None:
-        run._fit_and_close(trainer, session, folder, recording)  # type: ignore[arg-type]
+        run._fit_and_close(trainer, session, folder, recording, {})  # type: ignore[arg-type]
 
     stubs = {
         "start": lambda *a: world, "stop": lambda orderly: calls.append(f"stop {orderly}"),
@@ -69,7 +69,7 @@ def test_the_graph_is_given_up_before_the_process_group(
             write_json=lambda *a: None, begun=True, close=lambda: None,
         ),
         "run_name": lambda config: "run", "open_folder": lambda *a: None, "_run_in": run_in,
-        "read_rows": lambda path: [], "_facts": lambda *a: {}, "_conclusion": lambda *a: [],
+        "read_rows": lambda path: [], "_facts": lambda *a: {}, "conclusion": lambda *a: [],
         "summarise": lambda *a: {},
     }  # fmt: skip
     for name, stub in stubs.items():
