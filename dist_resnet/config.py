@@ -20,11 +20,12 @@ from dist_resnet.paths import user_path
 from dist_resnet.schema import Config
 from dist_resnet.values import Text, as_tree, read_value, read_yaml, shown, texts
 
+_ABSENT = "(not given)"
 Argument = str | Mapping[str, Any]
 
 
 def load_config(arguments: Sequence[Argument]) -> Config:
-    """Merge YAML files, then mappings of keys, then key=value pairs over the defaults.
+    """Merge YAML files, then key=value pairs, over the defaults; with mappings, in their order.
 
     Raises:
         UserError: unreadable file, unknown key, wrong type or impossible value; one line that names
@@ -72,11 +73,15 @@ def trajectory_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> li
     """
     default = dict(flatten(to_dict(Config())))
     before, after = default | dict(flatten(old)), default | dict(flatten(new))
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if changes_trajectory(key) and before.get(key) != after.get(key)
-    ]
+    found = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = (
+            before.get(key, _ABSENT),
+            after.get(key, _ABSENT),
+        )
+        if changes_trajectory(key) and old != new:
+            found.append(f"{key}: {old} -> {new}")
+    return found
 
 
 def trajectory_hash(config: Config, counts: Callable[[str], bool] = changes_trajectory) -> str:
@@ -135,13 +140,16 @@ def _mappings() -> list[str]:
 
 
 def _overlays(arguments: Sequence[Argument]) -> list[tuple[str, Mapping[Any, Any]]]:
-    sources = [a for a in arguments if isinstance(a, Mapping) or _is_file(a)]
-    pairs = [a for a in arguments if not isinstance(a, Mapping) and not _is_file(a)]
-    return [*map(_read_source, sources), *map(_read_pair, pairs)]
-
-
-def _read_source(source: Argument) -> tuple[str, Mapping[Any, Any]]:
-    return ("argument", source) if isinstance(source, Mapping) else _read_file(source)
+    if any(isinstance(argument, Mapping) for argument in arguments):  # from Python: as they stand
+        ordered: list[Argument] = list(arguments)
+    else:
+        ordered = sorted(arguments, key=lambda argument: not _is_file(str(argument)))
+    return [
+        _read_file(argument)
+        if isinstance(argument, str) and _is_file(argument)
+        else _read_pair(argument)
+        for argument in ordered
+    ]
 
 
 def _is_file(argument: str) -> bool:

@@ -1,12 +1,14 @@
 """Every number that follows from the configuration, the dataset's size and the number of ranks."""
 
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any
 
 from dist_resnet.errors import UserError
 from dist_resnet.plugins import is_plugin
 from dist_resnet.schedule import learning_rates, scale_factor
-from dist_resnet.schema import Config, ModelConfig, OptimConfig, ScheduleConfig
+from dist_resnet.schema import Config
+from dist_resnet.values import as_tree, shown
 
 _MOST_STEPS = 50_000_000  # the rate of every step is computed before the first
 _SHRINKS = 4  # from a side of the image to one of the last stage: two strides of two
@@ -132,25 +134,30 @@ def explain(config: Config, plan: Plan) -> list[str]:
 
 def _idle(config: Config) -> list[tuple[str, str]]:
     """Keys other than by default that nothing reads, and why."""
-    optim, default, where = config.optim, OptimConfig(), f"with optim.name={config.optim.name}"
-    own = {"momentum", "nesterov"} if ":" in optim.name else set()
-    own |= {"muon_lr"} if optim.name != "muon" else set()
-    idle = [
-        (f"optim.{key}={getattr(optim, key)}", where)
-        for key in sorted(own)
-        if getattr(optim, key) != getattr(default, key)
+    optimizer, mix, schedule = config.optim.name, config.augment.mix, config.schedule.name
+    rules: list[tuple[bool, str, str]] = [
+        (is_plugin(optimizer), "optim.momentum optim.nesterov", f"with optim.name={optimizer}"),
+        (optimizer != "muon", "optim.muon_lr", f"with optim.name={optimizer}"),
+        (
+            is_plugin(config.model.name),
+            "model.widths model.shortcut model.dropout",
+            "with a net of your own, which has model.args",
+        ),
+        (mix == "mixup", "augment.cutmix_alpha", "with augment.mix=mixup"),
+        (mix == "cutmix", "augment.mixup_alpha", "with augment.mix=cutmix"),
+        (
+            not config.distill.teachers,
+            "distill.temperature distill.weight",
+            "without distill.teachers",
+        ),
+        (schedule != "step", "schedule.milestones", f"with schedule.name={schedule}"),
     ]
-    if is_plugin(config.model.name):
-        model, usual = config.model, ModelConfig()
-        idle += [
-            (f"model.{key}={getattr(model, key)}", "with a net of your own, which has model.args")
-            for key in ("widths", "shortcut", "dropout")
-            if getattr(model, key) != getattr(usual, key)
-        ]
-    schedule, marks = config.schedule.name, config.schedule.milestones
-    if schedule != "step" and marks != ScheduleConfig().milestones:
-        text = ",".join(map(str, marks))
-        idle.append((f"schedule.milestones=[{text}]", f"with schedule.name={schedule}"))
+    idle, default = [], Config()
+    for applies, keys, why in rules:
+        for key in keys.split() if applies else ():
+            value = attrgetter(key)(config)
+            if value != attrgetter(key)(default):
+                idle.append((f"{key}={shown(as_tree(value)).replace(', ', ',')}", why))
     return idle
 
 

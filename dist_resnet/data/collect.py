@@ -82,7 +82,6 @@ class _Part:
         self.labels = array("q")
         self.texts: dict[str, int] = {}  # of labels that are text: their numbers, as they come
         self._allowed = None if classes is None else dict.fromkeys(classes)
-        self._given = feed.classes is not None
         with self.path.open("wb") as file:
             for number, item in enumerate(progress(self._items(), f"reading {split}")):
                 where = self._where(number)
@@ -138,7 +137,12 @@ class _Part:
         return pixels
 
     def _add_label(self, given: Any, where: str) -> None:
-        if isinstance(given, str) and not self._given:
+        if isinstance(given, str) and self.feed.classes is not None:
+            if given not in self.feed.classes:
+                named = ", ".join(map(str, self.feed.classes[:5]))
+                raise UserError(f"{where}: its label {given!r} is not among its classes: {named}")
+            given = list(self.feed.classes).index(given)
+        elif isinstance(given, str):
             if self._allowed is not None and given not in self._allowed:
                 raise UserError(f"{where}: no training image has its label {given!r}")
             if len(self.texts) < len(self.labels) and not self.texts:

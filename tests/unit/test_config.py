@@ -490,3 +490,24 @@ def test_a_list_for_an_argument_of_ones_own() -> None:
     text = load_config(["model.name=a:b", 'model.args={x: "[1]"}'])
     assert stored_config(to_dict(text)).model.args == text.model.args == {"x": "[1]"}
     assert "optim.args" in _refused("optim.args.betas=[0.8")
+
+
+def test_an_argument_that_is_null_is_one_that_is_given() -> None:
+    without, null = (
+        load_config(["model.name=a:b"]),
+        load_config(["model.name=a:b", "model.args.x=null"]),
+    )
+    assert null.model.args == {"x": None}
+    assert trajectory_differences(to_dict(without), to_dict(null)) == [
+        "model.args.x: (not given) -> None"
+    ]
+    assert trajectory_hash(without) != trajectory_hash(null)
+
+
+def test_from_python_later_sources_win() -> None:
+    def rate(*arguments: Any) -> float:
+        return load_config(arguments).optim.lr
+
+    mapping = {"optim": {"lr": 0.2}}
+    assert rate("optim.lr=0.1", mapping) == 0.2
+    assert rate(mapping, "optim.lr=0.1") == 0.1

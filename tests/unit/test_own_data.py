@@ -121,6 +121,10 @@ def test_numbers_may_have_names(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found.classes == ("owl", "wren")
     assert found.train.labels.tolist() == [1, 0]
     assert "no test image is of class owl" in capsys.readouterr().err
+    found = _collect(tmp_path, [(a, "wren"), (a, 0)], [(a, "owl")], classes=["owl", "wren"])
+    assert (found.train.labels.tolist(), found.test.labels.tolist()) == ([1, 0], [0])
+    with pytest.raises(UserError, match=r"label 'kite' is not among its classes: owl, wren"):
+        _collect(tmp_path, [(a, "kite")], [(a, 1)], classes=["owl", "wren"])
 
 
 A = np.zeros((4, 6), np.uint8)

@@ -165,3 +165,10 @@ def test_keys_that_do_nothing_are_said() -> None:
         f"optim.momentum=0.8: does nothing with optim.name={own}",
         f"optim.nesterov=True: does nothing with optim.name={own}",
     ]
+    assert said("augment.cutmix_alpha=2", "distill.weight=0.2", "augment.mixup_alpha=1") == [
+        "augment.cutmix_alpha=2.0: does nothing with augment.mix=mixup",
+        "distill.weight=0.2: does nothing without distill.teachers",
+    ]
+    assert said("augment.mix=cutmix", "augment.mixup_alpha=1") == [
+        "augment.mixup_alpha=1.0: does nothing with augment.mix=cutmix"
+    ]
