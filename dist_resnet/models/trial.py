@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dist_resnet.counters import INTEGERS
 from dist_resnet.errors import UserError
+from dist_resnet.flat import has_mean
 from dist_resnet.models.generators import default_states, foreign_states, seeded
 from dist_resnet.models.norm_act import NormAct
 from dist_resnet.models.noted import attributes, first_to_differ, first_to_move, same_bits
@@ -187,9 +188,14 @@ class Trial:
     def _why_alone(self, draws: bool, moved: dict[str, Tensor]) -> str:
         if draws:
             return "it draws random numbers"
-        for name in moved:
-            if not isinstance(self.model.get_submodule(name.rpartition(".")[0]), NormAct):
+        # Such a pass gives one value of a buffer, not the sum over replicas that NormAct leaves.
+        for name, _, _, _, value in self.start:
+            if isinstance(self.model.get_submodule(name.rpartition(".")[0]), NormAct):
+                continue
+            if name in moved:
                 return f"its {name} follows one batch"
+            if has_mean(value):
+                return f"its {name} is a buffer that the replicas average"
         parts = [self.forward(part, whole=True).detach() for part in self.images.chunk(2)]
         for module in self.model.modules():
             if isinstance(module, NormAct):
