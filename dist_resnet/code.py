@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dist_resnet.config import trajectory_hash
 from dist_resnet.errors import UserError
-from dist_resnet.plugins import code_of, is_plugin, resolve
+from dist_resnet.plugin_code import code_of
+from dist_resnet.plugins import is_plugin
 from dist_resnet.schema import Config
 
 OURS = "dist_resnet"
@@ -32,12 +33,12 @@ def plugins_of(config: Config) -> list[tuple[str, str]]:
 
 
 def code_of_run(config: Config) -> dict[str, str]:
-    """SHA-256 of this package's sources, and what `plugins.code_of` tells of each plug-in.
+    """SHA-256 of this package's sources, and what `plugin_code.code_of` tells of each plug-in.
 
     Raises:
         UserError: a name that leads nowhere.
     """
-    return {OURS: own_hash(), **code_of(resolve(*named) for named in plugins_of(config))}
+    return {OURS: own_hash(), **code_of(plugins_of(config))}
 
 
 def own_hash() -> str:

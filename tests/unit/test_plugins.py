@@ -14,7 +14,8 @@ import torch
 from dist_resnet.code import changed_code, check_code, code_of_run, own_hash
 from dist_resnet.config import load_config
 from dist_resnet.errors import UserError
-from dist_resnet.plugins import calling, check_arguments, code_of, resolve
+from dist_resnet.plugin_code import code_of
+from dist_resnet.plugins import calling, check_arguments, resolve
 
 NETS = """
 import helper_layers
@@ -116,12 +117,12 @@ def test_what_a_plugin_raises_is_told_with_its_place(folder: Path) -> None:
 
 
 def test_the_code_of_a_name_is_its_file_and_what_it_imports_beside_it(folder: Path) -> None:
-    found = code_of([resolve("m", "own_nets:Wide")])
+    found = code_of([("m", "own_nets:Wide")])
     assert found == {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
         for name in ("own_nets.py", "helper_layers.py")
     }
-    assert code_of([resolve("m", "own_package.inner:f")]).keys() == {
+    assert code_of([("m", "own_package.inner:f")]).keys() == {
         "own_package/__init__.py",
         "own_package/inner/__init__.py",
     }
@@ -133,10 +134,42 @@ def test_the_code_of_a_name_is_its_file_and_what_it_imports_beside_it(folder: Pa
     (plain / "part.py").write_text("import helper_layers\n")
     (plain / "other.py").write_text("def f(): ...\n")
     (plain / "unused.py").write_text("")
-    assert code_of([resolve("m", "plain_folder.net:g")]).keys() == {
+    assert code_of([("m", "plain_folder.net:g")]).keys() == {
         "helper_layers.py", *(f"plain_folder/{name}.py" for name in ("net", "part", "other"))
     }  # fmt: skip
-    assert code_of([torch.optim.AdamW]) == {"torch": f"torch=={version('torch')}"}
+    assert code_of([("m", "torch.optim:AdamW")]) == {"torch": f"torch=={version('torch')}"}
+
+
+def test_the_code_of_a_name_is_that_of_the_module_it_names_too(folder: Path) -> None:
+    """Whatever the callable is: a partial one, an object, or another module's."""
+    (folder / "named.py").write_text(
+        "import functools, torch, own_package.inner\nfrom own_package.inner import f as passed_on\n"
+        "partial = functools.partial(functools.partial(own_package.inner.f), 1)\n"
+        "installed = functools.partial(torch.nn.Linear, 3)\n"
+        "alone = functools.partial(lambda: 1)\n"
+    )
+    own = {"named.py", "own_package/__init__.py", "own_package/inner/__init__.py"}
+    assert code_of([("m", "named:partial")]).keys() == own
+    assert code_of([("m", "named:passed_on")]).keys() == own
+    assert code_of([("m", "named:alone")]).keys() == own
+    assert code_of([("m", "named:installed")]).keys() == {*own, "torch"}
+
+
+def test_files_of_one_name_in_two_folders_are_both_known(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = folder / "elsewhere"
+    other.mkdir()
+    (other / "second.py").write_text("import helper_layers\ndef f(): ...\n")
+    (other / "helper_layers.py").write_text("1\n")
+    monkeypatch.syspath_prepend(str(other))
+    names = [("m", "own_nets:Wide"), ("m", "second:f")]
+    found = [code_of(names)]
+    assert found[0] == code_of(names[::-1])
+    for file in (other / "helper_layers.py", folder / "helper_layers.py"):
+        file.write_text(f"{file.read_text()}2\n")
+        found.append(code_of(names))
+    assert len({code["helper_layers.py"] for code in found}) == 3
 
 
 def test_the_code_of_a_run_is_that_of_all_its_names(folder: Path) -> None:
