@@ -93,14 +93,19 @@ def _files_of(name: str, root: Path) -> list[Path]:
             return [place / f"{part}.py"]
         place /= part
         if (place / "__init__.py").is_file():
-            return sorted(place.rglob("*.py"))
+            # Not an editor's links to nowhere, nor folders.
+            return sorted(path for path in place.rglob("*.py") if path.is_file())
     return []
 
 
 def _imports(file: Path, root: Path) -> set[str]:
     """Dotted names of what a source imports, anywhere in it, as seen from `root`."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_bytes())):
+    try:
+        tree = ast.parse(_content(file))
+    except (SyntaxError, ValueError):  # a template, say, or of another version of Python
+        return names
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

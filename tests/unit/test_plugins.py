@@ -172,6 +172,17 @@ def test_files_of_one_name_in_two_folders_are_both_known(
     assert len({code["helper_layers.py"] for code in found}) == 3
 
 
+@pytest.mark.parametrize("content", [b"def {{ name }}(:\n", b"\0", b"\xff", b"# coding: none\n"])
+def test_a_file_of_a_package_that_is_no_python_is_hashed(folder: Path, content: bytes) -> None:
+    template = folder / "own_package" / "template.py"
+    template.write_bytes(content)
+    (folder / "own_package" / ".#lock.py").symlink_to("nowhere")  # as Emacs makes them
+    (folder / "own_package" / "folder.py").mkdir()
+    found = code_of([("m", "own_package.inner:f")])
+    assert found["own_package/template.py"] == hashlib.sha256(content).hexdigest()
+    assert len(found) == 3
+
+
 def test_the_code_of_a_run_is_that_of_all_its_names(folder: Path) -> None:
     config = load_config(
         ["model.name=own_nets:Wide", "optim.name=torch.optim:AdamW", "augment.extra=[own_nets:f]"]
