@@ -37,7 +37,8 @@ def code_of(named: Iterable[tuple[str, str]]) -> dict[str, str]:
         while isinstance(function, functools.partial):
             function = function.func
         own = inspect.getmodule(function)
-        for module in {name.partition(":")[0], *([own.__name__] if own else [])}:
+        modules = {name.partition(":")[0], *([own.__name__] if own else [])}
+        for module in filter(_not_ours, modules):
             root = _root_of(module)
             if root is None:
                 found |= _installed(module.partition(".")[0])
@@ -66,6 +67,10 @@ def _root_of(module: str) -> Path | None:
     return None
 
 
+def _not_ours(module: str) -> bool:
+    return module.partition(".")[0] != __name__.partition(".")[0]
+
+
 def _content(file: Path) -> bytes:
     try:
         return file.read_bytes()
@@ -81,7 +86,8 @@ def _sources(name: str, root: Path) -> set[Path]:
         files = set(_files_of(name, root)) - found
         done.add(name)
         found |= files
-        todo += {wanted for file in files for wanted in _imports(file, root)} - done
+        wanted = {module for file in files for module in _imports(file, root)}
+        todo += set(filter(_not_ours, wanted)) - done
     return found
 
 

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import inspect
 import os
+import site
 import sys
 import sysconfig
 import traceback
@@ -19,9 +20,14 @@ from dist_resnet.keys import nearest
 from dist_resnet.paths import printable
 
 OF_OTHERS = tuple(
-    os.path.realpath(sysconfig.get_path(name)) + os.sep
-    for name in ("purelib", "platlib", "stdlib", "platstdlib")
+    os.path.realpath(folder) + os.sep
+    for folder in (
+        *(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")),
+        *site.getsitepackages(),  # the system's too, where a virtual environment sees them
+        site.getusersitepackages(),
+    )
 )
+"""Folders of what is installed."""
 _PASSED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 

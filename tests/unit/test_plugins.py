@@ -2,6 +2,8 @@
 
 import functools
 import hashlib
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -16,6 +18,7 @@ from dist_resnet.config import load_config
 from dist_resnet.errors import UserError
 from dist_resnet.plugin_code import code_of
 from dist_resnet.plugins import calling, check_arguments, resolve
+from tests.jobs import ROOT
 
 NETS = """
 import helper_layers
@@ -170,6 +173,30 @@ def test_files_of_one_name_in_two_folders_are_both_known(
         file.write_text(f"{file.read_text()}2\n")
         found.append(code_of(names))
     assert len({code["helper_layers.py"] for code in found}) == 3
+
+
+def test_the_code_of_a_name_has_no_files_of_this_package(folder: Path) -> None:
+    """They have a hash of their own, which refuses nothing."""
+    (folder / "dist_resnet").mkdir()
+    (folder / "dist_resnet" / "__init__.py").write_text("")
+    (folder / "beside.py").write_text("import dist_resnet\ndef f(): ...\n")
+    assert code_of([("m", "beside:f")]).keys() == {"beside.py"}
+    assert code_of([("m", "dist_resnet.models.resnet:resnet")]) == {}
+
+
+def test_what_is_installed_for_a_user_is_no_source(tmp_path: Path) -> None:
+    found = (
+        "import site, sys, os; site.USER_SITE = site.USER_BASE = None; "
+        "os.makedirs(place := site.getusersitepackages()); "
+        "open(place + '/package_of_user.py', 'w').write('def f(): ...'); sys.path.append(place); "
+        "from dist_resnet.plugin_code import code_of; "
+        "print(list(code_of([('m', 'package_of_user:f')])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", found], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONUSERBASE": str(tmp_path)}, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "['package_of_user']"
 
 
 @pytest.mark.parametrize("content", [b"def {{ name }}(:\n", b"\0", b"\xff", b"# coding: none\n"])
