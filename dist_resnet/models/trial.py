@@ -30,7 +30,8 @@ class Trial:
         self.one = images[: len(images) // 2]
         self.device, self.precision = images.device, precision
         self.drew = False
-        """Whether the last forward pass drew from the default generators."""
+        self.drew_on_cpu = False
+        """Whether the last forward pass drew from the default generators, and from the CPU's."""
         self.start = [
             (f"{path}.{key}" if path else key, module._buffers, key, buffer, buffer.clone())
             for path, module in model.named_modules()
@@ -38,15 +39,16 @@ class Trial:
             if buffer is not None
         ]
 
-    def run(self) -> tuple[bool, str]:
-        """Whether it draws, and why replicas cannot be side by side, if they cannot.
+    def run(self) -> tuple[bool, str, bool]:
+        """Whether it draws, why replicas cannot be side by side, and whether the CPU draws.
 
         Raises:
             UserError: it breaks the contract.
         """
         keys, foreign = self.model.state_dict().keys(), foreign_states()
         first = self.forward(self.one)
-        draws, moved, held = self.drew, self._moved_buffers(), attributes(self.model)
+        draws, draws_on_cpu = self.drew, self.drew_on_cpu
+        moved, held = self._moved_buffers(), attributes(self.model)
         self._check_result(first)
         if self.model.state_dict().keys() != keys:
             extra = min(self.model.state_dict().keys() ^ keys)
@@ -57,7 +59,7 @@ class Trial:
         self._check_repeated(first, second, held)
         self._check_backward()
         self._check_evaluation()
-        return draws, self._why_alone(draws, moved)
+        return draws, self._why_alone(draws, moved), draws_on_cpu
 
     def forward(self, images: Tensor, training: bool = True, whole: bool = False) -> Any:
         """What the net gives, from the same buffers and seed whenever it is called.
@@ -77,7 +79,8 @@ class Trial:
             with seeded(_SEED, self.device), calling("model.name", self.name), autocast:
                 before = default_states(self.device)
                 found = self.model(images)
-                self.drew = default_states(self.device) != before
+                after = default_states(self.device)
+                self.drew, self.drew_on_cpu = after != before, after[0] != before[0]
         except UserError as error:
             if "view size is not compatible" not in str(error):
                 raise
