@@ -166,7 +166,7 @@ class CapturedStep:
 def as_configured(step: TrainStep, report: Callable[[str], None]) -> TrainStep | CapturedStep:
     """`step`, captured if its train.step_mode says graph; `report` as for `CapturedStep`.
 
-    A graph draws from where the generators stand when it is replayed: for one replica.
+    A graph draws from where the GPU's generator stands when it is replayed: for one replica.
     """
     if step.reduction.remark:
         report(step.reduction.remark)
@@ -178,6 +178,8 @@ def as_configured(step: TrainStep, report: Callable[[str], None]) -> TrainStep |
         reason = f"optim.name={optimizer.name} has no argument capturable"
     if step.state.traits.draws and step.local > 1:
         reason = f"the net draws random numbers and there are {step.local} replicas on a rank"
+    if step.state.traits.draws_on_cpu and step.device.type == "cuda":
+        reason = "the net draws random numbers on the CPU, which a graph would repeat"
     if reason:
         report(f"train.step_mode=graph: no graph, steps run one by one: {reason}")
         return step

@@ -6,12 +6,13 @@ refused, unless run.allow_code_change=true, and then recorded.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dist_resnet.config import trajectory_hash
 from dist_resnet.errors import UserError
-from dist_resnet.plugins import code_of, is_plugin, resolve
+from dist_resnet.plugin_code import code_of
+from dist_resnet.plugins import is_plugin
 from dist_resnet.schema import Config
 
 OURS = "dist_resnet"
@@ -31,13 +32,17 @@ def plugins_of(config: Config) -> list[tuple[str, str]]:
     return [(key, name) for key, name in named if is_plugin(name)]
 
 
-def code_of_run(config: Config) -> dict[str, str]:
-    """SHA-256 of this package's sources, and what `plugins.code_of` tells of each plug-in.
+def code_of_run(config: Config, teachers: Iterable[Config] = ()) -> dict[str, str]:
+    """SHA-256 of this package's sources, and what `plugin_code.code_of` tells of each plug-in.
+
+    Args:
+        teachers: configurations of the nets that are learnt from.
 
     Raises:
         UserError: a name that leads nowhere.
     """
-    return {OURS: own_hash(), **code_of(resolve(*named) for named in plugins_of(config))}
+    nets = [("distill.teachers", net.model.name) for net in teachers if is_plugin(net.model.name)]
+    return {OURS: own_hash(), **code_of([*plugins_of(config), *nets])}
 
 
 def own_hash() -> str:
@@ -64,6 +69,18 @@ def told_of_code(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]
     return ["continued by another version of dist_resnet than the checkpoint's: bits may differ"]
 
 
+def told_of_net_code(before: Mapping[str, str], name: str) -> list[str]:
+    """A line where the net `name` of a checkpoint with the code `before` has other code now."""
+    now = code_of([("model.name", name)]) if before and is_plugin(name) else {}
+    changed = [file for file in changed_code(before, now) if file in now]
+    if not changed:
+        return []
+    return [
+        f"model.name={name}: its code has changed since the checkpoint: {_listed(changed)}; "
+        "what it gives may differ"
+    ]
+
+
 def run_hash(config: Config, code: Mapping[str, str]) -> str:
     """16 hexadecimal digits that two runs share when configuration and plug-ins are the same."""
     own = {name: value for name, value in code.items() if name != OURS}
@@ -79,9 +96,13 @@ def check_code(before: Mapping[str, str], now: Mapping[str, str], allowed: bool)
     """
     changed = changed_code(before, now)
     if changed and not allowed:
-        listed = ", ".join(changed[:_SHOWN]) + (", ..." if len(changed) > _SHOWN else "")
         raise UserError(
-            f"the code of the run has changed since its checkpoint: {listed}; put it back, choose "
-            "another run.name, or go on with it all the same: run.allow_code_change=true"
+            f"the code of the run has changed since its checkpoint: {_listed(changed)}; put it "
+            "back, choose another run.name, or go on with it all the same: "
+            "run.allow_code_change=true"
         )
     return changed
+
+
+def _listed(files: list[str]) -> str:
+    return ", ".join(files[:_SHOWN]) + (", ..." if len(files) > _SHOWN else "")

@@ -103,7 +103,7 @@ def flatten_model(model: nn.Module) -> FlatModel:
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim >= 2]
     counters, places = Counters(model), _places(model)
-    constants = {id(buffer) for *_, buffer in places if not _has_mean(buffer)}
+    constants = {id(buffer) for *_, buffer in places if not has_mean(buffer)}
     statistics = [
         buffer
         for buffer in model.buffers()
@@ -146,7 +146,8 @@ def flatten_model(model: nn.Module) -> FlatModel:
     )
 
 
-def _has_mean(buffer: Tensor) -> bool:
+def has_mean(buffer: Tensor) -> bool:
+    """Whether the replicas average it with their gradients."""
     if buffer.dtype != torch.float32:
         return False
     return not buffer.numel() or bool(buffer.abs().max() < _LARGEST)  # false of NaN, too

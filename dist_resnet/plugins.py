@@ -1,20 +1,17 @@
-"""What `module:callable` in a configuration names: found, checked, and known by its source.
+"""What `module:callable` in a configuration names: found, and checked.
 
 Modules are found on the Python path or in the working folder.
 """
 
-import ast
 import contextlib
-import hashlib
 import importlib
 import inspect
 import os
+import site
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from importlib.metadata import packages_distributions, version
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -22,10 +19,15 @@ from dist_resnet.errors import DistResnetError, UserError, one_line
 from dist_resnet.keys import nearest
 from dist_resnet.paths import printable
 
-_OF_OTHERS = tuple(
-    os.path.realpath(sysconfig.get_path(name)) + os.sep
-    for name in ("purelib", "platlib", "stdlib", "platstdlib")
+OF_OTHERS = tuple(
+    os.path.realpath(folder) + os.sep
+    for folder in (
+        *(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")),
+        *site.getsitepackages(),  # the system's too, where a virtual environment sees them
+        site.getusersitepackages(),
+    )
 )
+"""Folders of what is installed."""
 _PASSED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -114,79 +116,6 @@ def calling(key: str, name: str) -> Iterator[None]:
         raise UserError(f"{key}={name}: raised {one_line(error)}{_place(error)}") from error
 
 
-def code_of(functions: Iterable[Callable[..., Any]]) -> dict[str, str]:
-    """What identifies the code that callables were brought in with.
-
-    Returns:
-        SHA-256 by file, named from the folder in which the plug-in's top module lies: of this
-        module, or every source of this package, and of what they import from the same folder;
-        `name==version` under the name of a package that was installed.
-    """
-    found: dict[str, str] = {}
-    for function in functions:
-        name = (inspect.getmodule(function) or sys.modules[type(function).__module__]).__name__
-        parts = name.split(".")
-        # The outermost package that has a file: a plain folder has none.
-        depth, file = next(
-            (depth, file)
-            for depth in range(1, len(parts) + 1)
-            if (file := getattr(sys.modules[".".join(parts[:depth])], "__file__", None))
-            or depth == len(parts)
-        )
-        if file is None or os.path.realpath(file).startswith(_OF_OTHERS):
-            found |= _installed(parts[0])
-            continue
-        path = Path(file)
-        root = path.parents[depth if path.name == "__init__.py" else depth - 1]
-        for source in _sources(name, root):
-            digest = hashlib.sha256(source.read_bytes()).hexdigest()
-            found[str(source.relative_to(root))] = digest
-    return found
-
-
-def _sources(name: str, root: Path) -> set[Path]:
-    """The files of the module `name` below `root`, and of those there that it imports."""
-    todo, done, found = [name], set(), set[Path]()
-    while todo:
-        name = todo.pop()
-        files = set(_files_of(name, root)) - found
-        done.add(name)
-        found |= files
-        todo += {wanted for file in files for wanted in _imports(file, root)} - done
-    return found
-
-
-def _files_of(name: str, root: Path) -> list[Path]:
-    """Of what a dotted name leads to from `root`: one file, or all of a package."""
-    place = root
-    for part in name.split("."):
-        if (place / f"{part}.py").is_file():
-            return [place / f"{part}.py"]
-        place /= part
-        if (place / "__init__.py").is_file():
-            return sorted(place.rglob("*.py"))
-    return []
-
-
-def _imports(file: Path, root: Path) -> set[str]:
-    """Dotted names of what a source imports, anywhere in it, as seen from `root`."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_bytes())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            start = list(file.relative_to(root).parts[: -node.level]) if node.level else []
-            start += [node.module] if node.module else []
-            names |= {".".join([*start, alias.name]) for alias in node.names}
-    return names
-
-
-def _installed(name: str) -> dict[str, str]:
-    for distribution in packages_distributions().get(name, [])[:1]:
-        return {name: f"{distribution}=={version(distribution)}"}
-    return {name: f"python=={sys.version_info.major}.{sys.version_info.minor}"}
-
-
 def _imported(key: str, name: str, path: str) -> ModuleType:
     # Last, so that no file of the working folder hides an installed package.
     if "" not in sys.path and os.getcwd() not in sys.path:
@@ -212,7 +141,7 @@ def _place(error: BaseException) -> str:
         return f" ({printable(error.filename)}:{error.lineno})"
     own = os.path.dirname(__file__) + os.sep
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        inside = (*_OF_OTHERS, own, "<")
+        inside = (*OF_OTHERS, own, "<")
         if not os.path.realpath(frame.filename).startswith(inside) and frame.filename[:1] != "<":
             return f" ({printable(frame.filename)}:{frame.lineno})"
     return ""

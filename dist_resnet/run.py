@@ -9,7 +9,7 @@ from dist_resnet.augment.trial import try_extras
 from dist_resnet.captured import as_configured
 from dist_resnet.checkpoint import Checkpoint
 from dist_resnet.code import code_of_run, told_of_code
-from dist_resnet.config import to_dict
+from dist_resnet.config import stored_config, to_dict
 from dist_resnet.data.stream import Loader, open_loader, training_batches
 from dist_resnet.distributed import World, from_main, on_main, start, stop, together
 from dist_resnet.ending import ending, exit_code, raise_told, tell_ending
@@ -105,7 +105,8 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
             folder.set_status("done", step, exit_code=EXIT_DONE)
         return
     teachers = together(lambda: find_teachers(config))
-    code = together(lambda: code_of_run(config)) | {t.name: t.sha256 for t in teachers}
+    nets = together(lambda: [stored_config(teacher.saved.config) for teacher in teachers])
+    code = together(lambda: code_of_run(config, nets)) | {t.name: t.sha256 for t in teachers}
     before, everywhere = saved.code if saved is not None else {}, from_main(code)
     saved = together(lambda: with_code(saved, code, everywhere, config.run.allow_code_change))
     state, init = begin(config, session, saved)

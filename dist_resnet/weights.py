@@ -5,6 +5,8 @@ from pathlib import Path
 from torch import nn
 
 from dist_resnet.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from dist_resnet.code import told_of_net_code
+from dist_resnet.distributed import rank
 from dist_resnet.errors import UserError
 from dist_resnet.models.build import build_model, in_layout
 from dist_resnet.schema import Config
@@ -41,10 +43,16 @@ def find_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, Checkpoi
 def trained_model(saved: Checkpoint, config: Config) -> nn.Module:
     """The model with the weights that training evaluated, in evaluation mode.
 
+    Says so, on standard error of the first rank, where the code of a plug-in is no longer the
+    checkpoint's.
+
     Raises:
         UserError: `config` describes another model, or its code is not found.
     """
     layout = config.precision.channels_last
     model = in_layout(build_model(config.model, len(saved.classes)), layout)
     load_tensors(model, saved.state.evaluated)
+    if rank() == 0:
+        for line in told_of_net_code(saved.code, config.model.name):
+            say_on_stderr(line)
     return model.eval()

@@ -30,4 +30,4 @@ def checkpoint_of(step: int = 1, config: Config | None = None, **entries: Any) -
         "std": [4.0, 5.0, 6.0],
         "image_size": [32, 32],
     }
-    return Checkpoint(state=state, **(common | entries))
+    return Checkpoint(**({"state": state} | common | entries))

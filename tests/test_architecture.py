@@ -40,6 +40,7 @@ LAYERS: list[set[str]] = [
         "keys",
         "builtins",
         "plugins",
+        "plugin_code",
         "values",
         "checks",
         "precision",

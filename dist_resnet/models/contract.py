@@ -30,6 +30,8 @@ class Traits:
     """Whether training draws from torch's default generators."""
     alone: str = ""
     """Why replicas cannot be side by side in one batch; empty: they can."""
+    draws_on_cpu: bool = False
+    """Whether it draws from the CPU's generator, wherever it runs."""
 
 
 def checked_model(

@@ -47,7 +47,7 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
 
 def default_states(device: torch.device) -> list[bytes]:
-    """Where the default generators stand, to compare."""
+    """Where the default generators stand, the CPU's first, to compare."""
     return [bytes(generator.get_state().numpy()) for generator in _generators(device)]
 
 

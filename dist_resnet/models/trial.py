@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dist_resnet.counters import INTEGERS
 from dist_resnet.errors import UserError
+from dist_resnet.flat import has_mean
 from dist_resnet.models.generators import default_states, foreign_states, seeded
 from dist_resnet.models.norm_act import NormAct
 from dist_resnet.models.noted import attributes, first_to_differ, first_to_move, same_bits
@@ -29,7 +30,8 @@ class Trial:
         self.one = images[: len(images) // 2]
         self.device, self.precision = images.device, precision
         self.drew = False
-        """Whether the last forward pass drew from the default generators."""
+        self.drew_on_cpu = False
+        """Whether the last forward pass drew from the default generators, and from the CPU's."""
         self.start = [
             (f"{path}.{key}" if path else key, module._buffers, key, buffer, buffer.clone())
             for path, module in model.named_modules()
@@ -37,15 +39,16 @@ class Trial:
             if buffer is not None
         ]
 
-    def run(self) -> tuple[bool, str]:
-        """Whether it draws, and why replicas cannot be side by side, if they cannot.
+    def run(self) -> tuple[bool, str, bool]:
+        """Whether it draws, why replicas cannot be side by side, and whether the CPU draws.
 
         Raises:
             UserError: it breaks the contract.
         """
         keys, foreign = self.model.state_dict().keys(), foreign_states()
         first = self.forward(self.one)
-        draws, moved, held = self.drew, self._moved_buffers(), attributes(self.model)
+        draws, draws_on_cpu = self.drew, self.drew_on_cpu
+        moved, held = self._moved_buffers(), attributes(self.model)
         self._check_result(first)
         if self.model.state_dict().keys() != keys:
             extra = min(self.model.state_dict().keys() ^ keys)
@@ -56,7 +59,7 @@ class Trial:
         self._check_repeated(first, second, held)
         self._check_backward()
         self._check_evaluation()
-        return draws, self._why_alone(draws, moved)
+        return draws, self._why_alone(draws, moved), draws_on_cpu
 
     def forward(self, images: Tensor, training: bool = True, whole: bool = False) -> Any:
         """What the net gives, from the same buffers and seed whenever it is called.
@@ -76,7 +79,8 @@ class Trial:
             with seeded(_SEED, self.device), calling("model.name", self.name), autocast:
                 before = default_states(self.device)
                 found = self.model(images)
-                self.drew = default_states(self.device) != before
+                after = default_states(self.device)
+                self.drew, self.drew_on_cpu = after != before, after[0] != before[0]
         except UserError as error:
             if "view size is not compatible" not in str(error):
                 raise
@@ -187,9 +191,14 @@ class Trial:
     def _why_alone(self, draws: bool, moved: dict[str, Tensor]) -> str:
         if draws:
             return "it draws random numbers"
-        for name in moved:
-            if not isinstance(self.model.get_submodule(name.rpartition(".")[0]), NormAct):
+        # Such a pass gives one value of a buffer, not the sum over replicas that NormAct leaves.
+        for name, _, _, _, value in self.start:
+            if isinstance(self.model.get_submodule(name.rpartition(".")[0]), NormAct):
+                continue
+            if name in moved:
                 return f"its {name} follows one batch"
+            if has_mean(value):
+                return f"its {name} is a buffer that the replicas average"
         parts = [self.forward(part, whole=True).detach() for part in self.images.chunk(2)]
         for module in self.model.modules():
             if isinstance(module, NormAct):

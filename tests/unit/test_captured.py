@@ -115,6 +115,18 @@ def test_a_net_that_draws_has_no_graph_of_several_replicas() -> None:
     assert isinstance(as_configured(one, pytest.fail), CapturedStep)
 
 
+def test_a_net_that_draws_on_the_cpu_has_no_graph_on_a_gpu() -> None:
+    """Its numbers would be those of the capture in every step."""
+    told: list[str] = []
+    own = train_step(own_config("Counting"), 1)
+    assert own.state.traits.draws_on_cpu
+    assert not train_step(own_config("Plain"), 1).state.traits.draws_on_cpu
+    own.config, own.device = small_config("train.step_mode=graph"), torch.device("cuda")
+    assert as_configured(own, told.append) is own
+    assert len(told) == 1
+    assert "on the CPU" in told[0]
+
+
 def test_it_starts_at_the_step_of_the_state(captures: list[Callable[[], None]]) -> None:
     first = train_step(small_config(), 1)
     for number in range(4):

@@ -144,11 +144,12 @@ TRAITS = {
     "Cache": Traits(),
     "Tied": Traits(),
     "Odd": Traits(),
-    "Counting": Traits(True, "it draws random numbers"),
-    "Depth": Traits(True, "it draws random numbers"),
+    "Counting": Traits(True, "it draws random numbers", True),
+    "Depth": Traits(True, "it draws random numbers", True),
     "Averaging": Traits(False, "its running follows one batch"),
+    "Constant": Traits(False, "its factor is a buffer that the replicas average"),
     "Unused": Traits(False, "its calls follows one batch"),
-    "Attention": Traits(True, "it draws random numbers"),
+    "Attention": Traits(True, "it draws random numbers", True),
     "Reparametrised": Traits(False, "its dense.parametrizations.weight.0._u follows one batch"),
     "Mixing": Traits(False, "its logits depend on the other images of a batch"),
 }
@@ -216,6 +217,7 @@ class PlainOwn:
 GOOD = (
     "Plain",
     "Grouped",
+    "Constant",
     "Counting",
     "Depth",
     "Averaging",
@@ -258,6 +260,15 @@ def test_a_mask_of_infinities_stays_and_is_not_averaged() -> None:
     assert torch.isinf(before).any()
     assert torch.equal(step.state.flat.model.get_buffer("mask"), before)
     assert bool(torch.isfinite(step.state.flat.exchange).all())
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_a_buffer_that_nothing_changes_keeps_its_bits(replicas: int) -> None:
+    step = train_step(own_config("Constant", "parallel.reduction=fast"), replicas)
+    factor = step.state.flat.model.get_buffer("factor")
+    for number in range(3):
+        step(batch_of(number, replicas))
+    assert torch.equal(factor, torch.tensor(0.7))
 
 
 @pytest.mark.parametrize("name", ["Counting", "Averaging", "Unused", "Tied", "Odd"])

@@ -2,6 +2,8 @@
 
 import functools
 import hashlib
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -14,7 +16,9 @@ import torch
 from dist_resnet.code import changed_code, check_code, code_of_run, own_hash
 from dist_resnet.config import load_config
 from dist_resnet.errors import UserError
-from dist_resnet.plugins import calling, check_arguments, code_of, resolve
+from dist_resnet.plugin_code import code_of
+from dist_resnet.plugins import calling, check_arguments, resolve
+from tests.jobs import ROOT
 
 NETS = """
 import helper_layers
@@ -116,12 +120,12 @@ def test_what_a_plugin_raises_is_told_with_its_place(folder: Path) -> None:
 
 
 def test_the_code_of_a_name_is_its_file_and_what_it_imports_beside_it(folder: Path) -> None:
-    found = code_of([resolve("m", "own_nets:Wide")])
+    found = code_of([("m", "own_nets:Wide")])
     assert found == {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
         for name in ("own_nets.py", "helper_layers.py")
     }
-    assert code_of([resolve("m", "own_package.inner:f")]).keys() == {
+    assert code_of([("m", "own_package.inner:f")]).keys() == {
         "own_package/__init__.py",
         "own_package/inner/__init__.py",
     }
@@ -133,10 +137,77 @@ def test_the_code_of_a_name_is_its_file_and_what_it_imports_beside_it(folder: Pa
     (plain / "part.py").write_text("import helper_layers\n")
     (plain / "other.py").write_text("def f(): ...\n")
     (plain / "unused.py").write_text("")
-    assert code_of([resolve("m", "plain_folder.net:g")]).keys() == {
+    assert code_of([("m", "plain_folder.net:g")]).keys() == {
         "helper_layers.py", *(f"plain_folder/{name}.py" for name in ("net", "part", "other"))
     }  # fmt: skip
-    assert code_of([torch.optim.AdamW]) == {"torch": f"torch=={version('torch')}"}
+    assert code_of([("m", "torch.optim:AdamW")]) == {"torch": f"torch=={version('torch')}"}
+
+
+def test_the_code_of_a_name_is_that_of_the_module_it_names_too(folder: Path) -> None:
+    """Whatever the callable is: a partial one, an object, or another module's."""
+    (folder / "named.py").write_text(
+        "import functools, torch, own_package.inner\nfrom own_package.inner import f as passed_on\n"
+        "partial = functools.partial(functools.partial(own_package.inner.f), 1)\n"
+        "installed = functools.partial(torch.nn.Linear, 3)\n"
+        "alone = functools.partial(lambda: 1)\n"
+    )
+    own = {"named.py", "own_package/__init__.py", "own_package/inner/__init__.py"}
+    assert code_of([("m", "named:partial")]).keys() == own
+    assert code_of([("m", "named:passed_on")]).keys() == own
+    assert code_of([("m", "named:alone")]).keys() == own
+    assert code_of([("m", "named:installed")]).keys() == {*own, "torch"}
+
+
+def test_files_of_one_name_in_two_folders_are_both_known(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = folder / "elsewhere"
+    other.mkdir()
+    (other / "second.py").write_text("import helper_layers\ndef f(): ...\n")
+    (other / "helper_layers.py").write_text("1\n")
+    monkeypatch.syspath_prepend(str(other))
+    names = [("m", "own_nets:Wide"), ("m", "second:f")]
+    found = [code_of(names)]
+    assert found[0] == code_of(names[::-1])
+    for file in (other / "helper_layers.py", folder / "helper_layers.py"):
+        file.write_text(f"{file.read_text()}2\n")
+        found.append(code_of(names))
+    assert len({code["helper_layers.py"] for code in found}) == 3
+
+
+def test_the_code_of_a_name_has_no_files_of_this_package(folder: Path) -> None:
+    """They have a hash of their own, which refuses nothing."""
+    (folder / "dist_resnet").mkdir()
+    (folder / "dist_resnet" / "__init__.py").write_text("")
+    (folder / "beside.py").write_text("import dist_resnet\ndef f(): ...\n")
+    assert code_of([("m", "beside:f")]).keys() == {"beside.py"}
+    assert code_of([("m", "dist_resnet.models.resnet:resnet")]) == {}
+
+
+def test_what_is_installed_for_a_user_is_no_source(tmp_path: Path) -> None:
+    found = (
+        "import site, sys, os; site.USER_SITE = site.USER_BASE = None; "
+        "os.makedirs(place := site.getusersitepackages()); "
+        "open(place + '/package_of_user.py', 'w').write('def f(): ...'); sys.path.append(place); "
+        "from dist_resnet.plugin_code import code_of; "
+        "print(list(code_of([('m', 'package_of_user:f')])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", found], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONUSERBASE": str(tmp_path)}, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "['package_of_user']"
+
+
+@pytest.mark.parametrize("content", [b"def {{ name }}(:\n", b"\0", b"\xff", b"# coding: none\n"])
+def test_a_file_of_a_package_that_is_no_python_is_hashed(folder: Path, content: bytes) -> None:
+    template = folder / "own_package" / "template.py"
+    template.write_bytes(content)
+    (folder / "own_package" / ".#lock.py").symlink_to("nowhere")  # as Emacs makes them
+    (folder / "own_package" / "folder.py").mkdir()
+    found = code_of([("m", "own_package.inner:f")])
+    assert found["own_package/template.py"] == hashlib.sha256(content).hexdigest()
+    assert len(found) == 3
 
 
 def test_the_code_of_a_run_is_that_of_all_its_names(folder: Path) -> None:
