@@ -98,7 +98,9 @@ class OptimizerState:
                 _make_exact(kept, state[index], before.get(index, {}))
             elif isinstance(kept, dict):
                 kept.update(_like(saved["others"][index], before.get(index, {})))
-        changes = saved["groups"] or [{}] * len(groups)
+        changes = saved["groups"]
+        if not any(changes):  # a fork may part the parameters in other groups
+            changes = [{}] * len(groups)
         if len(changes) != len(groups):
             raise UserError("optim.name: the checkpoint is of another optimizer, of other groups")
         for group, entries, own in zip(optimizer.param_groups, groups, changes, strict=True):

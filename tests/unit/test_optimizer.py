@@ -22,6 +22,7 @@ from tests.training import batch_of, small_config, train_step
 
 MODEL = ModelConfig(widths=[8, 10, 12])
 OWN = "tests.own_optimizers"
+ADAMW = "optim.name=torch.optim:AdamW"
 
 
 def _flat(layout: torch.memory_format = torch.channels_last) -> FlatModel:
@@ -267,6 +268,34 @@ def test_what_it_keeps_of_biases_apart_comes_back(name: str) -> None:
     _advance(first, one, 3, 5)
     _advance(again, other, 3, 5)
     assert torch.equal(first.values, again.values)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (["optim.name=sgd"], ["optim.name=muon"]),
+        (["optim.name=muon"], ["optim.name=sgd"]),
+        (["optim.name=sgd"], ["optim.name=sgd", "optim.bias_lr_factor=4"]),
+        (["optim.name=muon", "optim.bias_lr_factor=4"], ["optim.name=sgd"]),
+        ([ADAMW], [ADAMW, "optim.bias_lr_factor=4"]),
+        ([ADAMW, "optim.bias_lr_factor=4"], [ADAMW]),
+    ],
+)  # fmt: skip
+def test_a_fork_with_other_groups_keeps_what_is_kept_by_name(
+    before: list[str], after: list[str]
+) -> None:
+    first = train_step(small_config(*before), 1)
+    for number in range(2):
+        first(batch_of(number, 1))
+    saved = first.state.snapshot()
+    other = train_step(small_config(*after), 1)
+    other.state.restore(saved)
+    kept = other.state.optimizer.state.state_dict()["parameters"]
+    assert kept.keys() == saved.optimizer["parameters"].keys()
+    for name, entries in saved.optimizer["parameters"].items():
+        for key, value in entries.items():
+            assert torch.equal(kept[name][key], value), (name, key)
+    other(batch_of(2, 1))
 
 
 @pytest.mark.parametrize("name", ["sgd", "torch.optim:AdamW"])
