@@ -1,5 +1,6 @@
 """Optimizers that somebody could have written, good ones and bad ones."""
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -66,6 +67,35 @@ class Hoarder(torch.optim.Optimizer):
                 move = move + kept["wide"].sum().float() + torch.cat(kept["history"]).sum()
                 factor = group["seen"] / (50 + self.calls) + float(self.scale)
                 p -= group["lr"] * factor * (move + common["total"].sum() / 1e4)
+
+
+class Nester(torch.optim.Optimizer):
+    """Keeps state in collections of collections, made at the first step or before."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
+        super().__init__(groups, {"lr": lr, "history": {"means": []}})
+        self.sums: dict[str, list[Any]] = defaultdict(list)
+        self.shared = [torch.zeros((), dtype=torch.float64)]
+        self.inner = {"shared": self.shared[0]}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.inner["shared"] += 0.1
+        self.sums["all"].append((self.shared[0].clone(), "text"))
+        listed = self.state.setdefault("listed", [torch.zeros(2, dtype=torch.float64)])
+        listed[0] += 1 / 3
+        for group in self.param_groups:
+            for p in group["params"]:
+                kept = self.state[p]
+                if not kept:
+                    kept["wide"] = [torch.zeros_like(p, dtype=torch.float64)]
+                    kept["deep"] = {"pair": (torch.zeros(1, dtype=torch.int64), {"x": [1.0]})}
+                kept["wide"][0] += p.grad.double() / 3
+                count, other = kept["deep"]["pair"]
+                count += 1
+                other["x"].append(other["x"][-1] / 3)
+                p -= group["lr"] * (kept["wide"][0] * other["x"][-1] * self.shared[0]).float()
+            group["history"]["means"].append(p.grad.mean())
 
 
 def two_rates(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:

@@ -16,6 +16,7 @@ from dist_resnet.errors import UserError
 from dist_resnet.flat import FlatModel, flatten_model
 from dist_resnet.models.resnet import resnet
 from dist_resnet.optimizer import RunOptimizer, build_optimizer
+from dist_resnet.plain_values import restored, tensors
 from dist_resnet.schema import Config, ModelConfig
 from tests.own_optimizers import Lion
 from tests.training import batch_of, small_config, train_step
@@ -103,6 +104,7 @@ def _through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 KEPT = {
     **{name: config for name, (config, _) in PLUGINS.items()},
     "every kind": _config(f"{OWN}:Hoarder"),
+    "collections of collections": _config(f"{OWN}:Nester"),
     "NAdam": _config("torch.optim:NAdam"),
     "Adafactor": _config("torch.optim:Adafactor"),
     "capturable": _config("torch.optim:Adamax", foreach="true"),
@@ -132,6 +134,24 @@ def test_all_that_it_keeps_comes_back(name: str) -> None:
     _advance(again, other, 3, 6)
     assert torch.equal(first.values, again.values)
     assert str(one.state.state_dict()) == str(other.state.state_dict())
+
+
+def test_nested_tensors_come_back_on_their_devices() -> None:
+    """`meta` in a GPU's place."""
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    saved = {"a": [torch.zeros(2), {"step": torch.zeros(())}], "b": (torch.zeros(1), 3)}
+    fresh = restored(saved, None, meta)
+    assert [t.device for t in tensors(fresh)] == [meta] * 3
+    assert fresh["b"][1] == 3
+    placed = {"a": [torch.zeros(2, device=meta), {"step": torch.zeros(())}]}
+    by_torch = restored(saved, None, meta, placed)
+    assert [t.device for t in tensors(by_torch)] == [meta, cpu, meta]
+    held = {"a": [torch.ones(2), {"step": torch.ones((), dtype=torch.float64)}], "c": 1}
+    into = restored(saved, held, meta)
+    assert into is held
+    assert held.keys() == {"a", "b"}
+    assert [t.device for t in tensors(into)] == [cpu, cpu, meta]
+    assert into["a"][1]["step"].dtype == torch.float32
 
 
 def test_what_is_loaded_later_stays_where_it_was() -> None:
