@@ -136,6 +136,12 @@ class OptimizerState:
         return [(name, own) for name, own in self._named if start <= own.storage_offset() < stop]
 
 
+def not_saved(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its own attributes that are no plain values."""
+    own = {key: value for key, value in vars(optimizer).items() if key not in _COMMON}
+    return {key: value for key, value in own.items() if not is_plain(value)}
+
+
 def _entries(group: dict[str, Any]) -> dict[str, Any]:
     """Of a group, all that is neither the parameters nor the rate."""
     return {key: value for key, value in group.items() if key not in ("params", "lr")}

@@ -1,5 +1,6 @@
 """Optimizers that somebody could have written, good ones and bad ones."""
 
+import random
 from collections import defaultdict
 from typing import Any
 
@@ -135,3 +136,102 @@ class Stranger(Lion):
         copies = [{"params": [torch.nn.Parameter(torch.ones(3))]}]
         super().__init__(copies, lr)
         self.param_groups[0]["params"][0].grad = torch.ones(3)
+
+
+class Replacing(Lion):
+    """Puts its result where the parameter was."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.data = p.data - self.param_groups[0]["lr"] * p.grad
+
+
+class Forgetting(Lion):
+    """Frees the gradients when they have been used."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        super().step()
+        self.zero_grad()
+
+
+class Regrading(Lion):
+    """Normalises the gradients, into new tensors."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.grad = p.grad / (p.grad.norm() + 1e-6)
+        super().step()
+
+
+class Noisy(Lion):
+    """Langevin's."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            p.add_(torch.randn_like(p), alpha=1e-3)
+
+
+class Gambling(Lion):
+    """Skips steps at random."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if random.random() < 2:
+            super().step()
+
+
+class _Count:
+    def __init__(self) -> None:
+        self.steps = [0]
+
+
+class Counting(Lion):
+    """Counts in an object of its own."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
+        super().__init__(groups, lr)
+        self.count = _Count()
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.count.steps[0] += 1
+        super().step()
+
+
+class ByParameter(Lion):
+    """Keeps its state in a table beside `self.state`."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
+        super().__init__(groups, lr)
+        self.table: dict[Tensor, Tensor] = {}
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            self.table[p] = torch.ones(())
+
+
+class Wrapping(Lion):
+    """Has one within, whose state nobody sees."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, shared: bool = False) -> None:
+        super().__init__(groups, lr)
+        self.inner = torch.optim.SGD(self.param_groups, lr=lr, momentum=0.9)
+        self.order = {p: number for number, p in enumerate(self.param_groups[0]["params"])}
+        if shared:
+            self.inner.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.inner.step()
+
+
+class Generating(Lion):
+    """Draws from a generator of its own."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
+        super().__init__(groups, lr)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        super().step()
+        torch.rand(1, generator=self.generator)

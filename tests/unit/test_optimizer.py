@@ -216,6 +216,18 @@ REFUSED = {
     "a mistake in it": ([f"optim.name={OWN}:Broken"], r"raised KeyError.*own_optimizers.py:\d+"),
     "what no file holds": ([f"optim.name={OWN}:Opaque"], "keeps a Opaque in its state"),
     "other parameters": ([f"optim.name={OWN}:Stranger"], "none of the model's"),
+    "other parameters' memory": ([f"optim.name={OWN}:Replacing"], "in a parameter's place; write"),
+    "no gradients left": ([f"optim.name={OWN}:Forgetting"], "or None, in the place of a p.grad"),
+    "other gradients": ([f"optim.name={OWN}:Regrading"], "in the place of a p.grad; leave"),
+    "noise": ([f"optim.name={OWN}:Noisy"], "draws from torch's generator, which no checkpoint"),
+    "chance": ([f"optim.name={OWN}:Gambling"], "draws from Python's random, which no checkpoint"),
+    "an object that changes": (
+        [f"optim.name={OWN}:Counting"],
+        r"attribute count \(_Count\), which",
+    ),
+    "a table by parameter": ([f"optim.name={OWN}:ByParameter"], r"its attribute table \(dict\), "),
+    "one within": ([f"optim.name={OWN}:Wrapping"], r"its attribute inner \(SGD\), which no"),
+    "a generator": ([f"optim.name={OWN}:Generating"], r"its attribute generator \(Generator\)"),
     "only matrices": (["optim.name=torch.optim:Muon"], "raised ValueError: Muon only supports 2D"),
 }
 
@@ -227,6 +239,18 @@ def test_what_cannot_serve_is_refused_in_one_line(name: str) -> None:
         train_step(small_config(*pairs), 1)
     assert "\n" not in str(caught.value)
     assert "optim" in str(caught.value)
+
+
+def test_objects_that_do_not_change_are_no_ones_concern() -> None:
+    """A wrapper whose state is that of the one within, with a table by parameter."""
+    config = _config(f"{OWN}:Wrapping", shared="true")
+    flat = _flat()
+    optimizer = build_optimizer(flat, config)
+    _advance(flat, optimizer, 0, 2)
+    assert (
+        optimizer.state.state_dict()["parameters"].keys()
+        == dict(flat.model.named_parameters()).keys()
+    )
 
 
 def test_fp16_needs_an_optimizer_that_skips_a_step() -> None:
