@@ -16,6 +16,7 @@ from dist_resnet.optimizer_state import OptimizerState
 from dist_resnet.optimizer_trial import KEY, refuse_closure, try_out
 from dist_resnet.plugins import calling, check_arguments, is_plugin, label, resolve, signature
 from dist_resnet.schema import Config, OptimConfig
+from dist_resnet.step_errors import within_step
 
 _SETTINGS = tuple(f.name for f in fields(OptimConfig) if f.name not in ("name", "args"))
 
@@ -64,7 +65,7 @@ class RunOptimizer:
         if overflow is not None:  # as torch.amp.GradScaler hands it over
             optimizer.grad_scale, optimizer.found_inf = None, overflow
         if is_plugin(self.name) and not _capturing():
-            with calling(KEY, self.name):
+            with within_step(KEY, self.name):
                 optimizer.step()
         else:
             optimizer.step()

@@ -40,6 +40,7 @@ LAYERS: list[set[str]] = [
         "keys",
         "builtins",
         "plugins",
+        "step_errors",
         "values",
         "checks",
         "precision",
