@@ -10,6 +10,7 @@ from dist_resnet.data.stream import Batch
 from dist_resnet.distributed import from_all
 from dist_resnet.state import TrainState
 from dist_resnet.step import TrainStep
+from dist_resnet.update import clip
 
 # Compilation, cuDNN's choice of algorithms and NCCL's connections happen in steps before the
 # capture, which may contain none of them. They are steps of the training like any other.
@@ -133,8 +134,11 @@ class CapturedStep:
         end = size + flat.statistics.numel()
         if scaling is not None:
             expected[:size] /= scaling.scale  # which has not moved, unless there was an overflow
+        norm = torch.linalg.vector_norm(expected[:size])
+        clip(expected[:size], norm, self._step.config.optim.clip_norm)
         parts = {
             "the gradient": (flat.gradients, expected[:size]),
+            "the gradient's norm": (flat.norm, norm),  # of which clipping leaves no trace
             "a BatchNorm statistic": (
                 flat.statistics,
                 expected[size:end],

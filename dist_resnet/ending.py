@@ -2,9 +2,15 @@
 
 from typing import NoReturn
 
-import torch
-
-from dist_resnet.errors import DistResnetError, Preempted, UserError, first_line
+from dist_resnet.errors import (
+    DistResnetError,
+    Diverged,
+    OutOfMemory,
+    Preempted,
+    UserError,
+    first_line,
+)
+from dist_resnet.gpu_memory import is_of_memory
 from dist_resnet.run_folder import RunFolder
 
 
@@ -14,7 +20,7 @@ def ending(error: BaseException) -> tuple[str, str]:
     reason = str(error) if known else f"{type(error).__name__}: {error}"
     if isinstance(error, SystemExit):
         reason = f"the training was ended by a call of sys.exit({error.code!r})"
-    elif _is_of_memory(error):
+    elif is_of_memory(error):
         reason = (
             "out of memory: choose a smaller data.batch_size_per_replica or model.widths"
             f" ({first_line(error)[:120]})"
@@ -36,21 +42,19 @@ def tell_ending(error: BaseException, folder: RunFolder) -> None:
 
 def exit_code(error: BaseException) -> int:
     """Of the process that ends with it."""
-    return UserError.exit_code if _is_of_memory(error) else getattr(error, "exit_code", 1)
+    return UserError.exit_code if is_of_memory(error) else getattr(error, "exit_code", 1)
 
 
 def raise_told(error: BaseException) -> NoReturn:
     """Raise it, as one line where there is one to say."""
     if isinstance(error, SystemExit):  # it may say 0, which means a complete training
         raise DistResnetError(ending(error)[1]) from None
-    if _is_of_memory(error):
-        raise UserError(ending(error)[1]) from None
+    if is_of_memory(error):
+        raise OutOfMemory(ending(error)[1]) from None
     raise error
 
 
-def _is_of_memory(error: BaseException) -> bool:
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    if isinstance(error, kinds):
-        return True
-    # The CPU's allocator has no exception of its own.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+def of_all_ranks(error: BaseException) -> bool:
+    """Whether it is raised on all ranks, on each at the same place."""
+    alone = isinstance(error, DistResnetError) and error.of_one_rank
+    return isinstance(error, UserError | Diverged | Preempted) and not alone

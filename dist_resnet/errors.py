@@ -53,7 +53,13 @@ class PeerLost(DistResnetError):
     of_one_rank = True
 
 
+class StepError(UserError):
+    """The user's own code failed within a step, where the other ranks wait for this one."""
+
+    of_one_rank = True
+
+
 class OutOfMemory(UserError):
-    """A GPU is full. It says what would fit."""
+    """A GPU or a process is full. It says what would fit, or be smaller."""
 
     of_one_rank = True

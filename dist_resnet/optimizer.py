@@ -13,11 +13,11 @@ from dist_resnet.errors import UserError
 from dist_resnet.flat import FlatModel
 from dist_resnet.groups import parameter_groups
 from dist_resnet.optimizer_state import OptimizerState
-from dist_resnet.plain_values import plain
+from dist_resnet.optimizer_trial import KEY, refuse_closure, try_out
 from dist_resnet.plugins import calling, check_arguments, is_plugin, label, resolve, signature
 from dist_resnet.schema import Config, OptimConfig
+from dist_resnet.step_errors import within_step
 
-_KEY = "optim.name"
 _SETTINGS = tuple(f.name for f in fields(OptimConfig) if f.name not in ("name", "args"))
 
 
@@ -65,7 +65,7 @@ class RunOptimizer:
         if overflow is not None:  # as torch.amp.GradScaler hands it over
             optimizer.grad_scale, optimizer.found_inf = None, overflow
         if is_plugin(self.name) and not _capturing():
-            with calling(_KEY, self.name):
+            with within_step(KEY, self.name):
                 optimizer.step()
         else:
             optimizer.step()
@@ -84,7 +84,7 @@ def build_optimizer(flat: FlatModel, config: Config, scaled: bool = False) -> Ru
     """
     optim, plugin = config.optim, is_plugin(config.optim.name)
     name = optim.name
-    function = resolve(_KEY, OPTIMIZERS.get(name, name))
+    function = resolve(KEY, OPTIMIZERS.get(name, name))
     args = _arguments(function, config, flat.values.device)
     make_groups = parameter_groups if plugin else getattr(function, "groups", parameter_groups)
     groups = make_groups(flat, optim)
@@ -93,20 +93,20 @@ def build_optimizer(flat: FlatModel, config: Config, scaled: bool = False) -> Ru
         groups = [{k: v for k, v in group.items() if k != "weight_decay"} for group in groups]
 
     def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        with calling(_KEY, name):
+        with calling(KEY, name):
             made = function(groups, **args)
         if not isinstance(made, torch.optim.Optimizer):
             kind = type(made).__name__
-            raise UserError(f"{_KEY}={name}: gives a {kind}, which is no torch.optim.Optimizer")
+            raise UserError(f"{KEY}={name}: gives a {kind}, which is no torch.optim.Optimizer")
         return made
 
     if plugin:
-        _refuse_closure(name, function)
-        _try_out(name, make, groups)
+        refuse_closure(name, function)
+        try_out(name, make, groups)
     optimizer = make(groups)
     if scaled and not getattr(optimizer, "_step_supports_amp_scaling", False):
         raise UserError(
-            f"precision.dtype=fp16: {_KEY}={name} cannot skip a step whose gradients overflowed; "
+            f"precision.dtype=fp16: {KEY}={name} cannot skip a step whose gradients overflowed; "
             "use bf16"
         )
     built = RunOptimizer(name, optimizer, flat, optim.lr, not plugin or "capturable" in args)
@@ -123,7 +123,7 @@ def _arguments(
     parameters = signature(function) or {}
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if parameters and "lr" not in parameters and not takes_any:
-        raise UserError(f"{_KEY}={optim.name}: {label(function)} takes no lr")
+        raise UserError(f"{KEY}={optim.name}: {label(function)} takes no lr")
     given: dict[str, Any] = {"lr": optim.lr}
     if not is_plugin(optim.name):
         given |= {key: getattr(optim, key) for key in _SETTINGS if key in parameters}
@@ -147,38 +147,6 @@ def takes_weight_decay(parameters: Mapping[str, inspect.Parameter]) -> bool:
 def _share(rate: float | Tensor, lr: float) -> float:
     """`rate` over `lr`; a tensor has rounded what it was made of."""
     return float(rate) / (float(torch.tensor(lr)) if isinstance(rate, Tensor) else lr)
-
-
-def _try_out(
-    name: str,
-    make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
-    groups: list[dict[str, Any]],
-) -> None:
-    """One step on copies of the parameters, so that what cannot work is refused at the start."""
-    copies = [group | {"params": [_copy(p) for p in group["params"]]} for group in groups]
-    optimizer = make(copies)
-    _refuse_closure(name, optimizer)
-    with calling(_KEY, name):
-        optimizer.step()
-    state = optimizer.state_dict()
-    plain([state["state"], state["param_groups"]])
-
-
-def _refuse_closure(name: str, optimizer: Any) -> None:
-    """`optimizer`: one, its class, or whatever else makes one."""
-    step = signature(optimizer.step) if hasattr(optimizer, "step") else None
-    closure = (step or {}).get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise UserError(
-            f"{_KEY}={name}: its step() needs a closure, which computes the loss again; choose one "
-            "that does without"
-        )
-
-
-def _copy(parameter: Tensor) -> torch.nn.Parameter:
-    copy = torch.nn.Parameter(parameter.detach().clone())
-    copy.grad = copy.detach().clone()
-    return copy
 
 
 def _capturing() -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dist_resnet.errors import UserError
 from dist_resnet.flat import FlatModel
-from dist_resnet.plain_values import changed, copied, is_plain, plain, tensors
+from dist_resnet.plain_values import changed, copied, is_plain, plain, restored, tensors
 
 # Of every `torch.optim.Optimizer`; whatever else one has as an attribute is its own.
 _COMMON = frozenset(vars(torch.optim.SGD([torch.zeros(1)])))
@@ -54,7 +54,7 @@ class OptimizerState:
         optimizer, parameters = self._optimizer, list(self._parameters())
         named: dict[str, dict[str, Any]] = {}
         others: dict[str, Any] = {}
-        for index, kept in sorted(self._live().items(), key=str):
+        for index, kept in sorted(self._live().items(), key=lambda item: str(item[0])):
             if not isinstance(index, int) or index >= len(parameters):
                 others[str(index)] = plain(kept)
                 continue
@@ -79,7 +79,7 @@ class OptimizerState:
             UserError: saved from another one.
         """
         optimizer, parameters = self._optimizer, list(self._parameters())
-        before = self._live()
+        before, own = self._live(), parameters[0].device
         state: dict[Any, dict[str, Any]] = dict(saved["others"])
         for index, parts in enumerate(self._parts):
             found = [(saved["parameters"].get(name), place) for name, place in parts]
@@ -95,16 +95,25 @@ class OptimizerState:
             ) from None
         for index, kept in self._live().items():
             if isinstance(index, int) and index < len(parameters):
-                _make_exact(kept, state[index], before.get(index, {}))
-            elif isinstance(kept, dict):
-                kept.update(_like(saved["others"][index], before.get(index, {})))
-        changes = saved["groups"] or [{}] * len(groups)
-        if len(changes) != len(groups):
+                wanted, held = state[index], before.get(index, {})
+                device = parameters[index].device
+                for key, value in wanted.items():  # torch has cast them
+                    kept[key] = restored(value, held.get(key), device, kept.get(key))
+            else:
+                optimizer.state[index] = restored(saved["others"][index], before.get(index), own)
+        changed_groups = saved["groups"]
+        if not any(changed_groups):  # a fork may part the parameters in other groups
+            changed_groups = [{}] * len(groups)
+        if len(changed_groups) != len(groups):
             raise UserError("optim.name: the checkpoint is of another optimizer, of other groups")
-        for group, entries, own in zip(optimizer.param_groups, groups, changes, strict=True):
-            group.update(entries | _like(own, entries))
-        for name, value in _like(saved["own"], _own(optimizer)).items():
-            setattr(optimizer, name, value)
+        for group, entries, changes in zip(
+            optimizer.param_groups, groups, changed_groups, strict=True
+        ):
+            group.update(entries)
+            for key, value in changes.items():
+                group[key] = restored(value, entries.get(key), own)
+        for name, value in saved["own"].items():
+            setattr(optimizer, name, restored(value, vars(optimizer).get(name), own))
 
     def _parameters(self) -> Iterator[Tensor]:
         for group in self._optimizer.param_groups:
@@ -125,6 +134,12 @@ class OptimizerState:
         if not self._parted:
             raise UserError("optim.name: it holds a parameter that is none of the model's")
         return [(name, own) for name, own in self._named if start <= own.storage_offset() < stop]
+
+
+def not_saved(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its own attributes that are no plain values."""
+    own = {key: value for key, value in vars(optimizer).items() if key not in _COMMON}
+    return {key: value for key, value in own.items() if not is_plain(value)}
 
 
 def _entries(group: dict[str, Any]) -> dict[str, Any]:
@@ -168,33 +183,3 @@ def _joined(
                 part = joined[key][start : start + own.numel()]
                 part.as_strided(own.shape, own.stride()).copy_(kept[key])
     return joined
-
-
-def _make_exact(kept: dict[str, Any], saved: dict[str, Any], before: dict[str, Any]) -> None:
-    """Undo torch's casts; where a tensor was already, write into it."""
-    for key, value in saved.items():
-        if not isinstance(value, Tensor) or not isinstance(loaded := kept.get(key), Tensor):
-            continue
-        kept[key] = _in_place(value.to(loaded.device, copy=True), before.get(key))
-
-
-def _in_place(value: Tensor, held: Any) -> Tensor:
-    same = isinstance(held, Tensor) and (held.shape, held.dtype, held.device) == (
-        value.shape,
-        value.dtype,
-        value.device,
-    )
-    return held.copy_(value) if same else value
-
-
-def _like(saved: Mapping[str, Any], live: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved entries, tensors on the devices of those that are there and in them where they fit."""
-    result: dict[str, Any] = {}
-    for key, value in saved.items():
-        held = live.get(key)
-        if isinstance(value, Tensor) and isinstance(held, Tensor):
-            value = _in_place(value.to(held.device), held)
-        elif isinstance(held, tuple) and isinstance(value, list):
-            value = tuple(value)
-        result[key] = value
-    return result

@@ -47,11 +47,57 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        items = [plain(item) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, _PLAIN):
         return value
     kind = type(value).__name__
     raise UserError(f"optim.name: it keeps a {kind} in its state, which no checkpoint can hold")
+
+
+def restored(saved: Any, held: Any, device: torch.device, placed: Any = None) -> Any:
+    """The inverse of `plain`, through all collections.
+
+    Args:
+        held: what stands in its place: written into where it fits, as others may hold it too.
+        device: of tensors in whose place there is none.
+        placed: the same value on other devices, which are taken where `held` has no tensor.
+    """
+    if isinstance(saved, Tensor):
+        if isinstance(held, Tensor) and (held.shape, held.dtype) == (saved.shape, saved.dtype):
+            with torch.no_grad():
+                return held.copy_(saved)
+        example = held if isinstance(held, Tensor) else placed
+        return saved.to(example.device if isinstance(example, Tensor) else device, copy=True)
+    if isinstance(saved, dict):
+        found = {
+            key: restored(value, _at(held, key), device, _at(placed, key))
+            for key, value in saved.items()
+        }
+        if not isinstance(held, dict):
+            return found
+        held.clear()
+        held.update(found)
+        return held
+    if isinstance(saved, list | tuple):
+        items = [
+            restored(value, _at(held, number), device, _at(placed, number))
+            for number, value in enumerate(saved)
+        ]
+        if isinstance(held, list):
+            held[:] = items
+            return held
+        if isinstance(held, tuple) and hasattr(held, "_fields"):
+            return type(held)(*items)
+        return tuple(items) if isinstance(saved, tuple) or isinstance(held, tuple) else items
+    return saved
+
+
+def _at(value: Any, key: Any) -> Any:
+    if isinstance(value, dict):
+        return value.get(key)
+    fits = isinstance(value, list | tuple) and isinstance(key, int) and key < len(value)
+    return value[key] if fits else None
 
 
 def changed(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from dist_resnet.code import code_of_run, told_of_code
 from dist_resnet.config import stored_config, to_dict
 from dist_resnet.data.stream import Loader, open_loader, training_batches
 from dist_resnet.distributed import World, from_main, on_main, start, stop, together
-from dist_resnet.ending import ending, exit_code, raise_told, tell_ending
+from dist_resnet.ending import ending, exit_code, of_all_ranks, raise_told, tell_ending
 from dist_resnet.environment import git_commit, hardware, machine, versions
-from dist_resnet.errors import EXIT_DONE, Diverged, Preempted, UserError
+from dist_resnet.errors import EXIT_DONE, Preempted, UserError
 from dist_resnet.evaluation import Evaluator
 from dist_resnet.fork import forks_told, starting_point, with_code
 from dist_resnet.gallery import Gallery
@@ -68,8 +68,7 @@ def run(config: Config, named: Collection[str] = ()) -> Path:
         except BaseException as error:
             if world.is_main:
                 tell_ending(error, folder)
-            # These are raised on all ranks, each at the same place.
-            orderly = isinstance(error, UserError | Diverged | Preempted)
+            orderly = of_all_ranks(error)
             raise_told(error)
         orderly = True
     finally:

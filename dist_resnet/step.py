@@ -1,7 +1,7 @@
 """One optimisation step: augment, forward and backward for the local replicas, reduce, update."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from dist_resnet.replica_pass import build_pass, torch_pass
 from dist_resnet.schema import Config
 from dist_resnet.shadow import Shadow, fits
 from dist_resnet.state import TrainState
+from dist_resnet.step_errors import within_step
 from dist_resnet.step_mode import choose_step_mode, forward_function, replicas_at_once
 from dist_resnet.update import build_update, update_by_torch
 
@@ -190,7 +191,10 @@ class TrainStep:
         if self.own:
             inputs = inputs.float()  # our kernels' are of the lower type already
         set_factors(self.dropouts, choices.keep)
-        with self.autocast:
+        # While a graph is captured an error is the capture's, which has a way out.
+        told = self.own and not capturing(self.device)
+        name = self.config.model.name
+        with within_step("model.name", name) if told else nullcontext(), self.autocast:
             logits = self.forward(inputs)
         scale = None if scaling is None else scaling.scale
         objective = self.replica_pass.objective(logits, labels, choices, scale)

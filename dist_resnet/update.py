@@ -30,6 +30,15 @@ def update_by_torch(state: TrainState, config: OptimConfig) -> Update:
     return lambda lr, ema_weight: _by_torch(state, config.clip_norm, lr, ema_weight)
 
 
+def clip(gradients: Tensor, norm: Tensor, limit: float) -> None:
+    """Scale `gradients`, of L2 norm `norm`, to at most `limit`; 0 leaves them.
+
+    As torch.nn.utils.clip_grad_norm_.
+    """
+    if limit:
+        gradients.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+
+
 def _by_torch(
     state: TrainState, clip_norm: float, lr: float | Tensor, ema_weight: float | Tensor
 ) -> None:
@@ -37,8 +46,7 @@ def _by_torch(
     if scaling is not None:
         flat.gradients.div_(scaling.scale)
     torch.linalg.vector_norm(flat.gradients, out=flat.norm)
-    if clip_norm:  # as torch.nn.utils.clip_grad_norm_; what is logged is the norm before
-        flat.gradients.mul_((clip_norm / (flat.norm + 1e-6)).clamp(max=1.0))
+    clip(flat.gradients, flat.norm, clip_norm)  # what is logged is the norm before
     if scaling is not None:
         # fp16 probes for overflow: an infinite gradient is then a skipped step, no divergence,
         # unless no scale is small enough. Skipped steps leave the mean norm finite.

@@ -41,6 +41,7 @@ LAYERS: list[set[str]] = [
         "builtins",
         "plugins",
         "plugin_code",
+        "step_errors",
         "values",
         "checks",
         "precision",
@@ -48,7 +49,7 @@ LAYERS: list[set[str]] = [
         "kernels",
     },
     {"distill", "augment", "loss", "flat", "counters", "optim", "muon", "models", "state", "data"}
-    | {"groups", "optimizer", "optimizer_state", "overlap", "plain_values"}
+    | {"groups", "optimizer", "optimizer_state", "optimizer_trial", "overlap", "plain_values"}
     | {"reduction", "summing", "replica_pass", "shadow", "update"},
     {
         "step_mode",

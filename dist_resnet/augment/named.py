@@ -16,8 +16,9 @@ from torch import Tensor
 from dist_resnet.augment.normalisation import Normalisation
 from dist_resnet.augment.trivial import TrivialAugment
 from dist_resnet.builtins import AUGMENTATIONS
-from dist_resnet.plugins import calling, is_plugin, resolve, signature
+from dist_resnet.plugins import is_plugin, resolve, signature
 from dist_resnet.schema import AugmentConfig
+from dist_resnet.step_errors import within_step
 
 KEY = "augment.extra"
 _DEFAULT_LANES = 4
@@ -50,7 +51,7 @@ class Named:
         def guarded(images: Tensor, draws: Tensor) -> Tensor:
             # While a graph is captured an error is the capture's, which has a way out.
             captured = images.is_cuda and torch.cuda.is_current_stream_capturing()
-            with nullcontext() if captured else calling(KEY, self.name), torch.no_grad():
+            with nullcontext() if captured else within_step(KEY, self.name), torch.no_grad():
                 return function(images, draws)
 
         return guarded

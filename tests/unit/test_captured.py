@@ -59,6 +59,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
     [
         (), ("train.ema_decay=0.9", "augment.cutout=4"),
         ("augment.flip=alternating", "augment.trivial=true", "augment.mix=both"),
+        ("optim.clip_norm=0.05",), ("optim.clip_norm=1e9",),
     ],
 )  # fmt: skip
 def test_it_follows_the_same_trajectory(
@@ -159,13 +160,14 @@ def test_a_failed_capture_is_told_and_training_goes_on(monkeypatch: pytest.Monke
     ]
 
 
-@pytest.mark.parametrize("broken", ["gradient", "statistic", "loss"])
+@pytest.mark.parametrize("clipping", ["0", "0.05"])
+@pytest.mark.parametrize("broken", ["gradient", "statistic", "loss", "norm"])
 def test_a_graph_that_differs_from_pytorch_is_given_up(
-    captures: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch, broken: str
+    captures: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch, broken: str, clipping: str
 ) -> None:
     """As if a kernel were wrong on this card: the run goes on as PyTorch's operations would."""
     told: list[str] = []
-    config = small_config("train.step_mode=eager")
+    config = small_config("train.step_mode=eager", f"optim.clip_norm={clipping}")
     plain = train_step(config, 2)
     graphed = CapturedStep(train_step(config, 2), told.append)
     played: list[Played] = []
@@ -174,9 +176,12 @@ def test_a_graph_that_differs_from_pytorch_is_given_up(
         def spoiled() -> None:
             action()
             flat = graphed.state.flat
-            {"gradient": flat.gradients, "statistic": flat.statistics, "loss": flat.loss}[
-                broken
-            ].mul_(1.5)
+            {
+                "gradient": flat.gradients,
+                "statistic": flat.statistics,
+                "loss": flat.loss,
+                "norm": flat.norm,
+            }[broken].mul_(1.5)
 
         played.append(Played(spoiled))
         return played[0]

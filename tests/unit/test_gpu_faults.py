@@ -12,7 +12,7 @@ import torch.distributed as dist
 from dist_resnet import cuda_graph, distributed, run
 from dist_resnet.cuda_graph import capture
 from dist_resnet.distributed import CUDA_ERRORS, World, collective, stop
-from dist_resnet.errors import Diverged, PeerLost, Preempted, UserError
+from dist_resnet.errors import Diverged, OutOfMemory, PeerLost, Preempted, StepError, UserError
 
 CPU = torch.device("cpu")
 
@@ -34,6 +34,8 @@ ENDINGS = [
     (Diverged("loss is not finite"), True),
     (UserError("no space left"), True),
     (PeerLost("lost contact"), False),
+    (StepError("optim.name=own:Adam: raised ValueError"), False),
+    (OutOfMemory("GPU 1 is out of memory"), False),
     (RuntimeError("CUDA error: an illegal memory access"), False),
     (KeyboardInterrupt(), False),
 ]

@@ -16,12 +16,14 @@ from dist_resnet.errors import UserError
 from dist_resnet.flat import FlatModel, flatten_model
 from dist_resnet.models.resnet import resnet
 from dist_resnet.optimizer import RunOptimizer, build_optimizer
+from dist_resnet.plain_values import restored, tensors
 from dist_resnet.schema import Config, ModelConfig
 from tests.own_optimizers import Lion
 from tests.training import batch_of, small_config, train_step
 
 MODEL = ModelConfig(widths=[8, 10, 12])
 OWN = "tests.own_optimizers"
+ADAMW = "optim.name=torch.optim:AdamW"
 
 
 def _flat(layout: torch.memory_format = torch.channels_last) -> FlatModel:
@@ -102,6 +104,7 @@ def _through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 KEPT = {
     **{name: config for name, (config, _) in PLUGINS.items()},
     "every kind": _config(f"{OWN}:Hoarder"),
+    "collections of collections": _config(f"{OWN}:Nester"),
     "NAdam": _config("torch.optim:NAdam"),
     "Adafactor": _config("torch.optim:Adafactor"),
     "capturable": _config("torch.optim:Adamax", foreach="true"),
@@ -131,6 +134,24 @@ def test_all_that_it_keeps_comes_back(name: str) -> None:
     _advance(again, other, 3, 6)
     assert torch.equal(first.values, again.values)
     assert str(one.state.state_dict()) == str(other.state.state_dict())
+
+
+def test_nested_tensors_come_back_on_their_devices() -> None:
+    """`meta` in a GPU's place."""
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    saved = {"a": [torch.zeros(2), {"step": torch.zeros(())}], "b": (torch.zeros(1), 3)}
+    fresh = restored(saved, None, meta)
+    assert [t.device for t in tensors(fresh)] == [meta] * 3
+    assert fresh["b"][1] == 3
+    placed = {"a": [torch.zeros(2, device=meta), {"step": torch.zeros(())}]}
+    by_torch = restored(saved, None, meta, placed)
+    assert [t.device for t in tensors(by_torch)] == [meta, cpu, meta]
+    held = {"a": [torch.ones(2), {"step": torch.ones((), dtype=torch.float64)}], "c": 1}
+    into = restored(saved, held, meta)
+    assert into is held
+    assert held.keys() == {"a", "b"}
+    assert [t.device for t in tensors(into)] == [cpu, cpu, meta]
+    assert into["a"][1]["step"].dtype == torch.float32
 
 
 def test_what_is_loaded_later_stays_where_it_was() -> None:
@@ -195,6 +216,18 @@ REFUSED = {
     "a mistake in it": ([f"optim.name={OWN}:Broken"], r"raised KeyError.*own_optimizers.py:\d+"),
     "what no file holds": ([f"optim.name={OWN}:Opaque"], "keeps a Opaque in its state"),
     "other parameters": ([f"optim.name={OWN}:Stranger"], "none of the model's"),
+    "other parameters' memory": ([f"optim.name={OWN}:Replacing"], "in a parameter's place; write"),
+    "no gradients left": ([f"optim.name={OWN}:Forgetting"], "or None, in the place of a p.grad"),
+    "other gradients": ([f"optim.name={OWN}:Regrading"], "in the place of a p.grad; leave"),
+    "noise": ([f"optim.name={OWN}:Noisy"], "draws from torch's generator, which no checkpoint"),
+    "chance": ([f"optim.name={OWN}:Gambling"], "draws from Python's random, which no checkpoint"),
+    "an object that changes": (
+        [f"optim.name={OWN}:Counting"],
+        r"attribute count \(_Count\), which",
+    ),
+    "a table by parameter": ([f"optim.name={OWN}:ByParameter"], r"its attribute table \(dict\), "),
+    "one within": ([f"optim.name={OWN}:Wrapping"], r"its attribute inner \(SGD\), which no"),
+    "a generator": ([f"optim.name={OWN}:Generating"], r"its attribute generator \(Generator\)"),
     "only matrices": (["optim.name=torch.optim:Muon"], "raised ValueError: Muon only supports 2D"),
 }
 
@@ -206,6 +239,18 @@ def test_what_cannot_serve_is_refused_in_one_line(name: str) -> None:
         train_step(small_config(*pairs), 1)
     assert "\n" not in str(caught.value)
     assert "optim" in str(caught.value)
+
+
+def test_objects_that_do_not_change_are_no_ones_concern() -> None:
+    """A wrapper whose state is that of the one within, with a table by parameter."""
+    config = _config(f"{OWN}:Wrapping", shared="true")
+    flat = _flat()
+    optimizer = build_optimizer(flat, config)
+    _advance(flat, optimizer, 0, 2)
+    assert (
+        optimizer.state.state_dict()["parameters"].keys()
+        == dict(flat.model.named_parameters()).keys()
+    )
 
 
 def test_fp16_needs_an_optimizer_that_skips_a_step() -> None:
@@ -267,6 +312,34 @@ def test_what_it_keeps_of_biases_apart_comes_back(name: str) -> None:
     _advance(first, one, 3, 5)
     _advance(again, other, 3, 5)
     assert torch.equal(first.values, again.values)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (["optim.name=sgd"], ["optim.name=muon"]),
+        (["optim.name=muon"], ["optim.name=sgd"]),
+        (["optim.name=sgd"], ["optim.name=sgd", "optim.bias_lr_factor=4"]),
+        (["optim.name=muon", "optim.bias_lr_factor=4"], ["optim.name=sgd"]),
+        ([ADAMW], [ADAMW, "optim.bias_lr_factor=4"]),
+        ([ADAMW, "optim.bias_lr_factor=4"], [ADAMW]),
+    ],
+)  # fmt: skip
+def test_a_fork_with_other_groups_keeps_what_is_kept_by_name(
+    before: list[str], after: list[str]
+) -> None:
+    first = train_step(small_config(*before), 1)
+    for number in range(2):
+        first(batch_of(number, 1))
+    saved = first.state.snapshot()
+    other = train_step(small_config(*after), 1)
+    other.state.restore(saved)
+    kept = other.state.optimizer.state.state_dict()["parameters"]
+    assert kept.keys() == saved.optimizer["parameters"].keys()
+    for name, entries in saved.optimizer["parameters"].items():
+        for key, value in entries.items():
+            assert torch.equal(kept[name][key], value), (name, key)
+    other(batch_of(2, 1))
 
 
 @pytest.mark.parametrize("name", ["sgd", "torch.optim:AdamW"])
