@@ -49,10 +49,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         items = [plain(item) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
-    if isinstance(value, _PLAIN):
-        return value
-    kind = type(value).__name__
-    raise UserError(f"optim.name: it keeps a {kind} in its state, which no checkpoint can hold")
+    for kind in (bool, int, float):
+        if isinstance(value, kind):
+            return kind(value)  # of NumPy's float64, which is a float, no checkpoint can be read
+    if isinstance(value, str):
+        return str.__str__(value)
+    if value is None:
+        return None
+    raise UserError(
+        f"optim.name: it keeps a {type(value).__name__} in its state, which no checkpoint can hold"
+    )
 
 
 def restored(saved: Any, held: Any, device: torch.device, placed: Any = None) -> Any:

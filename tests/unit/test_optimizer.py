@@ -1,10 +1,12 @@
 """Optimizers of one's own: the same weights as in a plain loop, and nothing lost in a file."""
 
 import copy
+import enum
 import io
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from dist_resnet.errors import UserError
 from dist_resnet.flat import FlatModel, flatten_model
 from dist_resnet.models.resnet import resnet
 from dist_resnet.optimizer import RunOptimizer, build_optimizer
-from dist_resnet.plain_values import restored, tensors
+from dist_resnet.plain_values import plain, restored, tensors
 from dist_resnet.schema import Config, ModelConfig
 from tests.own_optimizers import Lion
 from tests.training import batch_of, small_config, train_step
@@ -101,6 +103,14 @@ def _through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     return loaded
 
 
+class _Kind(enum.IntEnum):
+    ONE = 1
+
+
+class _Text(enum.StrEnum):
+    A = "a"
+
+
 KEPT = {
     **{name: config for name, (config, _) in PLUGINS.items()},
     "every kind": _config(f"{OWN}:Hoarder"),
@@ -134,6 +144,14 @@ def test_all_that_it_keeps_comes_back(name: str) -> None:
     _advance(again, other, 3, 6)
     assert torch.equal(first.values, again.values)
     assert str(one.state.state_dict()) == str(other.state.state_dict())
+
+
+def test_numbers_and_texts_of_other_types_are_saved_as_pythons() -> None:
+    found = _through_a_file(
+        plain({"a": [np.float64(1.5), True, None], "b": _Kind.ONE, "c": _Text.A})
+    )
+    assert found == {"a": [1.5, True, None], "b": 1, "c": "a"}
+    assert [type(value) for value in (*found["a"][:2], found["b"])] == [float, bool, int]
 
 
 def test_nested_tensors_come_back_on_their_devices() -> None:
