@@ -106,13 +106,17 @@ def calling(key: str, name: str) -> Iterator[None]:
     """Turn what a plug-in raises while open into a line with the place.
 
     Raises:
-        UserError: in place of any other exception; our own errors pass.
+        UserError: in place of any other exception; our own errors and a lack of memory pass.
     """
     try:
         yield
     except DistResnetError:
         raise
     except (Exception, SystemExit) as error:  # sys.exit(0) would look like success
+        from dist_resnet.gpu_memory import is_of_memory  # torch: not before it is needed
+
+        if is_of_memory(error):
+            raise
         raise UserError(f"{key}={name}: raised {one_line(error)}{_place(error)}") from error
 
 

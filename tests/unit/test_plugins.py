@@ -115,6 +115,8 @@ def test_what_a_plugin_raises_is_told_with_its_place(folder: Path) -> None:
     line = r"model.name=raising:f: raised KeyError: 'gone' \(.*raising.py:2\)"
     with pytest.raises(UserError, match=line), calling("model.name", "raising:f"):
         function()
+    with pytest.raises(MemoryError), calling("model.name", "raising:f"):
+        raise MemoryError
     with pytest.raises(UserError, match="our own"), calling("model.name", "raising:f"):
         raise UserError("our own")
 
