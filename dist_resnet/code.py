@@ -97,9 +97,9 @@ def check_code(before: Mapping[str, str], now: Mapping[str, str], allowed: bool)
     changed = changed_code(before, now)
     if changed and not allowed:
         raise UserError(
-            f"the run's code or a teacher has changed since its checkpoint: {_listed(changed)}; put "
-            "it back (a teacher: name its checkpoint), choose another run.name, or go on with it "
-            "all the same: run.allow_code_change=true"
+            f"the run's code or a teacher has changed since its checkpoint: {_listed(changed)}; "
+            "put it back (a teacher: name its checkpoint), choose another run.name, or go on with "
+            "it all the same: run.allow_code_change=true"
         )
     return changed
 
