@@ -104,7 +104,7 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
             folder.set_status("done", step, exit_code=EXIT_DONE)
         return
     teachers = together(lambda: find_teachers(config))
-    nets = together(lambda: [stored_config(teacher.saved.config) for teacher in teachers])
+    nets = together(lambda: [stored_config(t.saved.config) for t in teachers if t.saved])
     code = together(lambda: code_of_run(config, nets)) | {t.name: t.sha256 for t in teachers}
     before, everywhere = saved.code if saved is not None else {}, from_main(code)
     saved = together(lambda: with_code(saved, code, everywhere, config.run.allow_code_change))

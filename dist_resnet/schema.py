@@ -124,7 +124,7 @@ class OptimConfig:
 @dataclass(frozen=True)
 class DistillConfig:
     teachers: list[str] = field(default_factory=list)
-    """Runs or checkpoints whose mean prediction is learnt too (Hinton et al. 2015)."""
+    """Runs, checkpoints, .safetensors whose mean prediction is learnt too (Hinton et al. 2015)."""
     temperature: float = 4.0
     """Softens the teachers' and the student's predictions in that part of the loss."""
     weight: float = 0.5

@@ -80,7 +80,7 @@ def started_model(config: Config, classes: int) -> nn.Module:
 def _read(path: Path) -> Start:
     try:
         if path.suffix == SAFETENSORS:
-            return _safetensors(path)
+            return safetensors_of(path)
         file, saved = find_weights(path)
     except UserError as error:
         raise UserError(f"model.init={path}: {str(error).removeprefix(f'{path}: ')}") from None
@@ -89,7 +89,12 @@ def _read(path: Path) -> Start:
     return Start(str(file), checksum, dict(saved.state.evaluated))
 
 
-def _safetensors(path: Path) -> Start:
+def safetensors_of(path: Path) -> Start:
+    """The tensors of a file of safetensors.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         from safetensors.torch import load
     except ImportError:

@@ -1,33 +1,39 @@
 """The trained nets that distill.teachers names."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import nn
 
 from dist_resnet.augment import Normalisation
 from dist_resnet.checkpoint import Checkpoint
 from dist_resnet.config import stored_config
 from dist_resnet.distill import Distillation, Teacher
 from dist_resnet.errors import UserError
+from dist_resnet.models.build import build_model, in_layout
+from dist_resnet.models.matching import start_from
 from dist_resnet.paths import user_path
 from dist_resnet.schema import Config
 from dist_resnet.session import Session
+from dist_resnet.starting import SAFETENSORS, safetensors_of
 from dist_resnet.weights import find_weights, trained_model
 
 
 @dataclass(frozen=True)
 class FoundTeacher:
-    """A checkpoint to learn from."""
+    """A checkpoint to learn from, or weights alone."""
 
     name: str
     file: Path
-    saved: Checkpoint
+    saved: Checkpoint | None
+    """None: weights of the student's own net and normalisation."""
     sha256: str
     """Of the file."""
 
 
 def find_teachers(config: Config) -> list[FoundTeacher]:
-    """The newest checkpoint of each run that is named, or the checkpoint itself.
+    """The newest checkpoint of each run that is named, the checkpoint itself, or a file of weights.
 
     Raises:
         UserError: one is not there, or damaged.
@@ -35,12 +41,30 @@ def find_teachers(config: Config) -> list[FoundTeacher]:
     found = []
     for name in config.distill.teachers:
         try:
-            file, saved = find_weights(user_path(name))
+            file, saved = user_path(name), None
+            if file.suffix != SAFETENSORS:
+                file, saved = find_weights(file)
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
         except (UserError, OSError) as error:
             raise UserError(f"distill.teachers: {error}") from None
         found.append(FoundTeacher(name, file, saved, digest))
     return found
+
+
+def _of_file(teacher: FoundTeacher, config: Config, classes: int) -> nn.Module:
+    """The student's net with the weights of a file, matched by name or else by order."""
+    start = safetensors_of(teacher.file)
+    model = build_model(config.model, classes, config.seed)
+    for how in ("names", "order"):
+        try:
+            new = start_from(model, start, replace(config.model, init_map=how))[1]
+        except UserError as error:
+            reason = str(error).partition(": ")[2]
+        else:
+            if not new:
+                return in_layout(model, config.precision.channels_last)
+            reason = f"its net tells other classes apart than {classes}"
+    raise UserError(f"distill.teachers={teacher.name}: {reason}")
 
 
 def build_distillation(
@@ -55,6 +79,10 @@ def build_distillation(
     teachers = []
     for teacher in found:
         saved = teacher.saved
+        if saved is None:
+            model = _of_file(teacher, config, len(data.classes)).to(device)
+            teachers.append(Teacher.of(model.requires_grad_(False), students, students))
+            continue
         if tuple(saved.classes) != tuple(data.classes):
             raise UserError(
                 f"distill.teachers={teacher.name}: knows other classes than {data.folder}"

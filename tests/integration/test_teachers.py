@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import dist_resnet
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.errors import UserError
+from dist_resnet.trained import load
 
 
 def _settings(data: Dataset, folder: Path, name: str) -> dict[str, Any]:
@@ -45,6 +47,31 @@ def test_a_student_follows_its_teacher(digits: Dataset, tmp_path: Path) -> None:
 
     print({name: distance(name) for name in ("alone", "student")})
     assert distance("student") < 0.8 * distance("alone")
+
+
+def test_weights_alone_teach_as_their_run_does(tiny: Dataset, tmp_path: Path) -> None:
+    """A file of our own, and the same tensors under names of somebody else."""
+    dist_resnet.train(_settings(tiny, tmp_path, "teacher"), train={"max_steps": 2}, seed=0)
+    state = load(tmp_path / "teacher").network.state_dict()
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(tensors, tmp_path / "own.safetensors")
+    # Files of safetensors are read by name.
+    others = {
+        f"x.{number:03}.{n.split('.')[-1]}": t for number, (n, t) in enumerate(tensors.items())
+    }
+    save_file(others, tmp_path / "others.safetensors")
+    trained = {}
+    for teacher in ("teacher", "own.safetensors", "others.safetensors"):
+        name = teacher.partition(".")[0] + "s-student"
+        student = _settings(tiny, tmp_path, name)
+        distill = {"teachers": [str(tmp_path / teacher)]}
+        dist_resnet.train(student, distill=distill, train={"max_steps": 2})
+        trained[teacher] = load(tmp_path / name).state_dict()
+    dist_resnet.train(_settings(tiny, tmp_path, "alone"), train={"max_steps": 2})
+    first, alone = trained["teacher"], load(tmp_path / "alone").state_dict()
+    assert not all(torch.equal(first[name], alone[name]) for name in first)
+    for found in trained.values():
+        assert all(torch.equal(first[name], found[name]) for name in first)
 
 
 def test_a_teacher_of_other_classes_or_none_is_refused(
