@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dist_resnet.errors import UserError
 from dist_resnet.flat import FlatModel
 from dist_resnet.groups import flat_groups, flat_parameter, parameter_groups
-from dist_resnet.optim import FlatSGD
+from dist_resnet.optim import FlatSGD, WithoutCompiler
 from dist_resnet.schema import OptimConfig
 
 # The quintic that drives singular values towards 1, into 0.7 to 1.2, in five iterations.
@@ -41,7 +41,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-class FlatMuon(torch.optim.Optimizer):
+class FlatMuon(WithoutCompiler):
     """Convolutions are updated together, as matrices of a row for each filter.
 
     On a CPU those of one shape are; on a GPU all, filled up with zeros, which stay zeros: 55

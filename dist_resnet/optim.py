@@ -1,5 +1,6 @@
 """SGD over a model's flat parameters, loss scaling for fp16, the weight of the moving average."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -14,7 +15,18 @@ _SCALE_START = 65536.0  # and
 _SCALE_PATIENCE = 2000  # steps without overflow before it doubles: as torch.amp.GradScaler
 
 
-class FlatSGD(torch.optim.SGD):
+_sgd_step = inspect.unwrap(torch.optim.SGD.step)
+
+
+class WithoutCompiler(torch.optim.Optimizer):
+    """torch's methods without the decorators that load its compiler: 2 s of every start."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class FlatSGD(WithoutCompiler, torch.optim.SGD):
     """torch's fused SGD; over a model's flat values it is two updates, not one a parameter.
 
     The momentum starts at zero, which equals torch's first step from the gradient.
@@ -31,6 +43,11 @@ class FlatSGD(torch.optim.SGD):
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update from the gradients."""
+        _sgd_step(self)
 
     @staticmethod
     def groups(flat: FlatModel, config: OptimConfig) -> list[dict[str, Any]]:

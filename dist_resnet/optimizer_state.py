@@ -8,10 +8,11 @@ from torch import Tensor
 
 from dist_resnet.errors import UserError
 from dist_resnet.flat import FlatModel
+from dist_resnet.optim import WithoutCompiler
 from dist_resnet.plain_values import changed, copied, is_plain, plain, restored, tensors
 
 # Of every `torch.optim.Optimizer`; whatever else one has as an attribute is its own.
-_COMMON = frozenset(vars(torch.optim.SGD([torch.zeros(1)])))
+_COMMON = frozenset(vars(WithoutCompiler([torch.zeros(1)], {})))
 
 
 class OptimizerState:

@@ -3,6 +3,8 @@
 import copy
 import enum
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,7 @@ from dist_resnet.models.resnet import resnet
 from dist_resnet.optimizer import RunOptimizer, build_optimizer
 from dist_resnet.plain_values import plain, restored, tensors
 from dist_resnet.schema import Config, ModelConfig
+from tests.jobs import ROOT
 from tests.own_optimizers import Lion
 from tests.training import batch_of, small_config, train_step
 
@@ -395,3 +398,17 @@ def test_clipping_under_a_loss_scale() -> None:
     step.state.loss_scale.scale.fill_(2.0**127)
     step(batch_of(1, 1))
     assert torch.equal(step.state.flat.values, before)
+
+
+def test_what_is_built_in_does_not_load_the_compiler() -> None:
+    """It takes 2 s of every start."""
+    code = (
+        "import sys, torch; from dist_resnet.config import load_config;"
+        "from dist_resnet.state import build_state; import dist_resnet.run;"
+        "states = [build_state(load_config([f'optim.name={name}', 'model.widths=[4,4,4]']), 5,"
+        " torch.float32, torch.device('cpu')) for name in ('sgd', 'muon')];"
+        "[(s.optimizer.step(0.1), s.restore(s.snapshot())) for s in states];"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
