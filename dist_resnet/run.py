@@ -8,7 +8,7 @@ from dist_resnet import signals, watchdog
 from dist_resnet.augment.trial import try_extras
 from dist_resnet.captured import as_configured
 from dist_resnet.checkpoint import Checkpoint
-from dist_resnet.code import code_of_run, told_of_code
+from dist_resnet.code import code_of_run, plugins_of, told_of_code
 from dist_resnet.config import stored_config, to_dict
 from dist_resnet.data.stream import Loader, open_loader, training_batches
 from dist_resnet.distributed import World, from_main, on_main, start, stop, together
@@ -23,6 +23,7 @@ from dist_resnet.introduction import conclusion, introduction
 from dist_resnet.loop import Trainer
 from dist_resnet.paths import user_path
 from dist_resnet.plan import Plan, check_statistics, make_plan, rates
+from dist_resnet.plugins import resolve
 from dist_resnet.recording import Recording, open_recording
 from dist_resnet.resume import (
     check_same_configuration,
@@ -84,6 +85,7 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     config = together(lambda: settle(wanted, world, saved))
     ours, theirs = to_dict(config), from_main(to_dict(config))
     together(lambda: check_same_configuration(ours, theirs))
+    together(lambda: [resolve(*named) for named in plugins_of(config)])  # before any download
     session = open_session(config, world)
     plan = make_plan(config, len(session.train_indices), world.size)
     check_statistics(config, *session.image_size)

@@ -94,6 +94,9 @@ def test_in_a_thread_that_may_not_handle_signals(settings: dict[str, Any]) -> No
 def test_a_mistake_is_an_exception_with_one_line(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"optim\.lrr=1 \(argument\): .*did you mean optim\.lr\?"):
         dist_resnet.train(settings, optim={"lrr": 1})
+    absent = {"root": "gone", "dataset": "absent"}
+    with pytest.raises(UserError, match=r"model\.name=no_such_module:net: there is no module"):
+        dist_resnet.train(settings, data=absent, model={"name": "no_such_module:net"})
     with pytest.raises(UserError, match=r"nowhere"):
         dist_resnet.evaluate("nowhere")
 
