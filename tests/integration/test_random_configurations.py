@@ -143,7 +143,7 @@ def _attempt(action: Callable[[], int]) -> str:
 
 
 @pytest.mark.slow
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pairs=_runnable())
 def test_print_config_says_what_a_run_of_three_steps_does(
     pairs: list[str],
