@@ -14,7 +14,15 @@ from dist_resnet.flat import FlatModel
 from dist_resnet.groups import parameter_groups
 from dist_resnet.optimizer_state import OptimizerState
 from dist_resnet.optimizer_trial import KEY, refuse_closure, try_out
-from dist_resnet.plugins import calling, check_arguments, is_plugin, label, resolve, signature
+from dist_resnet.plugins import (
+    calling,
+    check_arguments,
+    is_plugin,
+    label,
+    resolve,
+    signature,
+    takes_any,
+)
 from dist_resnet.schema import Config, OptimConfig
 from dist_resnet.step_errors import within_step
 
@@ -121,8 +129,7 @@ def _arguments(
     """What it is called with beside the groups."""
     optim, own = config.optim, config.optim.args
     parameters = signature(function) or {}
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if parameters and "lr" not in parameters and not takes_any:
+    if parameters and "lr" not in parameters and not takes_any(parameters):
         raise UserError(f"{KEY}={optim.name}: {label(function)} takes no lr")
     given: dict[str, Any] = {"lr": optim.lr}
     if not is_plugin(optim.name):
@@ -140,8 +147,7 @@ def _arguments(
 
 def takes_weight_decay(parameters: Mapping[str, inspect.Parameter]) -> bool:
     """Whether an optimizer of this signature has weight decay; where it cannot be told, it has."""
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return not parameters or takes_any or "weight_decay" in parameters
+    return not parameters or takes_any(parameters) or "weight_decay" in parameters
 
 
 def _share(rate: float | Tensor, lr: float) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_resnet.errors import UserError
-from dist_resnet.models.generators import default_states, foreign_states
+from dist_resnet.models.generators import all_states
 from dist_resnet.models.noted import digest
 from dist_resnet.optimizer_state import not_saved
 from dist_resnet.plain_values import plain
@@ -35,7 +35,7 @@ def try_out(
     """
     copies = [group | {"params": [_copy(p) for p in group["params"]]} for group in groups]
     parameters = [p for group in copies for p in group["params"]]
-    stood = _generators(parameters[0].device)
+    stood = all_states(parameters[0].device)
     optimizer = make(copies)
     refuse_closure(name, optimizer)
     known = _known(optimizer)
@@ -45,7 +45,7 @@ def try_out(
         optimizer.step()
     if fault := _moved(places, [_place(p) for p in parameters]):
         raise UserError(f"{KEY}={name}: {fault}")
-    for generator, state in _generators(parameters[0].device).items():
+    for generator, state in all_states(parameters[0].device).items():
         if state != stood[generator]:
             raise UserError(
                 f"{KEY}={name}: draws from {generator}, which no checkpoint holds; an update must "
@@ -77,11 +77,6 @@ def _copy(parameter: Tensor) -> torch.nn.Parameter:
     copy = torch.nn.Parameter(parameter.detach().clone())
     copy.grad = copy.detach().clone()
     return copy
-
-
-def _generators(device: torch.device) -> dict[str, Any]:
-    """Where all generators stand, to compare."""
-    return {"torch's generator": default_states(device), **foreign_states()}
 
 
 def _place(parameter: Tensor) -> tuple[int, int | None]:

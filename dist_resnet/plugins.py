@@ -74,12 +74,11 @@ def check_arguments(
     parameters = signature(function)
     if parameters is None:
         return
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     names = [name for name, p in parameters.items() if p.kind in _PASSED and name not in given]
     for name in args:
         if name in given:
             raise UserError(f"{key}.{name}: is set by the training itself; leave it out")
-        if name not in names and not takes_any:
+        if name not in names and not takes_any(parameters):
             hint = nearest(name, names)
             takes = f"did you mean {hint}?" if hint else f"it takes {', '.join(names) or 'none'}"
             raise UserError(f"{key}.{name}: unknown argument of {label(function)}; {takes}")
@@ -94,6 +93,11 @@ def signature(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] |
         return inspect.signature(function).parameters
     except (TypeError, ValueError):
         return None
+
+
+def takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a signature has **kwargs."""
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def label(function: Callable[..., Any]) -> str:

@@ -1,17 +1,14 @@
 """A trial of the augmentations that a user brings, before a run depends on them."""
 
 import inspect
-import random
-from collections.abc import Callable
-from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dist_resnet.augment.named import KEY, Named, extras
 from dist_resnet.augment.normalisation import Normalisation
 from dist_resnet.errors import UserError
+from dist_resnet.models.generators import all_states
 from dist_resnet.plugins import calling, check_arguments, signature
 from dist_resnet.schema import AugmentConfig
 
@@ -62,10 +59,10 @@ def _fault(named: Named, size: tuple[int, int], statistics: Normalisation) -> st
         with calling(KEY, named.name):
             return function(images.clone(), draws.clone())  # which it may write into
 
-    before, first = _generators(device), call()
-    for name, state in _generators(device).items():
+    before, first = all_states(device), call()
+    for name, state in all_states(device).items():
         if state != before[name]:
-            return f"draws from {name}'s generator; use its second argument, draws, instead"
+            return f"draws from {name}; use its second argument, draws, instead"
     if not isinstance(first, Tensor):
         return f"returned a {type(first).__name__}, must return a tensor of images"
     for what, found, wanted in (
@@ -81,15 +78,3 @@ def _fault(named: Named, size: tuple[int, int], statistics: Normalisation) -> st
     if not (isinstance(second, Tensor) and torch.equal(first, second)):
         return "returned other images for the same images and draws; must depend on nothing else"
     return None
-
-
-def _generators(device: torch.device) -> dict[str, Any]:
-    """What Python, NumPy and torch would draw next."""
-    states: dict[str, Callable[[], Any]] = {
-        "Python": random.getstate,
-        "NumPy": lambda: [repr(part) for part in cast(Any, np.random.get_state(legacy=True))],
-        "torch": lambda: torch.get_rng_state().tolist(),
-    }
-    if device.type == "cuda":
-        states["CUDA"] = lambda: torch.cuda.get_rng_state(device).tolist()
-    return {name: read() for name, read in states.items()}

@@ -12,7 +12,7 @@ from dist_resnet.builtins import MODELS
 from dist_resnet.errors import UserError
 from dist_resnet.keys import nearest
 from dist_resnet.models.generators import seeded
-from dist_resnet.plugins import calling, check_arguments, is_plugin, resolve, signature
+from dist_resnet.plugins import calling, check_arguments, is_plugin, resolve, signature, takes_any
 from dist_resnet.randomness import Stream, stream_key
 from dist_resnet.schema import ModelConfig
 
@@ -73,7 +73,7 @@ def _own(config: ModelConfig, classes: int, seed: int) -> nn.Module:
     function = resolve("model.name", config.name)
     parameters = signature(function)
     given: dict[str, Any] = {}
-    if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    if parameters is None or takes_any(parameters):
         given = {_CLASSES[0]: classes}
     for name in reversed(_CLASSES):
         if parameters is not None and name in parameters:

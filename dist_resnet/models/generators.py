@@ -4,6 +4,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,11 @@ def default_states(device: torch.device) -> list[bytes]:
 def foreign_states() -> dict[str, str]:
     """Where the generators that the training does not set stand, to compare."""
     return {"Python's random": repr(random.getstate()), "numpy.random": repr(np.random.get_state())}
+
+
+def all_states(device: torch.device) -> dict[str, Any]:
+    """Both, by the name for a reader."""
+    return {"torch's generator": default_states(device), **foreign_states()}
 
 
 def _generators(device: torch.device) -> list[torch.Generator]:

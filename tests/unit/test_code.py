@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_resnet.code import code_of_run
+from dist_resnet.code import OURS, code_of_run, told_of_code
+from dist_resnet.errors import UserError
+from dist_resnet.fork import with_code
 from dist_resnet.weights import trained_model
 from tests.checkpoints import checkpoint_of
 from tests.training import own_config, small_config, train_step
@@ -52,3 +54,24 @@ def test_a_net_with_other_code_than_its_checkpoints_is_told(
         "model.name=net_in_use:net: its code has changed since the checkpoint: helper_of_net.py; "
         "what it gives may differ\n"
     )
+
+
+def test_code_that_changed_is_a_fork_where_that_is_allowed() -> None:
+    before = {OURS: "1", "net.py": "2"}
+    saved = checkpoint_of(code=before)
+    assert with_code(saved, before, before, allowed=False) is saved
+    assert with_code(None, before, before, allowed=False) is None
+    now = before | {"net.py": "3"}
+    with pytest.raises(UserError, match=r"changed since its checkpoint: net\.py;"):
+        with_code(saved, now, now, allowed=False)
+    forked = with_code(saved, now, now, allowed=True)
+    assert forked is not None
+    assert forked.forks[-1]["changed"] == ["the code of net.py"]
+    with pytest.raises(UserError, match=r"the ranks have other code of net\.py"):
+        with_code(saved, now, before, allowed=True)
+
+
+def test_another_version_of_ours_is_told() -> None:
+    assert told_of_code({OURS: "1"}, {OURS: "1"}) == told_of_code({}, {OURS: "1"}) == []
+    (line,) = told_of_code({OURS: "1"}, {OURS: "2"})
+    assert "another version of dist_resnet" in line
