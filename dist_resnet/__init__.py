@@ -4,10 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dist_resnet.config.schema import Config
     from dist_resnet.evaluate import evaluate
-    from dist_resnet.schema import Config
+    from dist_resnet.runs.trained import Classifier, load
     from dist_resnet.train import train
-    from dist_resnet.trained import Classifier, load
 
 __all__ = ["Classifier", "Config", "evaluate", "load", "train"]
 __version__ = "0.1.0"

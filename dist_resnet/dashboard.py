@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from dist_resnet.cli import run_command
-from dist_resnet.errors import EXIT_DONE, UserError, one_line
-from dist_resnet.schema import WandbConfig
+from dist_resnet.base.cli import run_command
+from dist_resnet.base.errors import EXIT_DONE, UserError, one_line
+from dist_resnet.config.schema import WandbConfig
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_resnet.api import callable_module, threads_kept
-from dist_resnet.cli import run_command
-from dist_resnet.errors import EXIT_DONE, UserError
-from dist_resnet.launcher import environment_rank
-from dist_resnet.paths import user_path
+from dist_resnet.base.cli import run_command
+from dist_resnet.base.errors import EXIT_DONE, UserError
+from dist_resnet.base.launcher import environment_rank
+from dist_resnet.base.paths import user_path
+from dist_resnet.training.api import callable_module, threads_kept
 
 if TYPE_CHECKING:
-    from dist_resnet.evaluation import Evaluation
-    from dist_resnet.session import Session
+    from dist_resnet.training.evaluation import Evaluation
+    from dist_resnet.training.session import Session
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -51,10 +51,10 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
         UserError: on all ranks alike.
     """
     from dist_resnet.augment import Normalisation
-    from dist_resnet.config import stored_config
-    from dist_resnet.distributed import start, stop
-    from dist_resnet.session import open_session
-    from dist_resnet.weights import find_weights, trained_model
+    from dist_resnet.config.load import stored_config
+    from dist_resnet.distributed.group import start, stop
+    from dist_resnet.runs.weights import find_weights, trained_model
+    from dist_resnet.training.session import open_session
 
     if path.suffix == ".safetensors":
         return _evaluate_file(path, pairs)
@@ -82,10 +82,10 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
 
 def _evaluate_file(path: Path, pairs: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
     """As `evaluate_checkpoint`, of weights alone: all else is the configuration's."""
-    from dist_resnet.config import stored_config
-    from dist_resnet.distributed import start, stop
-    from dist_resnet.session import open_session
-    from dist_resnet.starting import started_model
+    from dist_resnet.config.load import stored_config
+    from dist_resnet.distributed.group import start, stop
+    from dist_resnet.training.session import open_session
+    from dist_resnet.training.starting import started_model
 
     config = stored_config({}, [*pairs, {"model": {"init": str(path)}}])
     world = start(config.parallel.device, config.parallel.timeout_seconds)

@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_resnet.card import check_place, write_card
-from dist_resnet.cli import Parser, run_command
-from dist_resnet.errors import EXIT_DONE, UserError, one_line
-from dist_resnet.paths import user_path
-from dist_resnet.storage import write_atomically
-from dist_resnet.trained import Classifier, load
-from dist_resnet.weights import CHECKPOINTS
+from dist_resnet.base.cli import Parser, run_command
+from dist_resnet.base.errors import EXIT_DONE, UserError, one_line
+from dist_resnet.base.files import write_atomically
+from dist_resnet.base.paths import user_path
+from dist_resnet.runs.card import check_place, write_card
+from dist_resnet.runs.trained import Classifier, load
+from dist_resnet.runs.weights import CHECKPOINTS
 
 TOLERANCE = 1e-4
 _NUM_IMAGES = 1000

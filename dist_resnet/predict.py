@@ -23,11 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_resnet.cli import Parser, run_command
+from dist_resnet.base.cli import Parser, run_command
+from dist_resnet.base.errors import EXIT_DONE, EXIT_USER, UserError
+from dist_resnet.base.paths import printable, user_path
 from dist_resnet.data.decoding import Decoder, decodable
-from dist_resnet.data.members import explained, members, read_limited
-from dist_resnet.errors import EXIT_DONE, EXIT_USER, UserError
-from dist_resnet.paths import printable, user_path
+from dist_resnet.data.sources.members import explained, members, read_limited
 
 Input = tuple[str, Callable[[], bytes]]  # its name, and its content
 _BATCH = 256
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     import torch
 
-    from dist_resnet.trained import load
+    from dist_resnet.runs.trained import load
 
     model = load(options.model)
     bits = model.reading.bits if options.bits is None else options.bits

@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_resnet.api import as_argument, callable_module, threads_kept
-from dist_resnet.cli import run_command
-from dist_resnet.config import describe_keys, load_config, named_keys, to_yaml
-from dist_resnet.errors import EXIT_DONE
-from dist_resnet.launcher import environment_rank
-from dist_resnet.schema import Config
-from dist_resnet.terminal import forgive
+from dist_resnet.base.cli import run_command
+from dist_resnet.base.errors import EXIT_DONE
+from dist_resnet.base.launcher import environment_rank
+from dist_resnet.base.terminal import forgive
+from dist_resnet.config.load import describe_keys, load_config, named_keys, to_yaml
+from dist_resnet.config.schema import Config
+from dist_resnet.training.api import as_argument, callable_module, threads_kept
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,11 +31,11 @@ def main(arguments: Sequence[str]) -> int:
     arguments = [argument for argument in arguments if argument != "--print-config"]
     config = load_config(arguments)
     if only_print:
-        from dist_resnet.preview import preview
+        from dist_resnet.config.preview import preview
 
         return _show(to_yaml(config) + "\n" + preview(config))
     # torch takes a second or two to import: not before the configuration is known to be right.
-    from dist_resnet.run import run
+    from dist_resnet.training.run import run
 
     forgive()
     run(config, named_keys(arguments))
@@ -63,7 +63,8 @@ def train(*sources: Config | Mapping[str, Any] | str | Path, **settings: Any) ->
     """
     arguments = [*map(as_argument, sources), settings]
     config = load_config(arguments)
-    from dist_resnet import run, signals  # torch takes a second or two to import
+    from dist_resnet.base import signals  # torch takes a second or two to import
+    from dist_resnet.training import run
 
     with threads_kept(), signals.borrowed():
         folder = run.run(config, named_keys(arguments))

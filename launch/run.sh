@@ -65,11 +65,11 @@ try:
     import torch
 except ImportError as error:
     sys.exit(print(f"launch: {error} ({sys.executable}); run make setup, or set PYTHON", file=sys.stderr) or 2)
-from dist_resnet.cli import run_command
-from dist_resnet.config import load_config
-from dist_resnet.devices import cuda_count
-from dist_resnet.numa import why_not_bound
-from dist_resnet.resume import run_name
+from dist_resnet.base.cli import run_command
+from dist_resnet.config.load import load_config
+from dist_resnet.machine.devices import cuda_count
+from dist_resnet.machine.numa import why_not_bound
+from dist_resnet.runs.resume import run_name
 def tell():
     config = load_config(sys.argv[1:])
     print(f"{config.run.dir}/{run_name(config)}")

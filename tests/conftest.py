@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import settings
 
-from dist_resnet import watchdog
+from dist_resnet.base import watchdog
+from dist_resnet.base.errors import UserError
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.data.folder import load_folder
 from dist_resnet.data.images import ImageSet, Split
 from dist_resnet.data.prepare import prepare, prepare_builtin
-from dist_resnet.data.sources import load_synthetic
-from dist_resnet.errors import UserError
+from dist_resnet.data.sources.embedded import load_synthetic
+from dist_resnet.data.sources.folder import load_folder
 from dist_resnet.native import build
 
 # Nothing leaves this machine, nothing asks for a key; and these tests are no rank of anything.

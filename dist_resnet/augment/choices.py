@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dist_resnet.augment.mix import LAM_QUANTILES, beta_quantiles, outside_box
 from dist_resnet.augment.named import all_named
+from dist_resnet.base.randomness import alternate, below, named_key, named_lanes, sample_lanes
+from dist_resnet.config.schema import AugmentConfig
 from dist_resnet.native import batch
-from dist_resnet.randomness import alternate, below, named_key, named_lanes, sample_lanes
-from dist_resnet.schema import AugmentConfig
 
 # Lanes of a sample's draws; dropout takes the ones from _DROPOUT on. What came later has streams of
 # its own name.

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dist_resnet.randomness import whole_below
+from dist_resnet.base.randomness import whole_below
 
 _ATTEMPTS = 10  # as torchvision: if no rectangle fits, the image stays whole
 

@@ -15,8 +15,8 @@ from dist_resnet.augment.geometry import crop, crop_reflected, flip
 from dist_resnet.augment.mix import mixup
 from dist_resnet.augment.named import Named, all_named, extras, keyed
 from dist_resnet.augment.normalisation import Normalisation, normalise
+from dist_resnet.config.schema import AugmentConfig
 from dist_resnet.native import batch
-from dist_resnet.schema import AugmentConfig
 
 Part = Callable[[Tensor, Choices], Tensor]
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from dist_resnet.augment.named import KEY, Named, extras
 from dist_resnet.augment.normalisation import Normalisation
-from dist_resnet.errors import UserError
-from dist_resnet.models.generators import all_states
-from dist_resnet.plugins import calling, check_arguments, signature
-from dist_resnet.schema import AugmentConfig
+from dist_resnet.base.errors import UserError
+from dist_resnet.base.generators import all_states
+from dist_resnet.config.plugins import calling, check_arguments, signature
+from dist_resnet.config.schema import AugmentConfig
 
 _IMAGES = 8
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_resnet.augment.colour import GREY
-from dist_resnet.randomness import whole_below
+from dist_resnet.base.randomness import whole_below
 
 OPERATIONS = (
     "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color",

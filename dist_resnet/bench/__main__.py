@@ -15,11 +15,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from dist_resnet.cli import Parser, run_command
-from dist_resnet.config import load_config
-from dist_resnet.errors import EXIT_DONE, UserError
-from dist_resnet.launcher import under_torchrun
-from dist_resnet.paths import user_path
+from dist_resnet.base.cli import Parser, run_command
+from dist_resnet.base.errors import EXIT_DONE, UserError
+from dist_resnet.base.launcher import under_torchrun
+from dist_resnet.base.paths import user_path
+from dist_resnet.config.load import load_config
 
 NAMES = {"loader": 7, "step": 7, "train": 6, "scaling": 8, "peers": 7, "startup": 5}
 """Benchmarks, and their default number of rounds."""

@@ -46,7 +46,7 @@ class RankGate:
 
     def __call__(self, **facts: Any) -> bool:
         """As `Gate`; waits for the device first."""
-        from dist_resnet.distributed import from_main
+        from dist_resnet.distributed.group import from_main
 
         self._synchronise()
         self.tell("done", facts)

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from dist_resnet.errors import UserError
+from dist_resnet.base.errors import UserError
 
 LIMIT = 0.5  # cores
 _SAMPLE_SECONDS = 3.0

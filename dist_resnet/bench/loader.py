@@ -87,7 +87,7 @@ def _work(epoch: Epoch, settings: Settings) -> Callable[[int], None]:
     """Draw batches and wait for the device."""
     import torch
 
-    from dist_resnet.devices import cuda_count
+    from dist_resnet.machine.devices import cuda_count
 
     use_cuda = cuda_count(settings.config.parallel.device) > 0
 
@@ -104,8 +104,8 @@ def _loaders(settings: Settings, size: int) -> dict[str, Callable[[], Epoch]]:
     """By name; made when called, for each may fail in its own way."""
     from dist_resnet.bench.ffcv_pipeline import FfcvPipeline
     from dist_resnet.bench.torchvision_loader import ArrayDataset, CountedEpochs
-    from dist_resnet.distributed import start
-    from dist_resnet.session import open_session, with_replicas
+    from dist_resnet.distributed.group import start
+    from dist_resnet.training.session import open_session, with_replicas
 
     config = with_replicas(settings.config, 1)
     config = replace(config, data=replace(config.data, batch_size_per_replica=size))
@@ -148,11 +148,11 @@ def _on_one_thread(epoch: Epoch) -> Epoch:
 def _ours(session: Any, kind: Literal["ffcv", "resident"]) -> Epoch:
     """What TrainStep does with a batch before the model, and the stream that feeds it."""
     from dist_resnet.augment import Augmenter, ChoiceDrawer
+    from dist_resnet.base.randomness import step_keys, turn_keys
     from dist_resnet.bench.our_loop import open_batches, quiet
+    from dist_resnet.config.plan import make_plan
     from dist_resnet.models.build import build_model
     from dist_resnet.models.dropout import dropouts, num_features, probability_of
-    from dist_resnet.plan import make_plan
-    from dist_resnet.randomness import step_keys, turn_keys
 
     config = quiet(session.config)
     session = replace(session, config=replace(config, data=replace(config.data, loader=kind)))

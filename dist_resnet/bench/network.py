@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from dist_resnet.bench.gate import Finished, Gate
-from dist_resnet.distributed import World
-from dist_resnet.schema import Config
+from dist_resnet.config.schema import Config
+from dist_resnet.distributed.group import World
 
 # NCCL's own model of a tree all-reduce: base + 2 ((local - 1) intra + log2(nodes) inter), us, and
 # 14 us for 1.09 MB at its bandwidth.
@@ -140,8 +140,8 @@ def all_reduce_turns(
     """
     import torch
 
-    from dist_resnet.distributed import all_reduce_sum
-    from dist_resnet.summing import build_sum
+    from dist_resnet.distributed.group import all_reduce_sum
+    from dist_resnet.distributed.shared_sum import build_sum
 
     buffer = torch.zeros(size, device=world.device)
     if collective:

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any, cast
 
 from dist_resnet.bench.gate import Finished, Gate
-from dist_resnet.captured import as_configured
+from dist_resnet.config.plan import Plan, make_plan, rates
+from dist_resnet.config.schema import Config
 from dist_resnet.data.stream import Batch, open_loader, training_batches
-from dist_resnet.distributed import World, from_main, on_main
-from dist_resnet.evaluation import Evaluator
-from dist_resnet.loop import Trainer
-from dist_resnet.plan import Plan, make_plan, rates
-from dist_resnet.recording import Recording, open_recording
-from dist_resnet.run_folder import RunFolder
-from dist_resnet.schema import Config
-from dist_resnet.session import Session, open_session, with_replicas
-from dist_resnet.state import build_state
-from dist_resnet.step import TrainStep
-from dist_resnet.stopwatch import Stopwatch
+from dist_resnet.distributed.group import World, from_main, on_main
+from dist_resnet.runs.folder import RunFolder
+from dist_resnet.step.captured import as_configured
+from dist_resnet.step.state import build_state
+from dist_resnet.step.train_step import TrainStep
 from dist_resnet.tracking.tracker import NullTracker
+from dist_resnet.training.evaluation import Evaluator
+from dist_resnet.training.loop import Trainer
+from dist_resnet.training.recording import Recording, open_recording
+from dist_resnet.training.session import Session, open_session, with_replicas
+from dist_resnet.training.stopwatch import Stopwatch
 
 _KEPT_BATCHES = 8  # of the step fed from memory
 

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 
 from dist_resnet.data.stream import Batch
-from dist_resnet.step import TrainStep
+from dist_resnet.step.train_step import TrainStep
 
 _AUGMENTING = ("augment", "index", "pad", "where", "lerp", "flip", "sub_", "aten::mul")
 _GROUPS: dict[str, tuple[str, ...]] = {

@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_resnet.bench.gate import Finished, Gate, in_turns
 from dist_resnet.bench.reference_loop import as_torch_makes_it
-from dist_resnet.distributed import World
-from dist_resnet.precision import choose_dtype
-from dist_resnet.schema import Config
-from dist_resnet.session import choose_threads, sharing_cores
+from dist_resnet.config.schema import Config
+from dist_resnet.distributed.group import World
+from dist_resnet.step.precision import choose_dtype
+from dist_resnet.training.session import choose_threads, sharing_cores
 
 FEATURES, CLASSES, KEPT = 32, 10, 8
 _LIGHTNING = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}

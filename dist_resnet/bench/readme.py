@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_resnet.base.cli import run_command
+from dist_resnet.base.errors import EXIT_DONE, UserError
 from dist_resnet.bench.report import cells_of, write
-from dist_resnet.cli import run_command
-from dist_resnet.errors import EXIT_DONE, UserError
 
 _BLOCK = re.compile(r"(<!-- bench (\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 

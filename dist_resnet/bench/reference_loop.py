@@ -16,10 +16,10 @@ from torch.utils.data import DistributedSampler
 
 from dist_resnet.bench.gate import Finished, Gate, in_turns
 from dist_resnet.bench.torchvision_loader import ArrayDataset, torch_loader
-from dist_resnet.distributed import World
+from dist_resnet.config.schema import Config
+from dist_resnet.distributed.group import World
 from dist_resnet.models.build import build_model
-from dist_resnet.schema import Config
-from dist_resnet.session import open_session
+from dist_resnet.training.session import open_session
 
 
 class ReferenceLoop:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dist_resnet.errors import UserError
-from dist_resnet.schema import Config
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.schema import Config
 
 SCHEMA = 1
 
@@ -72,9 +72,9 @@ def gather_facts(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
     """Versions, hardware, commit and command; no path, no date, no name of a machine or user."""
     import torch
 
-    from dist_resnet.devices import cuda_count
-    from dist_resnet.environment import git_commit, hardware, versions
-    from dist_resnet.session import choose_threads
+    from dist_resnet.machine.devices import cuda_count
+    from dist_resnet.machine.environment import git_commit, hardware, versions
+    from dist_resnet.training.session import choose_threads
 
     device = torch.device("cuda" if cuda_count(config.parallel.device) else "cpu")
     return {

@@ -69,7 +69,7 @@ def run(settings: Settings) -> Report:
 
 def exchange_size(settings: Settings) -> int:
     """Values in the buffer that the ranks sum in each step."""
-    from dist_resnet.flat import flatten_model
+    from dist_resnet.distributed.flat import flatten_model
     from dist_resnet.models.build import build_model
 
     return flatten_model(build_model(settings.config.model, 10)).exchange.numel()

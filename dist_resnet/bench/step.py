@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from dist_resnet.base.errors import UserError
 from dist_resnet.bench.measure import (
     Candidate,
     Timing,
@@ -12,7 +13,6 @@ from dist_resnet.bench.measure import (
     speed_row,
 )
 from dist_resnet.bench.report import Report, Settings
-from dist_resnet.errors import UserError
 
 STEPS = 20  # a turn
 BANDS = (("bf16", True), ("bf16", False), ("fp32", True), ("fp32", False))
@@ -74,7 +74,7 @@ _NOTES = [
 
 def _modes(settings: Settings) -> list[tuple[str, str, bool]]:
     """(step_mode, dtype, channels_last); compiling takes a minute or more: all with --full."""
-    from dist_resnet.devices import cuda_count
+    from dist_resnet.machine.devices import cuda_count
 
     on_gpu = cuda_count(settings.config.parallel.device) > 0
     modes = [("eager", *band) for band in BANDS]
@@ -94,12 +94,12 @@ class _Made:
 
     def __init__(self, settings: Settings, mode: str, dtype: str, channels_last: bool) -> None:
         from dist_resnet.bench.our_loop import make_step, quiet
-        from dist_resnet.captured import as_configured
-        from dist_resnet.config import load_config
-        from dist_resnet.distributed import start
-        from dist_resnet.plan import make_plan
-        from dist_resnet.session import open_session
-        from dist_resnet.step import TrainStep
+        from dist_resnet.config.load import load_config
+        from dist_resnet.config.plan import make_plan
+        from dist_resnet.distributed.group import start
+        from dist_resnet.step.captured import as_configured
+        from dist_resnet.step.train_step import TrainStep
+        from dist_resnet.training.session import open_session
 
         layout = str(channels_last).lower()
         pairs = (f"train.step_mode={mode}", f"precision.dtype={dtype}", "parallel.replicas=1")
@@ -193,7 +193,7 @@ def _add_parts(report: Report, settings: Settings) -> None:
     """Of the configured precision, layout and mode (a graph has no parts), with the real loader."""
     from dist_resnet.bench.our_loop import open_batches
     from dist_resnet.bench.parts import operators_of_step, parts_of_step
-    from dist_resnet.plan import make_plan
+    from dist_resnet.config.plan import make_plan
 
     config = settings.config
     mode = config.train.step_mode if config.train.step_mode != "graph" else "eager"

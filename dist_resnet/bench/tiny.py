@@ -6,17 +6,17 @@ from torch import Tensor, nn
 from dist_resnet.augment import Choices, Normalisation
 from dist_resnet.bench.gate import Gate
 from dist_resnet.bench.our_loop import MemoryFedStep, fit_on, quiet
+from dist_resnet.config.plan import make_plan, rates
+from dist_resnet.config.schema import Config
 from dist_resnet.data.stream import Batch
-from dist_resnet.distributed import World
-from dist_resnet.flat import flatten_model
-from dist_resnet.metrics import Totals
-from dist_resnet.optimizer import build_optimizer
-from dist_resnet.plan import make_plan, rates
-from dist_resnet.precision import choose_dtype
-from dist_resnet.replica_pass import KernelPass, ReplicaChoices
-from dist_resnet.schema import Config
-from dist_resnet.session import with_replicas
-from dist_resnet.state import TrainState, build_state
+from dist_resnet.distributed.flat import flatten_model
+from dist_resnet.distributed.group import World
+from dist_resnet.optim.build import build_optimizer
+from dist_resnet.step.precision import choose_dtype
+from dist_resnet.step.replica_pass import KernelPass, ReplicaChoices
+from dist_resnet.step.state import TrainState, build_state
+from dist_resnet.step.totals import Totals
+from dist_resnet.training.session import with_replicas
 
 FEATURES, CLASSES, KEPT = 32, 10, 8
 _IMAGES = 50_000

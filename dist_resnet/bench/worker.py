@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dist_resnet.base.cli import run_command
+from dist_resnet.base.errors import EXIT_DONE, DistResnetError
 from dist_resnet.bench.gate import Finished, RankGate
 from dist_resnet.bench.measure import one_line
-from dist_resnet.cli import run_command
-from dist_resnet.config import load_config
-from dist_resnet.errors import EXIT_DONE, DistResnetError
+from dist_resnet.config.load import load_config
 
 # Imported when asked for: a task's libraries are nobody else's.
 TASKS = {
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the task until its gate closes; the exit code."""
     import torch
 
-    from dist_resnet.distributed import start, stop
+    from dist_resnet.distributed.group import start, stop
 
     spec: dict[str, Any] = json.loads(arguments[0])
     config = load_config(spec["pairs"])

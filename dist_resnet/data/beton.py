@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_resnet.base.errors import UserError
 from dist_resnet.data.images import Split, StoredImages, progress
-from dist_resnet.errors import UserError
 
 VERSION = 2
 RAW = 1  # FFCV's number for images stored as plain pixels

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import dist_resnet
+from dist_resnet.base.errors import UserError
+from dist_resnet.base.paths import printable
 from dist_resnet.data.beton import check_beton
 from dist_resnet.data.content import Channels, channel_statistics, fingerprint
 from dist_resnet.data.decoding import AS_STORED, FITS, Reading, stored_reading
 from dist_resnet.data.images import ImageSet
-from dist_resnet.errors import UserError
-from dist_resnet.paths import printable
 
 DESCRIPTION = "dataset.json"
 TRAIN, TEST = "train.beton", "test.beton"

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from dist_resnet.errors import UserError
+from dist_resnet.base.errors import UserError
 
 # Formats that Pillow passes to another program (Ghostscript, Windows) or only identifies.
 NOT_DECODED = {"EPS", "PDF", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dist_resnet.base.errors import UserError
 from dist_resnet.data.decoding import AS_STORED, Reading
-from dist_resnet.errors import UserError
 
 T = TypeVar("T")
 MAX_SIDE = 65535  # a .beton stores height and width in 16 bits

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from dist_resnet.plan import Plan
-from dist_resnet.randomness import Stream, epoch_order, permutation, stream_key
+from dist_resnet.base.randomness import Stream, epoch_order, permutation, stream_key
+from dist_resnet.config.plan import Plan
 
 
 def split_indices(seed: int, num_train: int, val_split: int) -> tuple[np.ndarray, np.ndarray]:

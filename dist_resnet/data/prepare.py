@@ -24,15 +24,15 @@ from typing import NoReturn
 
 import numpy as np
 
-from dist_resnet.cli import run_command
+from dist_resnet.base.cli import run_command
+from dist_resnet.base.errors import UserError
+from dist_resnet.base.files import sync_folder
 from dist_resnet.data.beton import read_back, write_beton
 from dist_resnet.data.content import fingerprint
 from dist_resnet.data.dataset import DESCRIPTION, TEST, TRAIN, Dataset, describe
 from dist_resnet.data.images import ImageSet, blocks, tell
-from dist_resnet.data.sources import CIFAR
-from dist_resnet.data.table import SOURCES, default_name, parser, recorded_source
-from dist_resnet.errors import UserError
-from dist_resnet.storage import sync_folder
+from dist_resnet.data.sources.embedded import CIFAR
+from dist_resnet.data.sources.table import SOURCES, default_name, parser, recorded_source
 
 BUILTIN = (*CIFAR, "digits", "synthetic")
 LOCK_SECONDS = 1800.0  # how long to wait for another preparation of the same data set

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_resnet.config.plan import Plan
 from dist_resnet.data.order import as_samples, rank_order
-from dist_resnet.plan import Plan
 
 
 @dataclass(frozen=True)

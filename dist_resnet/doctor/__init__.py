@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from dist_resnet.errors import UserError
+from dist_resnet.base.errors import UserError
 
 Level = Literal["ok", "note", "FAIL"]
 

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_resnet.cli import run_command
-from dist_resnet.config import load_config
-from dist_resnet.distributed import from_all, start, stop
+from dist_resnet.base.cli import run_command
+from dist_resnet.base.errors import EXIT_DONE, EXIT_USER
+from dist_resnet.base.launcher import environment_int, environment_world_size
+from dist_resnet.config.load import load_config
+from dist_resnet.distributed.group import from_all, start, stop
 from dist_resnet.doctor import Finding, show
 from dist_resnet.doctor.network import network_findings
 from dist_resnet.doctor.node import node_findings
-from dist_resnet.errors import EXIT_DONE, EXIT_USER
-from dist_resnet.launcher import environment_int, environment_world_size
 
 
 def main(arguments: Sequence[str]) -> int:

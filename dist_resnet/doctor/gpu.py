@@ -5,10 +5,10 @@ import os
 
 import torch
 
-from dist_resnet.devices import cuda_count, driver, driver_cuda, why_unsupported
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.schema import Config
 from dist_resnet.doctor import Examination, Finding
-from dist_resnet.errors import UserError
-from dist_resnet.schema import Config
+from dist_resnet.machine.devices import cuda_count, driver, driver_cuda, why_unsupported
 
 GIB = 1 << 30
 _LITTLE = 2 * GIB

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
+from dist_resnet.base.errors import UserError
+from dist_resnet.base.paths import user_path
+from dist_resnet.config.schema import Config
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.distributed import World, all_reduce_sum, from_all, gather_rows
+from dist_resnet.distributed.group import World, all_reduce_sum, from_all, gather_rows
 from dist_resnet.doctor import Finding, examine
-from dist_resnet.environment import git_commit, versions
-from dist_resnet.errors import UserError
-from dist_resnet.paths import user_path
-from dist_resnet.schema import Config
+from dist_resnet.machine.environment import git_commit, versions
 
 SMALL, MODEL, LARGE = 4, 1_080_000, 16 << 20
 """Bytes: one number; the gradients of ResNet-20; what shows the network's bandwidth."""

@@ -13,20 +13,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dist_resnet.base.launcher import under_torchrun
+from dist_resnet.base.paths import user_path
+from dist_resnet.config.schema import Config
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.prepare import prepare
-from dist_resnet.data.sources import load_synthetic
+from dist_resnet.data.sources.embedded import load_synthetic
 from dist_resnet.data.stream import open_loader
-from dist_resnet.distributed import backends
+from dist_resnet.distributed.group import backends
 from dist_resnet.doctor import Examination, Finding, examine
 from dist_resnet.doctor.gpu import device_finding, gpu_examinations, usable_gpus
-from dist_resnet.environment import versions
-from dist_resnet.launcher import under_torchrun
-from dist_resnet.paths import user_path
-from dist_resnet.precision import choose_dtype
-from dist_resnet.schema import Config
-from dist_resnet.session import choose_threads
-from dist_resnet.tracking.reach import wanted_mode
+from dist_resnet.machine.environment import versions
+from dist_resnet.step.precision import choose_dtype
+from dist_resnet.tracking.wandb_reach import wanted_mode
+from dist_resnet.training.session import choose_threads
 
 MIB = 1 << 20
 OLDEST_TORCH = (2, 6)
@@ -138,7 +138,7 @@ def _wandb(config: Config) -> Finding:
     if importlib.util.find_spec("wandb") is None:
         remedy = "run `make setup`, or set wandb.mode=disabled"
         return Finding("FAIL", "wandb", "not installed", remedy)
-    from dist_resnet.tracking.reach import why_unreachable
+    from dist_resnet.tracking.wandb_reach import why_unreachable
     from dist_resnet.tracking.wandb_session import why_no_credentials
 
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")

@@ -8,13 +8,20 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dist_resnet.builtins import MODELS
-from dist_resnet.errors import UserError
-from dist_resnet.keys import nearest
-from dist_resnet.models.generators import seeded
-from dist_resnet.plugins import calling, check_arguments, is_plugin, resolve, signature, takes_any
-from dist_resnet.randomness import Stream, stream_key
-from dist_resnet.schema import ModelConfig
+from dist_resnet.base.errors import UserError
+from dist_resnet.base.generators import seeded
+from dist_resnet.base.randomness import Stream, stream_key
+from dist_resnet.config.builtins import MODELS
+from dist_resnet.config.keys import nearest
+from dist_resnet.config.plugins import (
+    calling,
+    check_arguments,
+    is_plugin,
+    resolve,
+    signature,
+    takes_any,
+)
+from dist_resnet.config.schema import ModelConfig
 
 # What libraries call the number of classes.
 _CLASSES = ("num_classes", "n_classes", "classes", "num_labels", "nclass")

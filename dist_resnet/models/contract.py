@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dist_resnet.errors import UserError
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.plugins import is_plugin
+from dist_resnet.config.schema import Config
 from dist_resnet.models.build import build_model, freeze, in_layout
 from dist_resnet.models.noted import same_bits
 from dist_resnet.models.trial import Trial
-from dist_resnet.plugins import is_plugin
-from dist_resnet.schema import Config
 
 _IMAGES = 4  # of a replica in the trial, or as many as it has
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from dist_resnet.errors import UserError
-from dist_resnet.keys import nearest
-from dist_resnet.schema import ModelConfig
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.keys import nearest
+from dist_resnet.config.schema import ModelConfig
 
 _WRAPPERS = ("network.", "module.", "model.")
 _NORMALISATION = {"mean": (1, 3, 1, 1), "scale": (1, 3, 1, 1)}  # of our own exports

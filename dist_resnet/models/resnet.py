@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dist_resnet.base.randomness import Stream, stream_key
+from dist_resnet.config.schema import ModelConfig
 from dist_resnet.models.dropout import SampleDropout
 from dist_resnet.models.norm_act import NormAct, conv_norm_act
-from dist_resnet.randomness import Stream, stream_key
-from dist_resnet.schema import ModelConfig
 
 BLOCKS_PER_STAGE = {
     "resnet20": 3,

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_resnet.counters import INTEGERS
-from dist_resnet.errors import UserError
-from dist_resnet.flat import has_mean
-from dist_resnet.models.generators import default_states, foreign_states, seeded
+from dist_resnet.base.errors import UserError
+from dist_resnet.base.generators import default_states, foreign_states, seeded
+from dist_resnet.config.plugins import calling
+from dist_resnet.distributed.counters import INTEGERS
+from dist_resnet.distributed.flat import has_mean
 from dist_resnet.models.norm_act import NormAct
 from dist_resnet.models.noted import attributes, first_to_differ, first_to_move, same_bits
-from dist_resnet.plugins import calling
 
 _SEED = 1
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_resnet.errors import UserError
+from dist_resnet.base.errors import UserError
 from dist_resnet.native.build import load
 
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64

@@ -15,8 +15,8 @@ import threading
 from functools import cache
 from pathlib import Path
 
-from dist_resnet.errors import UserError
-from dist_resnet.storage import write_atomically
+from dist_resnet.base.errors import UserError
+from dist_resnet.base.files import write_atomically
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 _MORE_FLAGS = {"batch": ("-ffp-contract=off",)}

@@ -11,10 +11,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from dist_resnet.base.cli import Parser, run_command
+from dist_resnet.base.errors import EXIT_DONE, UserError
+from dist_resnet.base.paths import user_path
 from dist_resnet.bench.report import write
-from dist_resnet.cli import Parser, run_command
-from dist_resnet.errors import EXIT_DONE, UserError
-from dist_resnet.paths import user_path
 from dist_resnet.recipes.curves import curve_chart
 from dist_resnet.recipes.kept import condense, read_kept, write_kept
 from dist_resnet.recipes.tables import with_runs

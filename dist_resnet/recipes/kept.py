@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_resnet.config import flatten, load_config, to_dict
-from dist_resnet.effects import changes_trajectory
-from dist_resnet.errors import UserError
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.effects import changes_trajectory
+from dist_resnet.config.load import flatten, load_config, to_dict
 from dist_resnet.report.record import RunRecord, read_record
 
 SCHEMA = 1

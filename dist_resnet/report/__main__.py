@@ -14,12 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_resnet.cli import Parser, run_command
-from dist_resnet.errors import EXIT_DONE, UserError
-from dist_resnet.paths import user_path
+from dist_resnet.base.cli import Parser, run_command
+from dist_resnet.base.errors import EXIT_DONE, UserError
+from dist_resnet.base.files import check_writable, write_atomically
+from dist_resnet.base.paths import user_path
 from dist_resnet.report.record import read_records
 from dist_resnet.report.text import BLOCKS, render_text
-from dist_resnet.storage import check_writable, write_atomically
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -12,16 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 from dist_resnet.augment import Choices
-from dist_resnet.config import stored_config
+from dist_resnet.base.errors import UserError
+from dist_resnet.base.paths import user_path
+from dist_resnet.config.load import stored_config
+from dist_resnet.config.plan import make_plan
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.stream import open_loader, training_batches
-from dist_resnet.distributed import start, stop
-from dist_resnet.errors import UserError
-from dist_resnet.gallery import augmented, choices_at
-from dist_resnet.paths import user_path
-from dist_resnet.plan import make_plan
-from dist_resnet.session import Session, open_session
-from dist_resnet.weights import find_weights, trained_model
+from dist_resnet.distributed.group import start, stop
+from dist_resnet.runs.weights import find_weights, trained_model
+from dist_resnet.training.gallery import augmented, choices_at
+from dist_resnet.training.session import Session, open_session
 
 SHOWN = 24
 """Mistakes, and augmented samples."""

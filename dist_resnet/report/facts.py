@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dist_resnet.config import flatten, to_dict
+from dist_resnet.config.load import flatten, to_dict
+from dist_resnet.config.schema import Config
 from dist_resnet.report.markup import Html, data, element, join, table
 from dist_resnet.report.record import RunRecord
-from dist_resnet.schema import Config
 
 # What summary.json alone tells; its figures stand in other sections.
 _ENVIRONMENT = ("hardware", "git_commit", "precision", "dataset", "eval_set", "versions", "code")

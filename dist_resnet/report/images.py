@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dist_resnet.errors import UserError
+from dist_resnet.base.errors import UserError
 from dist_resnet.report.markup import Html, data, element, join, table
 from dist_resnet.report.record import RunRecord
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_resnet.config import flatten, load_config, to_dict
-from dist_resnet.diagnosis import diagnose
-from dist_resnet.errors import UserError
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.load import flatten, load_config, to_dict
+from dist_resnet.runs.diagnosis import diagnose
 from dist_resnet.tracking.jsonl import read_rows
 
 _LARGEST = 1e100

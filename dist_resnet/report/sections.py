@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-from dist_resnet.diagnosis import RULES
 from dist_resnet.report.chart import COLOURS, Points, Series, chart
 from dist_resnet.report.figures import (
     Figure,
@@ -14,6 +13,7 @@ from dist_resnet.report.figures import (
 )
 from dist_resnet.report.markup import Html, data, element, join, table
 from dist_resnet.report.record import RunRecord
+from dist_resnet.runs.diagnosis import RULES
 
 Runs = Sequence[RunRecord]
 _BAR_WIDTH, _BAR_HEIGHT = 100, 7

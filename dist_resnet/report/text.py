@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dist_resnet.paths import printable
+from dist_resnet.base.paths import printable
 from dist_resnet.report.figures import headline, per_class
 from dist_resnet.report.record import RunRecord
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dist_resnet.storage import write_atomically
+from dist_resnet.base.files import write_atomically
 from dist_resnet.tracking.tracker import Row, Say, say_on_stderr
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_resnet.terminal import say
+from dist_resnet.base.terminal import say
 
 Row = Mapping[str, float | int]
 Say = Callable[[str], None]

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from dist_resnet.tracking.reach import wanted_mode
 from dist_resnet.tracking.tracker import Say, say_on_stderr
+from dist_resnet.tracking.wandb_reach import wanted_mode
 from dist_resnet.tracking.wandb_session import WandbSession, WandbSettings
-from dist_resnet.tracking.writer import WandbTracker
+from dist_resnet.tracking.wandb_writer import WandbTracker
 
 __all__ = ["WandbSettings", "WandbTracker", "start_wandb"]
 

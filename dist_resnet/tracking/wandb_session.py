@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from dist_resnet.errors import one_line
+from dist_resnet.base.errors import one_line
 from dist_resnet.tracking import wandb_media
-from dist_resnet.tracking.reach import why_unreachable
 from dist_resnet.tracking.tracker import Artifact, Media, Row, Say
 from dist_resnet.tracking.wandb_options import wandb_options
+from dist_resnet.tracking.wandb_reach import why_unreachable
 
 GLOBS = ("train/*", "val/*", "gap/*", "perf/*")
 

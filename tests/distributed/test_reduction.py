@@ -9,16 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_resnet import overlap, summing
-from dist_resnet.distributed import World
-from dist_resnet.errors import PeerLost, UserError
+from dist_resnet.base.errors import PeerLost, UserError
+from dist_resnet.distributed import overlap
+from dist_resnet.distributed import shared_sum as summing
+from dist_resnet.distributed.group import World
+from dist_resnet.distributed.reduction import FastReduction
 from dist_resnet.models.resnet import resnet
 from dist_resnet.native.build import load
 from dist_resnet.native.shared_sum import SharedSum
-from dist_resnet.reduction import FastReduction
-from dist_resnet.step import TrainStep
-from tests.ranks import RankFailed, run_ranks
-from tests.training import (
+from dist_resnet.step.train_step import TrainStep
+from tests.helpers.ranks import RankFailed, run_ranks
+from tests.helpers.training import (
     CLASSES,
     batch_of,
     forward,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tests.jobs import (
+from tests.helpers.jobs import (
     command,
     differences,
     kill_tree,

@@ -7,9 +7,9 @@ import sys
 
 import torch
 
-from dist_resnet.captured import CHECKED_STEPS, WARM_UP_STEPS, CapturedStep
 from dist_resnet.data.stream import Batch
-from tests.training import batch_of, small_config, train_step
+from dist_resnet.step.captured import CHECKED_STEPS, WARM_UP_STEPS, CapturedStep
+from tests.helpers.training import batch_of, small_config, train_step
 
 KINDS = ("launch", "graph launch", "replayed kernel", "copy on device", "copy to host",
          "stream sync", "event sync", "device sync", "malloc")  # fmt: skip

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 
-from dist_resnet import evaluation, metrics, signals
-from dist_resnet.captured import CapturedStep
-from dist_resnet.cli import run_command
-from dist_resnet.loop import Trainer
+from dist_resnet.base import signals
+from dist_resnet.base.cli import run_command
+from dist_resnet.step import totals as metrics
+from dist_resnet.step.captured import CapturedStep
 from dist_resnet.train import main
+from dist_resnet.training import evaluation
+from dist_resnet.training.loop import Trainer
 
 take, evaluate = metrics.Totals.take, evaluation.Evaluator.__call__
 stop_requested = Trainer._stop_requested

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dist_resnet.captured import as_configured
 from dist_resnet.data.stream import Batch
-from dist_resnet.state import build_state
-from dist_resnet.step import TrainStep
-from tests.training import STATISTICS, rates, small_config
+from dist_resnet.step.captured import as_configured
+from dist_resnet.step.state import build_state
+from dist_resnet.step.train_step import TrainStep
+from tests.helpers.training import STATISTICS, rates, small_config
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")

@@ -10,15 +10,15 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dist_resnet.augment import ChoiceDrawer, Normalisation
-from dist_resnet.captured import WARM_UP_STEPS, CapturedStep
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.stream import Batch
-from dist_resnet.metrics import Totals
 from dist_resnet.models.norm_act import NormAct
-from dist_resnet.replica_pass import KernelPass, TorchPass
-from dist_resnet.state import TrainState
-from dist_resnet.step import TrainStep
-from tests.training import batch_of, own_config, small_config, train_step
+from dist_resnet.step.captured import WARM_UP_STEPS, CapturedStep
+from dist_resnet.step.replica_pass import KernelPass, TorchPass
+from dist_resnet.step.state import TrainState
+from dist_resnet.step.totals import Totals
+from dist_resnet.step.train_step import TrainStep
+from tests.helpers.training import batch_of, own_config, small_config, train_step
 
 pytestmark = [
     pytest.mark.gpu,

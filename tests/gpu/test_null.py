@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dist_resnet.data.dataset import Dataset
-from tests.jobs import Outcome, command, kill_tree, launch, run_job, wait_for_step
+from tests.helpers.jobs import Outcome, command, kill_tree, launch, run_job, wait_for_step
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(os.environ.get("DIST_RESNET_NULLCUDA", ROOT.parent / "shared" / "gpu" / "nullcuda"))

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from dist_resnet.data.dataset import Dataset
-from tests.jobs import run_job
-from tests.launching import PATIENCE, training
+from tests.helpers.jobs import run_job
+from tests.helpers.launching import PATIENCE, training
 
 
 @pytest.fixture(scope="session")

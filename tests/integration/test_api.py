@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import dist_resnet
-from dist_resnet import signals
-from dist_resnet.config import load_config
+from dist_resnet.base import signals
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.load import load_config
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.errors import UserError
-from dist_resnet.loop import Trainer
+from dist_resnet.training.loop import Trainer
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from dist_resnet.config import load_config
+from dist_resnet.base.errors import UserError
+from dist_resnet.base.randomness import alternate, turn_keys
+from dist_resnet.config.load import load_config
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.errors import UserError
-from dist_resnet.gallery import choices_at
-from dist_resnet.randomness import alternate, turn_keys
 from dist_resnet.train import main
-from tests.jobs import differences, metric_rows
+from dist_resnet.training.gallery import choices_at
+from tests.helpers.jobs import differences, metric_rows
 
 EACH = {
     "recipe": [],
@@ -43,8 +43,8 @@ shade.lanes = 1
 @pytest.fixture(autouse=True)
 def _own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The loop's signal handlers stay with the process.
-    monkeypatch.setattr("dist_resnet.signals.install", lambda: None)
-    monkeypatch.setattr("dist_resnet.signals.defer", lambda: None)
+    monkeypatch.setattr("dist_resnet.base.signals.install", lambda: None)
+    monkeypatch.setattr("dist_resnet.base.signals.defer", lambda: None)
     (tmp_path / "own_shades.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -97,7 +97,7 @@ def test_flips_alternate_by_the_epochs_of_the_run(
         made.append(turn_keys(*arguments))
         return made[-1]
 
-    monkeypatch.setattr("dist_resnet.step.turn_keys", recorded)
+    monkeypatch.setattr("dist_resnet.step.train_step.turn_keys", recorded)
     keys = ["augment.flip=alternating", "data.val_split=5", "seed=3"]
     run = _train(tmp_path, tiny, *keys, "train.max_steps=2")
     (turns,) = made

@@ -12,7 +12,7 @@ import pytest
 
 from dist_resnet.bench.jobs import Job, JobFailed, Worker
 from dist_resnet.data.dataset import Dataset
-from tests.jobs import ROOT
+from tests.helpers.jobs import ROOT
 
 PAIRS = ("data.dataset=digits", "model.widths=[8,10,12]", "data.batch_size_per_replica=8")
 

@@ -12,8 +12,8 @@ from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.images import ImageSet, Split
 from dist_resnet.data.prepare import prepare
-from tests.chaos import disturbed_run, settings_for, undisturbed_run
-from tests.jobs import BF16, differences
+from tests.helpers.chaos import disturbed_run, settings_for, undisturbed_run
+from tests.helpers.jobs import BF16, differences
 
 
 @pytest.fixture(scope="module")

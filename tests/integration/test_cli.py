@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_resnet.data.dataset import Dataset
-from tests.jobs import ROOT, metric_rows, run_job
+from tests.helpers.jobs import ROOT, metric_rows, run_job
 
 CLOSED_NETWORK = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dist_resnet.data.dataset import Dataset
-from tests.jobs import ROOT
+from tests.helpers.jobs import ROOT
 
 NET = """
 import torch

@@ -8,9 +8,9 @@ import pytest
 
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.prepare import prepare
-from dist_resnet.data.sources import load_synthetic
-from tests.jobs import ROOT
-from tests.launching import LAUNCH, PATIENCE, end, free_port, start
+from dist_resnet.data.sources.embedded import load_synthetic
+from tests.helpers.jobs import ROOT
+from tests.helpers.launching import LAUNCH, PATIENCE, end, free_port, start
 
 pytestmark = pytest.mark.timeout(600)
 SETTINGS = ["data.dataset=digits", "wandb.mode=disabled", "parallel.device=cpu"]

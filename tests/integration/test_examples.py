@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import ROOT
+from tests.helpers.jobs import ROOT
 
 SHORT = ["train.epochs=1", "train.max_steps=4", "wandb.mode=disabled"]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

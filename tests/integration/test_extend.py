@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from dist_resnet.config import load_config, named_keys
+from dist_resnet.base.errors import DistResnetError, UserError
+from dist_resnet.config.load import load_config, named_keys
+from dist_resnet.config.plan import make_plan, rates
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.errors import DistResnetError, UserError
-from dist_resnet.fork import starting_point
-from dist_resnet.plan import make_plan, rates
+from dist_resnet.runs.fork import starting_point
 from dist_resnet.train import main
-from tests.checkpoints import checkpoint_of
-from tests.jobs import Outcome, final_state, metric_rows, run_job
+from tests.helpers.checkpoints import checkpoint_of
+from tests.helpers.jobs import Outcome, final_state, metric_rows, run_job
 
 
 class Runs:
@@ -53,8 +53,8 @@ class Runs:
 @pytest.fixture
 def runs(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     # The loop's signal handlers stay with the process.
-    monkeypatch.setattr("dist_resnet.signals.install", lambda: None)
-    monkeypatch.setattr("dist_resnet.signals.defer", lambda: None)
+    monkeypatch.setattr("dist_resnet.base.signals.install", lambda: None)
+    monkeypatch.setattr("dist_resnet.base.signals.defer", lambda: None)
     return Runs(tmp_path, tiny)
 
 
@@ -156,7 +156,7 @@ def test_another_dataset_is_no_fork() -> None:
 def test_a_call_of_sys_exit_is_no_complete_training(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dist_resnet.step.TrainStep.__call__", lambda *_: sys.exit(0))
+    monkeypatch.setattr("dist_resnet.step.train_step.TrainStep.__call__", lambda *_: sys.exit(0))
     with pytest.raises(DistResnetError, match=r"sys\.exit\(0\)") as caught:
         runs("train.step_mode=eager")
     assert caught.value.exit_code == 1

@@ -13,11 +13,11 @@ import psutil
 import pytest
 import torch
 
-from dist_resnet.checkpoint import CheckpointStore
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.prepare import prepare
-from dist_resnet.data.sources import load_synthetic
-from tests.jobs import (
+from dist_resnet.data.sources.embedded import load_synthetic
+from dist_resnet.runs.checkpoint import CheckpointStore
+from tests.helpers.jobs import (
     HELD,
     command,
     differences,
@@ -139,7 +139,7 @@ def test_one_process_exits_75_on_a_signal(tmp_path: Path, digits: Dataset, name:
 
 def test_a_closed_terminal_saves_under_torchrun_too(tmp_path: Path, digits: Dataset) -> None:
     held = ["hold", "1", str(HELD), *settings(tmp_path, digits, "job")]
-    arguments = ["nohup", *command(2, 0, held, "tests.faulty_train")]  # torchrun undoes it
+    arguments = ["nohup", *command(2, 0, held, "tests.helpers.faulty_train")]  # torchrun undoes it
     job = launch(arguments, tmp_path / "log")
     wait_for_step(tmp_path / "job", 10, job, 100)
     job.send_signal(signal.SIGHUP)
@@ -161,7 +161,7 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path, digits: D
 
 def test_hung_rank_ends_the_job_with_its_name_and_stack(tmp_path: Path, digits: Dataset) -> None:
     faulty = ["hang", "1", "8", *settings(tmp_path, digits, "job", "parallel.timeout_seconds=8")]
-    outcome = run_job(2, faulty, tmp_path, module="tests.faulty_train")
+    outcome = run_job(2, faulty, tmp_path, module="tests.helpers.faulty_train")
     assert outcome.code != 0
     stack = outcome.output[outcome.output.index("Timeout (0:00:08)") :]
     assert "<rank 1 of 2>" in stack
@@ -177,7 +177,7 @@ def test_nan_in_one_rank_ends_all_with_the_step_named(
 ) -> None:
     rank = 1 if ranks else 0
     faulty = ["nan", str(rank), "12", *settings(tmp_path, digits, "job")]
-    outcome = run_job(ranks, faulty, tmp_path, module="tests.faulty_train")
+    outcome = run_job(ranks, faulty, tmp_path, module="tests.helpers.faulty_train")
     assert outcome.code == (1 if ranks else 3)  # torchrun returns 1 for every code
     lines = [line for line in outcome.output.splitlines() if line.startswith("dist_resnet: ")]
     assert len(lines) == 1, outcome.output

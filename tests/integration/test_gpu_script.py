@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.gpu.__main__ import PARTS, main
-from tests.jobs import ROOT
+from tests.helpers.jobs import ROOT
 
 # In the place of python -m tests.gpu.parts PART OUT.json.
 STAND_IN = """#!/bin/sh

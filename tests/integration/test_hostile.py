@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import pytest
 
-from dist_resnet import sweep, train
+from dist_resnet import train
+from dist_resnet.base.errors import DistResnetError
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.errors import DistResnetError
-from tests.jobs import ROOT
+from dist_resnet.sweep import __main__ as sweep
+from tests.helpers.jobs import ROOT
 
 Main = Callable[[Sequence[str]], int]
 
@@ -182,8 +183,8 @@ ENVIRONMENTS = [
 @pytest.fixture
 def common(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A training that would run: three steps on 53 images."""
-    monkeypatch.setattr("dist_resnet.signals.install", lambda: None)  # they would stay
-    monkeypatch.setattr("dist_resnet.signals.defer", lambda: None)
+    monkeypatch.setattr("dist_resnet.base.signals.install", lambda: None)  # they would stay
+    monkeypatch.setattr("dist_resnet.base.signals.defer", lambda: None)
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
     return [

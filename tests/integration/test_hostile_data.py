@@ -25,14 +25,16 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_resnet import evaluate, export, predict, terminal
-from dist_resnet.data import members, prepare
+from dist_resnet import evaluate, export, predict
+from dist_resnet.base import terminal
+from dist_resnet.base.errors import DistResnetError, UserError
+from dist_resnet.data import prepare
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.errors import DistResnetError, UserError
+from dist_resnet.data.sources import members
 from dist_resnet.report import __main__ as report
-from tests.jobs import ROOT, run_job
-from tests.wandb_readback import read_run
+from tests.helpers.jobs import ROOT, run_job
+from tests.helpers.wandb_readback import read_run
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": prepare.main,

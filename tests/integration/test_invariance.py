@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dist_resnet.data.dataset import Dataset
-from tests.chaos import disturbed_run
-from tests.jobs import BF16, differences, final_state, metric_rows, run_job
+from tests.helpers.chaos import disturbed_run
+from tests.helpers.jobs import BF16, differences, final_state, metric_rows, run_job
 
 EPOCH = 22  # steps in one of digits at a global batch of 64
 STEPS = 3 * EPOCH

@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.run_folder import RunFolder
-from tests.jobs import current_step, differences, wait_for_step
-from tests.launching import LAUNCH, PATIENCE, STEPS, agent_of, end, start, training
+from dist_resnet.runs.folder import RunFolder
+from tests.helpers.jobs import current_step, differences, wait_for_step
+from tests.helpers.launching import LAUNCH, PATIENCE, STEPS, agent_of, end, start, training
 
 pytestmark = pytest.mark.timeout(900)
 

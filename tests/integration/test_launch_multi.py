@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from dist_resnet.data.dataset import Dataset
-from tests.jobs import current_step, differences, wait_for_step
-from tests.launching import (
+from tests.helpers.jobs import current_step, differences, wait_for_step
+from tests.helpers.launching import (
     LAUNCH,
     PATIENCE,
     STEPS,

@@ -12,9 +12,9 @@ from PIL import Image
 import dist_resnet
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.weights import find_weights
+from dist_resnet.runs.weights import find_weights
+from tests.helpers.jobs import HELD, differences, kill_tree, launch_held, run_job, wait_for_step
 from tests.integration.test_cli import refused
-from tests.jobs import HELD, differences, kill_tree, launch_held, run_job, wait_for_step
 
 # A bright bar for each class, and noise: learnt in a few steps.
 SHAPES = """
@@ -102,7 +102,9 @@ def _is_used(
     scores = figures["classes"].values()
     assert sum(score["images"] for score in scores) == 60
     assert np.mean([score["f1"] for score in scores]) == pytest.approx(figures["val/f1_macro"])
-    with pytest.raises(dist_resnet.errors.UserError, match="normalisation: is the model's own"):
+    with pytest.raises(
+        dist_resnet.base.errors.UserError, match="normalisation: is the model's own"
+    ):
         evaluate.main([run, "data.normalisation=dataset"])
     test = read_back(dataset.test_path)
     images = torch.from_numpy(test.images[:]).permute(0, 3, 1, 2) / 255

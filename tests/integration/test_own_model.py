@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import dist_resnet
+from dist_resnet.base.errors import UserError
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.errors import UserError
-from tests.jobs import (
+from tests.helpers.jobs import (
     HELD,
     differences,
     final_state,
@@ -182,9 +182,9 @@ def test_where_its_file_is_not_there_is_one_line(
 def test_its_weights_start_another_run_with_other_classes(
     place: Path, whole: Path, tmp_path: Path
 ) -> None:
-    from dist_resnet.config import load_config
-    from dist_resnet.starting import read_start
-    from dist_resnet.state import build_state
+    from dist_resnet.config.load import load_config
+    from dist_resnet.step.state import build_state
+    from dist_resnet.training.starting import read_start
 
     pairs = [
         "model.name=net_of_mine:Net",

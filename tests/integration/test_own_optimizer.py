@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dist_resnet.data.dataset import Dataset
-from tests.jobs import HELD, differences, kill_tree, launch_held, run_job, wait_for_step
+from tests.helpers.jobs import HELD, differences, kill_tree, launch_held, run_job, wait_for_step
 
 SAVED = 10  # the last step with a checkpoint before HELD
 OWN = {

@@ -10,11 +10,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dist_resnet.config import describe_keys, load_config, stored_config, to_dict, to_yaml
+from dist_resnet.base.errors import Diverged, UserError
+from dist_resnet.config.load import describe_keys, load_config, stored_config, to_dict, to_yaml
+from dist_resnet.config.plan import rates
+from dist_resnet.config.schema import Config
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.errors import Diverged, UserError
-from dist_resnet.plan import rates
-from dist_resnet.schema import Config
 from dist_resnet.train import main
 
 KINDS = {key: kind for key, kind, *_ in describe_keys()}
@@ -154,8 +154,8 @@ def test_print_config_says_what_a_run_of_three_steps_does(
     threads: None,
 ) -> None:
     # Handlers would stay with this process.
-    monkeypatch.setattr("dist_resnet.signals.install", lambda: None)
-    monkeypatch.setattr("dist_resnet.signals.defer", lambda: None)
+    monkeypatch.setattr("dist_resnet.base.signals.install", lambda: None)
+    monkeypatch.setattr("dist_resnet.base.signals.defer", lambda: None)
     folder = tmp_path_factory.mktemp("run")
     words = [
         f"data.root={tiny.folder.parent}", f"data.dataset={tiny.folder.name}", f"run.dir={folder}",

@@ -11,7 +11,7 @@ import pytest
 
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.recipes.kept import condense
-from tests.jobs import ROOT
+from tests.helpers.jobs import ROOT
 
 KEPT = ROOT / "benchmarks" / "runs" / "digits-short.json"
 

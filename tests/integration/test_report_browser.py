@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dist_resnet.report.__main__ import main
-from tests.report_page import make_run
+from tests.helpers.report_page import make_run
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 # A phone's width, a desktop's; the frame's document is measured by the page around it.

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from dist_resnet.base.errors import UserError
+from dist_resnet.base.randomness import below, epoch_order, sample_lanes, step_keys
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.diagnosis import diagnose
-from dist_resnet.errors import UserError
 from dist_resnet.evaluate import evaluate_checkpoint
-from dist_resnet.randomness import below, epoch_order, sample_lanes, step_keys
 from dist_resnet.report.__main__ import main
 from dist_resnet.report.examples import Examples, find_examples
+from dist_resnet.runs.diagnosis import diagnose
 from dist_resnet.tracking.jsonl import read_rows
-from tests.jobs import Outcome, run_job
-from tests.report_page import Page
+from tests.helpers.jobs import Outcome, run_job
+from tests.helpers.report_page import Page
 
 PADDING, BATCH = 2, 32
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_resnet.checkpoint import CheckpointStore, read_checkpoint
 from dist_resnet.data.dataset import Dataset
-from tests.jobs import differences, final_state, metric_rows, run_job
+from dist_resnet.runs.checkpoint import CheckpointStore, read_checkpoint
+from tests.helpers.jobs import differences, final_state, metric_rows, run_job
 
 MIDDLE = 28  # of 40 steps; an epoch of digits has 44 at batch 32
 
@@ -140,7 +140,7 @@ def test_an_early_end_comes_where_it_came_whatever_happened(
 
     def job(ranks: int, name: str, *extra: str) -> str:
         arguments = ["decline", "0", "0", *settings(tmp_path, digits, name, *keys, *extra)]
-        outcome = run_job(ranks, arguments, tmp_path, 100, "tests.faulty_train")
+        outcome = run_job(ranks, arguments, tmp_path, 100, "tests.helpers.faulty_train")
         assert outcome.code == 0, outcome.output
         return outcome.output
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_resnet.checkpoint import CheckpointStore
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.run_folder import RunFolder
-from tests.jobs import ROOT, current_step, differences
-from tests.launching import EPOCH, PATIENCE, STEPS, training, wait_until
+from dist_resnet.runs.checkpoint import CheckpointStore
+from dist_resnet.runs.folder import RunFolder
+from tests.helpers.jobs import ROOT, current_step, differences
+from tests.helpers.launching import EPOCH, PATIENCE, STEPS, training, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -12,11 +12,11 @@ import psutil
 import pytest
 import yaml
 
+from dist_resnet.base.errors import UserError
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.errors import UserError
-from dist_resnet.sweep import main
-from dist_resnet.sweep_plan import read_grid
-from tests.jobs import ROOT, kill_tree, wait_for_step
+from dist_resnet.sweep.__main__ import main
+from dist_resnet.sweep.grid import read_grid
+from tests.helpers.jobs import ROOT, kill_tree, wait_for_step
 
 SWEEP = ROOT / "configs" / "sweep.yaml"
 QUICK = ["model.widths=[8,8,8]", "wandb.mode=disabled", "parallel.device=cpu", "train.epochs=1"]
@@ -94,7 +94,7 @@ def test_the_shipped_grid_is_what_the_agent_would_run() -> None:
     assert first.values == {"optim.lr": "0.02", "optim.weight_decay": "0.0005", "seed": "0"}
     nested = {"optim": {"lr": 0.02, "weight_decay": 0.0005}, "seed": 0}
     agents = _expanded_by_wandb(_content()["command"], nested)
-    from dist_resnet.config import load_config, trajectory_hash
+    from dist_resnet.config.load import load_config, trajectory_hash
 
     hashes = [
         trajectory_hash(load_config(words[words.index("dist_resnet.train") + 1 :]))

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 import dist_resnet
+from dist_resnet.base.errors import UserError
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.errors import UserError
-from dist_resnet.trained import load
+from dist_resnet.runs.trained import load
 
 
 def _settings(data: Dataset, folder: Path, name: str) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 import dist_resnet
 from dist_resnet import export, predict
+from dist_resnet.base.errors import UserError
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.errors import UserError
-from tests.jobs import run_job
+from tests.helpers.jobs import run_job
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.wandb_child import Child
-from tests.wandb_readback import read_run
-from tests.wandb_stub import WandbStub
+from tests.helpers.wandb_child import Child
+from tests.helpers.wandb_readback import read_run
+from tests.helpers.wandb_stub import WandbStub
 
 pytest.importorskip("wandb")
 

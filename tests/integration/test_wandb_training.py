@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from dist_resnet.data.dataset import Dataset
-from tests.jobs import Outcome, differences, run_job
-from tests.wandb_child import Child
-from tests.wandb_readback import Recorded, read_run
-from tests.wandb_stub import WandbStub
+from tests.helpers.jobs import Outcome, differences, run_job
+from tests.helpers.wandb_child import Child
+from tests.helpers.wandb_readback import Recorded, read_run
+from tests.helpers.wandb_stub import WandbStub
 
 pytest.importorskip("wandb")
 ROOT = Path(__file__).parents[2]
@@ -185,8 +185,8 @@ def test_the_dashboard_is_saved(tmp_path: Path) -> None:
 def test_the_dashboard_command_refuses(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from dist_resnet.base.errors import UserError
     from dist_resnet.dashboard import main
-    from dist_resnet.errors import UserError
 
     with pytest.raises(UserError, match=words):
         main(arguments)

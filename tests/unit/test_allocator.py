@@ -8,7 +8,7 @@ import pytest
 CHILD = """
 import resource, sys
 import torch
-from dist_resnet.allocator import keep_freed_memory
+from dist_resnet.machine.allocator import keep_freed_memory
 
 torch.set_num_threads(1)
 if sys.argv[1] == "kept":

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_resnet.data import from_arrow
+from dist_resnet.base.errors import UserError
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.prepare import main
-from dist_resnet.errors import UserError
+from dist_resnet.data.sources import from_arrow
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from dist_resnet.augment import (
     mixup,
     normalise,
 )
-from dist_resnet.randomness import sample_lanes, step_keys
-from dist_resnet.schema import AugmentConfig
+from dist_resnet.base.randomness import sample_lanes, step_keys
+from dist_resnet.config.schema import AugmentConfig
 
 ALPHA = 1e-4
 MEAN, STD = (125.307, 122.950, 113.865), (62.993, 62.089, 66.705)

@@ -12,8 +12,8 @@ from dist_resnet.augment import Augmenter, ChoiceDrawer, Normalisation
 from dist_resnet.augment.colour import jitter
 from dist_resnet.augment.erase import erasing, rectangles
 from dist_resnet.augment.geometry import crop_reflected
-from dist_resnet.randomness import alternate, step_keys, turn_keys
-from dist_resnet.schema import AugmentConfig
+from dist_resnet.base.randomness import alternate, step_keys, turn_keys
+from dist_resnet.config.schema import AugmentConfig
 
 ALPHA = 1e-4
 MEAN, STD = (125.307, 122.950, 113.865), (62.993, 62.089, 66.705)

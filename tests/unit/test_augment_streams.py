@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_resnet import builtins
 from dist_resnet.augment import (
     Augmenter,
     ChoiceDrawer,
@@ -23,12 +22,13 @@ from dist_resnet.augment import (
     within_kernels,
 )
 from dist_resnet.augment.trial import try_extras
-from dist_resnet.config import load_config
-from dist_resnet.errors import UserError
-from dist_resnet.randomness import step_keys, turn_keys
-from dist_resnet.replica_pass import KernelPass, TorchPass, build_pass
-from dist_resnet.schema import AugmentConfig
-from tests.jobs import ROOT
+from dist_resnet.base.errors import UserError
+from dist_resnet.base.randomness import step_keys, turn_keys
+from dist_resnet.config import builtins
+from dist_resnet.config.load import load_config
+from dist_resnet.config.schema import AugmentConfig
+from dist_resnet.step.replica_pass import KernelPass, TorchPass, build_pass
+from tests.helpers.jobs import ROOT
 
 MEAN, STD = (125.307, 122.950, 113.865), (62.993, 62.089, 66.705)
 CPU = torch.device("cpu")
@@ -145,7 +145,7 @@ def test_replicas_side_by_side_are_augmented_as_alone() -> None:
 def test_on_a_gpu_our_kernels_do_what_they_can(
     settings: dict[str, object], kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dist_resnet.replica_pass.support.usable", lambda device: True)
+    monkeypatch.setattr("dist_resnet.step.replica_pass.support.usable", lambda device: True)
     config = AugmentConfig(**settings)  # type: ignore[arg-type]
     draw = ChoiceDrawer(config, SIZE, 0.0, 0, CPU)
     assert type(build_pass(config, 0.0, draw, STATISTICS, 1, torch.float32)) is kind

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dist_resnet.base.errors import UserError
 from dist_resnet.bench import load
 from dist_resnet.bench.__main__ import main
 from dist_resnet.bench.gate import in_turns
@@ -35,14 +36,13 @@ from dist_resnet.bench.reference_loop import ReferenceLoop
 from dist_resnet.bench.report import Report, number, write_json
 from dist_resnet.bench.roofline import count_work, measure_ceilings
 from dist_resnet.bench.scaling import jitter
-from dist_resnet.config import load_config
-from dist_resnet.distributed import World
-from dist_resnet.errors import UserError
-from dist_resnet.metrics import Totals
+from dist_resnet.config.load import load_config
+from dist_resnet.distributed.group import World
 from dist_resnet.models.dropout import dropouts
 from dist_resnet.models.resnet import resnet
-from dist_resnet.state import build_state
-from tests.training import (
+from dist_resnet.step.state import build_state
+from dist_resnet.step.totals import Totals
+from tests.helpers.training import (
     BATCH,
     CLASSES,
     CPU,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dist_resnet.base.errors import UserError
 from dist_resnet.bench.readme import main, with_tables
-from dist_resnet.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 FACTS = {

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dist_resnet.base.errors import UserError
 from dist_resnet.data import beton
 from dist_resnet.data.beton import (
     HEADER,
@@ -19,8 +20,7 @@ from dist_resnet.data.beton import (
     write_beton,
 )
 from dist_resnet.data.images import Split
-from dist_resnet.data.sources import load_synthetic
-from dist_resnet.errors import UserError
+from dist_resnet.data.sources.embedded import load_synthetic
 
 # What FFCV itself reads, and what its own writer writes; apart, for its threads and warnings.
 FFCV_PROGRAM = """

@@ -8,11 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dist_resnet import captured, step
-from dist_resnet.captured import WARM_UP_STEPS, CapturedStep, as_configured
-from dist_resnet.errors import UserError
-from dist_resnet.state import TrainState
-from tests.training import batch_of, own_config, small_config, train_step
+from dist_resnet.base.errors import UserError
+from dist_resnet.step import captured
+from dist_resnet.step import train_step as step
+from dist_resnet.step.captured import WARM_UP_STEPS, CapturedStep, as_configured
+from dist_resnet.step.state import TrainState
+from tests.helpers.training import batch_of, own_config, small_config, train_step
 
 STEPS = WARM_UP_STEPS + 5
 

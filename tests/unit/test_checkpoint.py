@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from dist_resnet import storage
-from dist_resnet.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
-from dist_resnet.errors import Preempted, UserError
-from tests.checkpoints import checkpoint_of
-from tests.training import batch_of, small_config, train_step
+from dist_resnet.base import files as storage
+from dist_resnet.base.errors import Preempted, UserError
+from dist_resnet.runs.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from tests.helpers.checkpoints import checkpoint_of
+from tests.helpers.training import batch_of, small_config, train_step
 
 
 def _store(folder: Path, keep: int = 3) -> CheckpointStore:
@@ -71,7 +71,7 @@ def test_a_lower_keep_makes_room_before_it_writes(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dist_resnet.checkpoint.write_atomically", full)
+    monkeypatch.setattr("dist_resnet.runs.checkpoint.write_atomically", full)
     with pytest.raises(OSError, match="No space left"):
         _store(tmp_path).save(checkpoint_of(20), best=False)
     assert _names(_store(tmp_path)) == [
@@ -317,7 +317,7 @@ def test_a_reader_looks_again_where_a_run_goes_on(
             break
         return read_checkpoint(path)
 
-    monkeypatch.setattr("dist_resnet.checkpoint.read_checkpoint", too_late)
+    monkeypatch.setattr("dist_resnet.runs.checkpoint.read_checkpoint", too_late)
     said: list[str] = []
     found = store.newest(said.append, set_aside=False)
     assert found is not None
@@ -356,8 +356,8 @@ def test_a_full_disk_leaves_what_was_there(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from dist_resnet.checkpoint import CheckpointStore
-from tests.checkpoints import checkpoint_of
+from dist_resnet.runs.checkpoint import CheckpointStore
+from tests.helpers.checkpoints import checkpoint_of
 store = CheckpointStore(Path(sys.argv[1]), 1)
 store.save(checkpoint_of(1), best=False)
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from dist_resnet.code import OURS, code_of_run, told_of_code
-from dist_resnet.errors import UserError
-from dist_resnet.fork import with_code
-from dist_resnet.weights import trained_model
-from tests.checkpoints import checkpoint_of
-from tests.training import own_config, small_config, train_step
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.code import OURS, code_of_run, told_of_code
+from dist_resnet.runs.fork import with_code
+from dist_resnet.runs.weights import trained_model
+from tests.helpers.checkpoints import checkpoint_of
+from tests.helpers.training import own_config, small_config, train_step
 
 NET = "from helper_of_net import Plain\ndef net(num_classes): return Plain(num_classes)\n"
 
@@ -19,7 +19,7 @@ NET = "from helper_of_net import Plain\ndef net(num_classes): return Plain(num_c
 def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that the net net_in_use:net imports."""
     (tmp_path / "net_in_use.py").write_text(NET)
-    (tmp_path / "helper_of_net.py").write_text("from tests.nets import Plain\n")
+    (tmp_path / "helper_of_net.py").write_text("from tests.helpers.nets import Plain\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path / "helper_of_net.py"
     for name in ("net_in_use", "helper_of_net"):

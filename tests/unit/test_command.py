@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from tests.jobs import ROOT
+from tests.helpers.jobs import ROOT
 
 # The patience of the ranks that are not their machine's first is for torchrun to end them in.
 _COMMAND = """
 import sys
 {imports}
-from dist_resnet import cli
-from dist_resnet.errors import *
+from dist_resnet.base import cli
+from dist_resnet.base.errors import *
 cli._PATIENCE_SECONDS = 0
 def main():
     raise {error}

@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 import dist_resnet
-from dist_resnet.config import (
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.effects import changes_trajectory
+from dist_resnet.config.load import (
     describe_keys,
     flatten,
     load_config,
@@ -21,9 +23,7 @@ from dist_resnet.config import (
     trajectory_differences,
     trajectory_hash,
 )
-from dist_resnet.effects import changes_trajectory
-from dist_resnet.errors import UserError
-from dist_resnet.schema import Config
+from dist_resnet.config.schema import Config
 
 # The contract of DESIGN.md, section 3: names and defaults that scripts rely on.
 CONTRACT = {
@@ -365,7 +365,9 @@ def test_a_key_of_a_later_version_leaves_name_and_continuation_as_they_were(
     assert trajectory_differences(before, changed) == ["optim.muon_lr: 0.1 -> 0.3"]
     name = trajectory_hash(now)
     with monkeypatch.context() as patch:
-        patch.setattr("dist_resnet.config.changes_trajectory", lambda key: key != "optim.muon_lr")
+        patch.setattr(
+            "dist_resnet.config.load.changes_trajectory", lambda key: key != "optim.muon_lr"
+        )
         assert trajectory_hash(now) == name
 
 

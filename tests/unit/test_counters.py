@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_resnet.counters import INTEGERS, Counters
+from dist_resnet.distributed.counters import INTEGERS, Counters
 
 
 def model_of(*buffers: torch.Tensor) -> nn.Module:

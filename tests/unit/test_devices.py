@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_resnet import devices, distributed
-from dist_resnet.devices import cuda_count, why_unsupported
-from dist_resnet.errors import UserError
+from dist_resnet.base.errors import UserError
+from dist_resnet.distributed import group as distributed
+from dist_resnet.machine import devices
+from dist_resnet.machine.devices import cuda_count, why_unsupported
 
 WHEELS = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # torch 2.14 for CUDA 13.0
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from dist_resnet.diagnosis import Row, diagnose
+from dist_resnet.runs.diagnosis import Row, diagnose
 
 HIGH, LOW = 0.05, 0.004  # below a tenth of the peak
 

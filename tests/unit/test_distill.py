@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_resnet.augment import Normalisation
-from dist_resnet.distill import Distillation, Teacher
-from dist_resnet.replica_pass import Objective
+from dist_resnet.step.distill import Distillation, Teacher
+from dist_resnet.step.replica_pass import Objective
 
 REPLICAS, SIZE, CLASSES = 2, 3, 5
 CPU = torch.device("cpu")

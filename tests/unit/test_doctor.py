@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_resnet import devices
-from dist_resnet.config import load_config
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.load import load_config
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.distributed import World
+from dist_resnet.distributed.group import World
 from dist_resnet.doctor import Finding, examine, gpu
 from dist_resnet.doctor.network import (
     SKEW_SECONDS,
@@ -25,8 +25,8 @@ from dist_resnet.doctor.network import (
     versions_finding,
 )
 from dist_resnet.doctor.node import OLDEST_TORCH, cpu_quota, node_findings
-from dist_resnet.errors import UserError
-from tests.jobs import ROOT
+from dist_resnet.machine import devices
+from tests.helpers.jobs import ROOT
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_resnet.config import load_config
-from dist_resnet.errors import UserError
-from tests.jobs import ROOT
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.load import load_config
+from tests.helpers.jobs import ROOT
 
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "launch/README.md"]

@@ -8,9 +8,9 @@ import pytest
 
 from dist_resnet.bench.network import NETWORKS
 from dist_resnet.bench.readme import with_tables
-from dist_resnet.config import load_config
-from dist_resnet.plan import make_plan
-from tests.jobs import ROOT
+from dist_resnet.config.load import load_config
+from dist_resnet.config.plan import make_plan
+from tests.helpers.jobs import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "launch" / "README.md"]
 SCALING = (ROOT / "docs" / "scaling.md").read_text()

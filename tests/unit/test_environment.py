@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_resnet.config import load_config
-from dist_resnet.environment import differences, hardware, machine
-from dist_resnet.resume import other_rounding
-from tests.checkpoints import checkpoint_of
+from dist_resnet.config.load import load_config
+from dist_resnet.machine.environment import differences, hardware, machine
+from dist_resnet.runs.resume import other_rounding
+from tests.helpers.checkpoints import checkpoint_of
 
 CPU = torch.device("cpu")
 BEGAN = {
@@ -25,7 +25,7 @@ BEGAN = {
 
 def facts_under(**environment: str) -> dict[str, str]:
     program = (
-        "import json, torch; from dist_resnet.environment import hardware;"
+        "import json, torch; from dist_resnet.machine.environment import hardware;"
         "print(json.dumps(hardware(torch.device('cpu'), 1)))"
     )
     done = subprocess.run(

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from dist_resnet.augment import Normalisation
+from dist_resnet.config.schema import ModelConfig
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.images import ImageSet
 from dist_resnet.data.stream import open_loader
-from dist_resnet.distributed import World
-from dist_resnet.evaluation import Evaluation, Evaluator
+from dist_resnet.distributed.group import World
 from dist_resnet.models.resnet import ResNet, resnet
-from dist_resnet.schema import ModelConfig
-from tests.ranks import run_ranks
+from dist_resnet.training.evaluation import Evaluation, Evaluator
+from tests.helpers.ranks import run_ranks
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1, CPU)

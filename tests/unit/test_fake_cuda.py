@@ -9,17 +9,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_resnet.augment import ChoiceDrawer, Normalisation, augment_by_torch
 from dist_resnet.augment.trivial import BINS
-from dist_resnet.config import load_config
-from dist_resnet.flat import flatten_model
-from dist_resnet.loss import mixed_cross_entropy, weighted_top1
-from dist_resnet.metrics import Totals
+from dist_resnet.base.randomness import step_keys, turn_keys
+from dist_resnet.config.load import load_config
+from dist_resnet.distributed.flat import flatten_model
 from dist_resnet.models.dropout import dropouts, set_factors
 from dist_resnet.models.resnet import ResNet, resnet
-from dist_resnet.muon import FlatMuon
-from dist_resnet.optim import LossScale
-from dist_resnet.optimizer import build_optimizer
-from dist_resnet.randomness import step_keys, turn_keys
-from dist_resnet.step_mode import forward_function
+from dist_resnet.optim.build import build_optimizer
+from dist_resnet.optim.muon import FlatMuon
+from dist_resnet.optim.sgd import LossScale
+from dist_resnet.step.loss import mixed_cross_entropy, weighted_top1
+from dist_resnet.step.mode import forward_function
+from dist_resnet.step.totals import Totals
 
 CUDA = torch.device("cuda", 0)
 SIDE, COUNT, CLASSES = 16, 8, 10
@@ -119,7 +119,7 @@ def test_muon_neither(monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the fused update of what is no convolution, which these tensors do not know."""
     config = load_config(["optim.name=muon"])
     flat = flatten_model(_model())
-    monkeypatch.setattr("dist_resnet.optim.FlatSGD.step", lambda *arguments: None)
+    monkeypatch.setattr("dist_resnet.optim.sgd.FlatSGD.step", lambda *arguments: None)
     optimizer = build_optimizer(flat, config)
     for rate in (0.1, torch.empty((), device=CUDA)):
         optimizer.step(rate)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_resnet.flat import FlatModel, flatten_model
+from dist_resnet.config.schema import ModelConfig
+from dist_resnet.distributed.flat import FlatModel, flatten_model
 from dist_resnet.models.resnet import ResNet, resnet
-from dist_resnet.schema import ModelConfig
 
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 

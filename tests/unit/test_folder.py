@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from dist_resnet.data import folder
+from dist_resnet.base.errors import UserError
 from dist_resnet.data.decoding import Decoder, Reading
-from dist_resnet.data.folder import Tolerance
 from dist_resnet.data.images import ImageSet
-from dist_resnet.errors import UserError
+from dist_resnet.data.sources import folder
+from dist_resnet.data.sources.folder import Tolerance
 
 CIFAR_ROOT = Path(
     os.environ.get(
@@ -479,7 +479,7 @@ def test_names_are_the_same_in_every_locale(tmp_path: Path) -> None:
     _write_tree(tmp_path / "t", {f"{name}/1.png": _tree()["b/1.png"] for name in ("é", "a")})
     _pack(tmp_path / "t.tar", {f"{name}/1.png": _tree()["b/1.png"] for name in ("é", "a")})
     program = (
-        "import sys, pathlib; from dist_resnet.data.folder import load_folder\n"
+        "import sys, pathlib; from dist_resnet.data.sources.folder import load_folder\n"
         "train, test, scratch = map(pathlib.Path, sys.argv[1:])\n"
         "print(ascii(load_folder(train, test, scratch).classes))"
     )

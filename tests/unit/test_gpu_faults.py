@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_resnet import cuda_graph, distributed, run
-from dist_resnet.cuda_graph import capture
-from dist_resnet.distributed import CUDA_ERRORS, World, collective, stop
-from dist_resnet.errors import Diverged, OutOfMemory, PeerLost, Preempted, StepError, UserError
+from dist_resnet.base.errors import Diverged, OutOfMemory, PeerLost, Preempted, StepError, UserError
+from dist_resnet.distributed import group as distributed
+from dist_resnet.distributed.group import CUDA_ERRORS, World, collective, stop
+from dist_resnet.step import cuda_graph
+from dist_resnet.step.cuda_graph import capture
+from dist_resnet.training import run
 
 CPU = torch.device("cpu")
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_resnet import run
-from dist_resnet.config import load_config
-from dist_resnet.distributed import World
-from dist_resnet.errors import EXIT_USER, OutOfMemory
-from dist_resnet.gpu_memory import GIB, batch_that_fits, explaining_memory, requested_bytes
-from dist_resnet.run_folder import RunFolder
-from dist_resnet.schema import Config
+from dist_resnet.base.errors import EXIT_USER, OutOfMemory
+from dist_resnet.config.load import load_config
+from dist_resnet.config.schema import Config
+from dist_resnet.distributed.group import World
+from dist_resnet.machine.gpu_memory import GIB, batch_that_fits, explaining_memory, requested_bytes
+from dist_resnet.runs.folder import RunFolder
+from dist_resnet.training import run
 
 MESSAGE = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 79.10 GiB of"

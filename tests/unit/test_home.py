@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import ROOT
+from tests.helpers.jobs import ROOT
 
 NOBODY = """
 import pwd, sys
 def unknown(number):
     raise KeyError("getpwuid(): uid not found")
 pwd.getpwuid = unknown
-from dist_resnet.cli import run_command
+from dist_resnet.base.cli import run_command
 """
 HOME = """
 def main():
@@ -27,7 +27,7 @@ run_command(main)
 """
 TRACKED = """
 def main():
-    from dist_resnet.schema import WandbConfig
+    from dist_resnet.config.schema import WandbConfig
     from dist_resnet.tracking.wandb_run import start_wandb
     tracker = start_wandb(WandbConfig("offline"), sys.argv[1], {}, "the-run", "a name")
     mode = tracker.mode

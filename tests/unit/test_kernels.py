@@ -21,7 +21,7 @@ def test_numbers_are_those_of_torch() -> None:
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider",
-            "tests/kernels_interpreted.py",
+            "tests/helpers/kernels_interpreted.py",
         ],
         env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True,
         timeout=110,

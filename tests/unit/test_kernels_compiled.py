@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_resnet.augment import ChoiceDrawer, Normalisation
-from dist_resnet.randomness import step_keys
-from dist_resnet.replica_pass import KernelPass
-from dist_resnet.schema import AugmentConfig
+from dist_resnet.base.randomness import step_keys
+from dist_resnet.config.schema import AugmentConfig
+from dist_resnet.step.replica_pass import KernelPass
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.jobs import ROOT
-from tests.launching import LAUNCH, assert_meets, played
+from tests.helpers.jobs import ROOT
+from tests.helpers.launching import LAUNCH, assert_meets, played
 
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 EXIT_USER, EXIT_DIVERGED, EXIT_PREEMPTED = 2, 3, 75
@@ -52,7 +52,7 @@ def test_what_a_launcher_reads_is_explained() -> None:
 
 @pytest.mark.parametrize("path", sorted(LAUNCH.iterdir()), ids=lambda p: p.name)
 def test_no_secret_and_no_setting_that_does_not_exist(path: Path) -> None:
-    from dist_resnet.config import describe_keys, load_config
+    from dist_resnet.config.load import describe_keys, load_config
 
     text = path.read_text()
     assert not re.search(

@@ -8,7 +8,7 @@ import psutil
 import pytest
 from torch.distributed import run as torchrun
 
-from tests.launching import LAUNCH, PATIENCE, Stage, end, start, wait_until
+from tests.helpers.launching import LAUNCH, PATIENCE, Stage, end, start, wait_until
 
 CRASH = "status running 5; exit 1"
 DONE = "status done 40 0; exit 0"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_resnet.data.table import parser
-from tests.launching import LAUNCH, assert_meets, played
+from dist_resnet.data.sources.table import parser
+from tests.helpers.launching import LAUNCH, assert_meets, played
 
 EXIT_PREEMPTED = 75
 TASK = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import LAUNCH, Stage
+from tests.helpers.launching import LAUNCH, Stage
 
 # srun is the scenario's next line: Stage's Python plays it.
 _SRUN = '#!/bin/sh\nexec "$PYTHON" "$@"\n'

@@ -18,14 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
+from dist_resnet.config.plan import Plan, make_plan
+from dist_resnet.config.schema import Config, DataConfig, TrainConfig
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.ffcv_loader import FfcvLoader, _SafeIterator, epoch_iterator
 from dist_resnet.data.images import ImageSet
 from dist_resnet.data.order import rank_order
 from dist_resnet.data.resident_loader import ResidentLoader
 from dist_resnet.data.stream import open_loader, training_batches
-from dist_resnet.plan import Plan, make_plan
-from dist_resnet.schema import Config, DataConfig, TrainConfig
 
 CPU = torch.device("cpu")
 BATCH = 7

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from dist_resnet.config.plan import make_plan
 from dist_resnet.data.stream import Batch
-from dist_resnet.diagnosis import diagnose
-from dist_resnet.evaluation import Evaluation
-from dist_resnet.loop import Trainer
-from dist_resnet.plan import make_plan
-from dist_resnet.state import build_state
-from dist_resnet.stopwatch import Stopwatch
-from tests.training import BATCH, CLASSES, CPU, batch_of, small_config, train_step
+from dist_resnet.runs.diagnosis import diagnose
+from dist_resnet.step.state import build_state
+from dist_resnet.training.evaluation import Evaluation
+from dist_resnet.training.loop import Trainer
+from dist_resnet.training.stopwatch import Stopwatch
+from tests.helpers.training import BATCH, CLASSES, CPU, batch_of, small_config, train_step
 
 EPOCHS, STEPS = 8, 2
 # Warm-up, a high rate, and from epoch 4 on a low one.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_resnet.metrics import Totals
+from dist_resnet.step.totals import Totals
 
 CPU = torch.device("cpu")
 ROWS = [(2.0, 0.25, 1.5), (1.0, 0.5, 0.5), (0.25, 0.75, 4.0), (8.0, 1.0, 0.125)]

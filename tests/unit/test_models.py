@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dist_resnet.config.schema import ModelConfig
 from dist_resnet.models.resnet import BLOCKS_PER_STAGE, Pad, ResNet, resnet
-from dist_resnet.schema import ModelConfig
 
 
 def _model(name: str = "resnet20", seed: int = 0, classes: int = 10, **settings: object) -> ResNet:
@@ -206,7 +206,7 @@ def test_initial_weights_are_he_normal() -> None:
 
 NARROW = """
 import torch
-from dist_resnet.config import load_config
+from dist_resnet.config.load import load_config
 from dist_resnet.models.resnet import resnet
 
 for widths in ([4, 4, 4], [4, 6, 8], [5, 7, 9]):

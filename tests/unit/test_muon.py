@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from dist_resnet.config import load_config
-from dist_resnet.errors import UserError
-from dist_resnet.flat import flatten_model
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.load import load_config
+from dist_resnet.config.schema import Config, ModelConfig, OptimConfig
+from dist_resnet.distributed.flat import flatten_model
 from dist_resnet.models.resnet import resnet
-from dist_resnet.muon import orthogonalise
-from dist_resnet.optim import FlatSGD
-from dist_resnet.optimizer import build_optimizer
-from dist_resnet.schema import Config, ModelConfig, OptimConfig
+from dist_resnet.optim.build import build_optimizer
+from dist_resnet.optim.muon import orthogonalise
+from dist_resnet.optim.sgd import FlatSGD
 
 MODEL = ModelConfig(widths=[8, 10, 12])
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

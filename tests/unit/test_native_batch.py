@@ -15,10 +15,10 @@ from dist_resnet.augment import (
     augment,
     augment_by_torch,
 )
-from dist_resnet.errors import UserError
+from dist_resnet.base.errors import UserError
+from dist_resnet.base.randomness import sample_lanes, step_keys
+from dist_resnet.config.schema import AugmentConfig
 from dist_resnet.native import batch, build
-from dist_resnet.randomness import sample_lanes, step_keys
-from dist_resnet.schema import AugmentConfig
 
 CPU = torch.device("cpu")
 MEAN, STD = (125.307, 122.950, 113.865), (62.993, 62.089, 66.705)

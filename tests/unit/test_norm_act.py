@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_resnet.config import load_config
-from dist_resnet.errors import UserError
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.load import load_config
 from dist_resnet.kernels import support
 from dist_resnet.models.resnet import NormAct, resnet
 from dist_resnet.native import build
 from dist_resnet.native.norm_act import CHANNELS, accepts, norm_act
-from dist_resnet.step_mode import choose_step_mode, forward_function
+from dist_resnet.step.mode import choose_step_mode, forward_function
 
 pytestmark = pytest.mark.usefixtures("compiler")
 CPU = torch.device("cpu")

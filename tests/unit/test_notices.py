@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_resnet.tracking.notices import STARVED_ROWS, Alerts, Artifacts
 from dist_resnet.tracking.tracker import Artifact, Row
+from dist_resnet.tracking.wandb_notices import STARVED_ROWS, Alerts, Artifacts
 from tests.unit.test_wandb_writer import _Session, _started
 
 

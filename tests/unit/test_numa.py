@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dist_resnet import numa
-from dist_resnet.numa import UNNEEDED, why_not_bound
+from dist_resnet.machine import numa
+from dist_resnet.machine.numa import UNNEEDED, why_not_bound
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from dist_resnet.flat import flatten_model
+from dist_resnet.config.schema import Config, ModelConfig, OptimConfig
+from dist_resnet.distributed.flat import flatten_model
 from dist_resnet.models.resnet import resnet
-from dist_resnet.optim import LossScale, ema_weight
-from dist_resnet.optimizer import RunOptimizer, build_optimizer
-from dist_resnet.schema import Config, ModelConfig, OptimConfig
+from dist_resnet.optim.build import RunOptimizer, build_optimizer
+from dist_resnet.optim.sgd import LossScale, ema_weight
 
 MODEL = ModelConfig(widths=[8, 10, 12])
 

@@ -13,21 +13,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_resnet.builtins import OPTIMIZERS
-from dist_resnet.captured import as_configured
-from dist_resnet.config import load_config
-from dist_resnet.errors import UserError
-from dist_resnet.flat import FlatModel, flatten_model
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.builtins import OPTIMIZERS
+from dist_resnet.config.load import load_config
+from dist_resnet.config.schema import Config, ModelConfig
+from dist_resnet.distributed.flat import FlatModel, flatten_model
 from dist_resnet.models.resnet import resnet
-from dist_resnet.optimizer import RunOptimizer, build_optimizer
-from dist_resnet.plain_values import plain, restored, tensors
-from dist_resnet.schema import Config, ModelConfig
-from tests.jobs import ROOT
-from tests.own_optimizers import Lion
-from tests.training import batch_of, small_config, train_step
+from dist_resnet.optim.build import RunOptimizer, build_optimizer
+from dist_resnet.optim.plain_values import plain, restored, tensors
+from dist_resnet.step.captured import as_configured
+from tests.helpers.jobs import ROOT
+from tests.helpers.own_optimizers import Lion
+from tests.helpers.training import batch_of, small_config, train_step
 
 MODEL = ModelConfig(widths=[8, 10, 12])
-OWN = "tests.own_optimizers"
+OWN = "tests.helpers.own_optimizers"
 ADAMW = "optim.name=torch.optim:AdamW"
 
 
@@ -297,7 +297,7 @@ def test_no_graph_of_an_optimizer_that_cannot_be_captured() -> None:
     step.config = load_config(["train.step_mode=graph"])
     told: list[str] = []
     assert as_configured(step, told.append) is step
-    assert "optim.name=tests.own_optimizers:Lion has no argument capturable" in told[0]
+    assert "optim.name=tests.helpers.own_optimizers:Lion has no argument capturable" in told[0]
 
 
 def test_weight_decay_that_nothing_does_is_said() -> None:
@@ -403,8 +403,8 @@ def test_clipping_under_a_loss_scale() -> None:
 def test_what_is_built_in_does_not_load_the_compiler() -> None:
     """It takes 2 s of every start."""
     code = (
-        "import sys, torch; from dist_resnet.config import load_config;"
-        "from dist_resnet.state import build_state; import dist_resnet.run;"
+        "import sys, torch; from dist_resnet.config.load import load_config;"
+        "from dist_resnet.step.state import build_state; import dist_resnet.training.run;"
         "states = [build_state(load_config([f'optim.name={name}', 'model.widths=[4,4,4]']), 5,"
         " torch.float32, torch.device('cpu')) for name in ('sgd', 'muon')];"
         "[(s.optimizer.step(0.1), s.restore(s.snapshot())) for s in states];"

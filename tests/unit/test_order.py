@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from dist_resnet.config.plan import Plan, make_plan
+from dist_resnet.config.schema import Config, DataConfig, ParallelConfig
 from dist_resnet.data.order import as_samples, eval_batches, rank_order, split_indices
-from dist_resnet.plan import Plan, make_plan
-from dist_resnet.schema import Config, DataConfig, ParallelConfig
 
 WORLDS = (1, 2, 3, 4, 7)
 

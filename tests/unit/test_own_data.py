@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_resnet.config import load_config
-from dist_resnet.data import table
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.load import load_config
 from dist_resnet.data.beton import read_back
-from dist_resnet.data.collect import Feed, collect
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.decoding import Reading
-from dist_resnet.data.from_shards import expand
 from dist_resnet.data.images import ImageSet
 from dist_resnet.data.prepare import check_source, main, prepare_builtin
-from dist_resnet.data.sources import load_synthetic
-from dist_resnet.errors import UserError
+from dist_resnet.data.sources import table
+from dist_resnet.data.sources.collect import Feed, collect
+from dist_resnet.data.sources.embedded import load_synthetic
+from dist_resnet.data.sources.from_shards import expand
 
 Pair = tuple[Any, Any]
 BIRDS = """

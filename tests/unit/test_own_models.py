@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_resnet.errors import UserError
+from dist_resnet.base.errors import UserError
+from dist_resnet.base.generators import replica_seed
+from dist_resnet.base.randomness import step_keys
+from dist_resnet.config.plan import explain, make_plan
+from dist_resnet.config.schema import Config, ModelConfig
 from dist_resnet.models.build import build_model
 from dist_resnet.models.contract import Traits, checked_model
-from dist_resnet.models.generators import replica_seed
-from dist_resnet.plan import explain, make_plan
-from dist_resnet.randomness import step_keys
-from dist_resnet.schema import Config, ModelConfig
-from tests import nets
-from tests.training import (
+from tests.helpers import nets
+from tests.helpers.training import (
     BATCH,
     CLASSES,
     CPU,
@@ -121,7 +121,9 @@ BAD = {
 
 @pytest.mark.parametrize("name", list(BAD))
 def test_a_net_that_breaks_the_contract_is_told_in_one_line(name: str) -> None:
-    with pytest.raises(UserError, match=f"^model.name=tests.nets:{name}: .*(?:{BAD[name]})") as e:
+    with pytest.raises(
+        UserError, match=f"^model.name=tests.helpers.nets:{name}: .*(?:{BAD[name]})"
+    ) as e:
         check(own_config(name))
     assert "\n" not in str(e.value)
 

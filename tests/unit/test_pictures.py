@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from dist_resnet import pictures
+from dist_resnet.config.schema import WandbConfig
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.gallery import MISTAKES, Gallery, augmented
-from dist_resnet.schema import WandbConfig
+from dist_resnet.tracking import pictures
 from dist_resnet.tracking.wandb_session import WandbSession
-from tests.training import BATCH, SIDE, batch_of, small_config, train_step
+from dist_resnet.training.gallery import MISTAKES, Gallery, augmented
+from tests.helpers.training import BATCH, SIDE, batch_of, small_config, train_step
 
 
 def test_a_grid_holds_every_image_in_its_place() -> None:
@@ -62,7 +62,7 @@ def test_the_batch_shown_is_the_one_trained_on(pairs: list[str], given: bool) ->
     seen: list[torch.Tensor] = []
     step.state.flat.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     step(batch)
-    channels = (120.0, 127.0, 133.0), (70.0, 74.0, 71.0)  # tests.training.STATISTICS
+    channels = (120.0, 127.0, 133.0), (70.0, 74.0, 71.0)  # tests.helpers.training.STATISTICS
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in channels)
     expected = (seen[0] * std + mean).permute(0, 2, 3, 1)
     dataset = Dataset(

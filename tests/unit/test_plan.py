@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_resnet.config import load_config
-from dist_resnet.errors import UserError
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.load import load_config
+from dist_resnet.config.plan import Plan, check_statistics, explain, make_plan, rates
+from dist_resnet.config.schema import Config, DataConfig, ParallelConfig
 from dist_resnet.models.resnet import resnet
-from dist_resnet.plan import Plan, check_statistics, explain, make_plan, rates
-from dist_resnet.schema import Config, DataConfig, ParallelConfig
 
 
 def _plan(images: int, ranks: int, *pairs: str) -> Plan:

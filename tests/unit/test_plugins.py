@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from dist_resnet.code import changed_code, check_code, code_of_run, own_hash
-from dist_resnet.config import load_config
-from dist_resnet.errors import UserError
-from dist_resnet.plugin_code import code_of
-from dist_resnet.plugins import calling, check_arguments, resolve
-from tests.jobs import ROOT
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.code import changed_code, check_code, code_of_run, own_hash
+from dist_resnet.config.load import load_config
+from dist_resnet.config.plugin_code import code_of
+from dist_resnet.config.plugins import calling, check_arguments, resolve
+from tests.helpers.jobs import ROOT
 
 NETS = """
 import helper_layers
@@ -191,7 +191,7 @@ def test_what_is_installed_for_a_user_is_no_source(tmp_path: Path) -> None:
         "import site, sys, os; site.USER_SITE = site.USER_BASE = None; "
         "os.makedirs(place := site.getusersitepackages()); "
         "open(place + '/package_of_user.py', 'w').write('def f(): ...'); sys.path.append(place); "
-        "from dist_resnet.plugin_code import code_of; "
+        "from dist_resnet.config.plugin_code import code_of; "
         "print(list(code_of([('m', 'package_of_user:f')])))"
     )
     done = subprocess.run(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dist_resnet.precision import choose_precision, make_deterministic, set_up_cuda
+from dist_resnet.step.precision import choose_precision, make_deterministic, set_up_cuda
 
 GPU = torch.device("cuda", 0)
 

@@ -19,15 +19,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_resnet.base.errors import UserError
 from dist_resnet.data import prepare as prepare_module
-from dist_resnet.data import sources, table
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.content import channel_statistics, fingerprint
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.images import ImageSet, Split
 from dist_resnet.data.prepare import main, prepare, prepare_builtin
-from dist_resnet.data.sources import load_synthetic
-from dist_resnet.errors import UserError
+from dist_resnet.data.sources import embedded as sources
+from dist_resnet.data.sources import table
+from dist_resnet.data.sources.embedded import load_synthetic
 
 COMMAND = [sys.executable, "-m", "dist_resnet.data.prepare"]
 LEFT_OVER = {".x.lock"}

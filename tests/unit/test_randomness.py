@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dist_resnet.randomness import (
+from dist_resnet.base.randomness import (
     Stream,
     below,
     epoch_order,

@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dist_resnet.config import flatten, load_config, to_dict, to_yaml
-from dist_resnet.effects import changes_trajectory
-from dist_resnet.errors import UserError
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.effects import changes_trajectory
+from dist_resnet.config.load import flatten, load_config, to_dict, to_yaml
 from dist_resnet.recipes.__main__ import main
 from dist_resnet.recipes.curves import curve_chart
 from dist_resnet.recipes.kept import condense, read_kept, write_kept

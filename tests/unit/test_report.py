@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_resnet.errors import UserError
+from dist_resnet.base.errors import UserError
 from dist_resnet.report.__main__ import main
 from dist_resnet.report.chart import Series, chart, thin, ticks
 from dist_resnet.report.images import png_uri
 from dist_resnet.report.text import sparkline
-from tests.report_page import Page, make_run, write_json
+from tests.helpers.report_page import Page, make_run, write_json
 
 HEADLINE, CLASSES, SPEED = "Finished runs", "each class's images", "all windows"
 

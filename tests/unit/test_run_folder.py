@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from dist_resnet import storage
-from dist_resnet.errors import UserError
-from dist_resnet.run_folder import RunFolder
-from dist_resnet.storage import check_writable, write_atomically
+from dist_resnet.base import files as storage
+from dist_resnet.base.errors import UserError
+from dist_resnet.base.files import check_writable, write_atomically
+from dist_resnet.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys
 from pathlib import Path
-from dist_resnet.run_folder import RunFolder
+from dist_resnet.runs.folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 folder.open()
 print("open", flush=True)
@@ -31,7 +31,7 @@ sys.stdin.read()
 WRITE = """
 import sys
 from pathlib import Path
-from dist_resnet.run_folder import RunFolder
+from dist_resnet.runs.folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 for step in range(10**9):
     folder.set_status("running", step, "x" * (step % 5000))
@@ -79,7 +79,7 @@ def test_without_flock_the_other_lock_excludes_a_second_process(
 WITHOUT_FLOCK = """
 import fcntl, os
 from pathlib import Path
-from dist_resnet.run_folder import RunFolder
+from dist_resnet.runs.folder import RunFolder
 def flock(*_):
     raise OSError(38, "Function not implemented")
 fcntl.flock = flock

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
-from dist_resnet.schedule import learning_rates, scale_factor
-from dist_resnet.schema import OptimConfig, ScheduleConfig
+from dist_resnet.config.schedule import learning_rates, scale_factor
+from dist_resnet.config.schema import OptimConfig, ScheduleConfig
 
 PEAK = 0.7
 

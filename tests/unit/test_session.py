@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from dist_resnet import session
 from dist_resnet.augment import normalise
-from dist_resnet.config import load_config, trajectory_hash
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.load import load_config, trajectory_hash
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.distributed import World
-from dist_resnet.errors import UserError
-from dist_resnet.precision import choose_precision
-from dist_resnet.session import Session, choose_threads, open_session, settle
-from tests.checkpoints import checkpoint_of
+from dist_resnet.distributed.group import World
+from dist_resnet.step.precision import choose_precision
+from dist_resnet.training import session
+from dist_resnet.training.session import Session, choose_threads, open_session, settle
+from tests.helpers.checkpoints import checkpoint_of
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_resnet.errors import UserError
+from dist_resnet.base.errors import UserError
 from dist_resnet.native import build
 from dist_resnet.native.shared_sum import SharedSum, shared_memory
 

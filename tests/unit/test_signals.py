@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from dist_resnet import signals
+from dist_resnet.base import signals
 
 PROGRAM = """
 import sys, time
-from dist_resnet import signals
-from dist_resnet.cli import run_command
+from dist_resnet.base import signals
+from dist_resnet.base.cli import run_command
 
 def main():
     signals.install()

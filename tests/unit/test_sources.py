@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_resnet.data import sources
-from dist_resnet.data.sources import load_cifar, load_digits, load_synthetic
-from dist_resnet.errors import UserError
+from dist_resnet.base.errors import UserError
+from dist_resnet.data.sources import embedded as sources
+from dist_resnet.data.sources.embedded import load_cifar, load_digits, load_synthetic
 
 NAMES = ["airplane", "automobile", "bird"]
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_resnet.checkpoint import CheckpointStore
-from dist_resnet.config import load_config
-from dist_resnet.errors import UserError
-from dist_resnet.fork import starting_point
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.load import load_config
+from dist_resnet.config.schema import ModelConfig
 from dist_resnet.models.matching import Start, matched, natural, start_from
 from dist_resnet.models.resnet import resnet
-from dist_resnet.schema import ModelConfig
-from dist_resnet.starting import read_start, started_model
-from dist_resnet.state import build_state
-from tests.checkpoints import checkpoint_of
+from dist_resnet.runs.checkpoint import CheckpointStore
+from dist_resnet.runs.fork import starting_point
+from dist_resnet.step.state import build_state
+from dist_resnet.training.starting import read_start, started_model
+from tests.helpers.checkpoints import checkpoint_of
 
 _EMBEDDED = "shared/peer_weights/resnet20-w16-ema.safetensors"
 PEER = next((p / _EMBEDDED for p in Path(__file__).parents if (p / _EMBEDDED).exists()), None)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_resnet.metrics import Totals
-from tests.training import (
+from dist_resnet.step.totals import Totals
+from tests.helpers.training import (
     PlainLoop,
     assert_same_step,
     batch_of,

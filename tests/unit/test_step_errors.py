@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from dist_resnet.errors import StepError
-from dist_resnet.step import TrainStep
-from tests.late_failures import errors
-from tests.training import batch_of, own_config, small_config, train_step
+from dist_resnet.base.errors import StepError
+from dist_resnet.step.train_step import TrainStep
+from tests.helpers.late_failures import errors
+from tests.helpers.training import batch_of, own_config, small_config, train_step
 
-HERE = "tests.late_failures"
+HERE = "tests.helpers.late_failures"
 STEPS = {
     "optim.name": lambda: small_config(f"optim.name={HERE}:LateOptimizer"),
     "augment.extra": lambda: small_config(f"augment.extra=[{HERE}:late_augmentation]"),

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from dist_resnet import nvml, stopwatch
-from dist_resnet.stopwatch import Stopwatch
-from dist_resnet.tracking.notices import STARVED
+from dist_resnet.machine import nvml
+from dist_resnet.tracking.wandb_notices import STARVED
+from dist_resnet.training import stopwatch
+from dist_resnet.training.stopwatch import Stopwatch
 
 IMAGES = 32
 

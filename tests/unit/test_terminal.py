@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from dist_resnet.data.dataset import Dataset
-from tests.jobs import ROOT
+from tests.helpers.jobs import ROOT
 
 # What a training does that prints much more than a pipe or a terminal holds.
 WORK = """
 import sys
 from pathlib import Path
-from dist_resnet.cli import run_command
-from dist_resnet.terminal import forgive, say
+from dist_resnet.base.cli import run_command
+from dist_resnet.base.terminal import forgive, say
 
 def main():
     forgive()

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from dist_resnet.schema import WandbConfig
-from dist_resnet.tracking import writer
-from dist_resnet.tracking.reach import wanted_mode, why_unreachable
+from dist_resnet.config.schema import WandbConfig
+from dist_resnet.tracking import wandb_writer as writer
 from dist_resnet.tracking.tracker import Artifact, Media, Row
+from dist_resnet.tracking.wandb_reach import wanted_mode, why_unreachable
 from dist_resnet.tracking.wandb_session import WandbSession
-from dist_resnet.tracking.writer import WandbTracker
-from tests.wandb_stub import WandbStub
+from dist_resnet.tracking.wandb_writer import WandbTracker
+from tests.helpers.wandb_stub import WandbStub
 
 
 class _Session:

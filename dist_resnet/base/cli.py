@@ -1,0 +1,115 @@
+"""What every command does around its work: exit codes, and one line for an error, once."""
+
+import argparse
+import atexit
+import contextlib
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from dist_resnet.base import signals
+from dist_resnet.base.errors import (
+    EXIT_PREEMPTED,
+    EXIT_USER,
+    DistResnetError,
+    OutOfMemory,
+    PeerLost,
+    Preempted,
+    UserError,
+    first_line,
+    one_line,
+)
+from dist_resnet.base.home import ensure_home
+from dist_resnet.base.launcher import environment_int
+from dist_resnet.base.terminal import open_standard_streams, say
+
+# torchrun ends all ranks as soon as one has left: the others let the node's first speak first.
+_PATIENCE_SECONDS = 10.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors as everywhere in this package: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        name = self.prog.removeprefix("python -m dist_resnet.")
+        raise UserError(f"{name}: {message}; see --help")
+
+
+def run_command(action: Callable[[], int]) -> NoReturn:
+    """Run `action` and exit with its code, or with that of its `DistResnetError`."""
+    open_standard_streams()
+    ensure_home()
+    try:
+        code = action()
+        sys.stdout.flush()  # where printing is the result it must have worked
+    except (DistResnetError, Preempted) as error:
+        code = _say_once(error)
+    except KeyboardInterrupt:
+        code = EXIT_PREEMPTED
+        say("dist_resnet: interrupted", sys.stderr)
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        code = 1
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            _tell_torchrun(one_line(error))
+            raise
+        place = error.filename or "the output"
+        say(f"dist_resnet: {place}: cannot be written: {error.strerror}", sys.stderr)
+        code = EXIT_USER
+    except Exception as error:
+        # torch is not imported here: a command that has not needed it so far does not.
+        if not isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
+            _tell_torchrun(one_line(error))
+            raise
+        code = _say_once(OutOfMemory(f"{first_line(error)}; free the GPU, or use a larger one"))
+    _leave(code)
+
+
+def _say_once(error: DistResnetError | Preempted) -> int:
+    """Print the error's line, from one rank of this machine where all have it; its exit code."""
+    signals.reset()
+    first = _speaks()
+    if not (first or isinstance(error, PeerLost | Preempted)):
+        time.sleep(_PATIENCE_SECONDS)
+    if first or (isinstance(error, DistResnetError) and error.of_one_rank):
+        say(f"dist_resnet: {error}", sys.stderr)
+    if not isinstance(error, Preempted):
+        _tell_torchrun(str(error))
+    return error.exit_code
+
+
+def _speaks() -> bool:
+    """Whether this process shows an error that all ranks have met."""
+    try:
+        return environment_int("LOCAL_RANK", 0) == 0
+    except DistResnetError:  # it may be the error itself
+        return True
+
+
+def _tell_torchrun(line: str) -> None:
+    """Write `line` to where torchrun looks for the reason that its report of a failure gives."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return
+    # The format of torch.distributed.elastic's ErrorHandler, without a traceback.
+    message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+    with contextlib.suppress(OSError), open(file, "w") as out:
+        json.dump({"message": message}, out)
+
+
+def _leave(code: int) -> NoReturn:
+    """Run the exit hooks, then end without the interpreter's own tear-down.
+
+    A daemon thread of a library that wakes up during it aborts the process (FFCV's and numba's do,
+    seldom), and torchrun then calls a finished training failed.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -1,0 +1,71 @@
+"""torch's default generators, which ordinary modules draw from: set, kept and compared."""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_resnet.base.randomness import splitmix64
+
+# Of the name of this use, so that its draws share nothing with those of any other.
+_MODEL = int.from_bytes(hashlib.sha256(b"model").digest()[:8], "big", signed=True)
+
+
+def replica_seed(key: Tensor, replica: int) -> int:
+    """What the generators are set to before a replica's forward pass.
+
+    Args:
+        key: int64, 0-dimensional, of the step; on the CPU.
+        replica: its number among all replicas of the run.
+    """
+    own = splitmix64(key, torch.tensor(_MODEL))
+    return int(splitmix64(own, torch.tensor(replica)))
+
+
+def set_generators(seed: int, device: torch.device) -> None:
+    """Set the default generators of the CPU and of `device`."""
+    for generator in _generators(device):
+        generator.manual_seed(seed)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """While open, the default generators start at `seed`; then they are as they were."""
+    found = _generators(device or torch.device("cpu"))
+    before = [generator.get_state() for generator in found]
+    for generator in found:
+        generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for generator, state in zip(found, before, strict=True):
+            generator.set_state(state)
+
+
+def default_states(device: torch.device) -> list[bytes]:
+    """Where the default generators stand, the CPU's first, to compare."""
+    return [bytes(generator.get_state().numpy()) for generator in _generators(device)]
+
+
+def foreign_states() -> dict[str, str]:
+    """Where the generators that the training does not set stand, to compare."""
+    return {"Python's random": repr(random.getstate()), "numpy.random": repr(np.random.get_state())}
+
+
+def all_states(device: torch.device) -> dict[str, Any]:
+    """Both, by the name for a reader."""
+    return {"torch's generator": default_states(device), **foreign_states()}
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    found = [torch.default_generator]
+    if device.type == "cuda":
+        torch.cuda.init()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        found.append(torch.cuda.default_generators[index])
+    return found

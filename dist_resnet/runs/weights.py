@@ -1,0 +1,58 @@
+"""A trained model out of a checkpoint or a run folder."""
+
+from pathlib import Path
+
+from torch import nn
+
+from dist_resnet.base.errors import UserError
+from dist_resnet.config.code import told_of_net_code
+from dist_resnet.config.schema import Config
+from dist_resnet.distributed.group import rank
+from dist_resnet.models.build import build_model, in_layout
+from dist_resnet.runs.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from dist_resnet.step.state import load_tensors
+from dist_resnet.tracking.tracker import say_on_stderr
+
+CHECKPOINTS = ("newest", "best")
+
+
+def find_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, Checkpoint]:
+    """File and content of a checkpoint, or of the newest valid or the best one of a run folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if checkpoint not in CHECKPOINTS:
+        raise UserError(f"checkpoint {checkpoint}: choose {' or '.join(CHECKPOINTS)}")
+    if not path.is_dir():
+        if checkpoint != CHECKPOINTS[0]:
+            raise UserError(f"{path}: is no run folder, which alone has a {checkpoint} checkpoint")
+        return path, read_checkpoint(path)
+    store = CheckpointStore(path / "checkpoints", keep=1)
+    if checkpoint == "best":
+        best = store.best_path()
+        found = None if best is None else (best, read_checkpoint(best))
+    else:
+        found = store.newest(say_on_stderr, set_aside=False)
+    if found is None:
+        kind = "best " if checkpoint == "best" else ""
+        raise UserError(f"{path}: holds no {kind}checkpoint; name a run folder or a .pt file")
+    return found
+
+
+def trained_model(saved: Checkpoint, config: Config) -> nn.Module:
+    """The model with the weights that training evaluated, in evaluation mode.
+
+    Says so, on standard error of the first rank, where the code of a plug-in is no longer the
+    checkpoint's.
+
+    Raises:
+        UserError: `config` describes another model, or its code is not found.
+    """
+    layout = config.precision.channels_last
+    model = in_layout(build_model(config.model, len(saved.classes)), layout)
+    load_tensors(model, saved.state.evaluated)
+    if rank() == 0:
+        for line in told_of_net_code(saved.code, config.model.name):
+            say_on_stderr(line)
+    return model.eval()

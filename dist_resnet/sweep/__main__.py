@@ -1,0 +1,154 @@
+"""Run a sweep's grid here, without W&B's server:
+
+    python -m dist_resnet.sweep FILE [--retry-failed] [-- ARGUMENT ...]
+
+FILE is a sweep file such as configs/sweep.yaml, which `wandb agent` reads too; ARGUMENTs (files,
+key=value) are added to every training. One run folder a combination. Started again, it continues
+where it was stopped or killed and leaves out what has finished; at the end it prints a table. A
+training that fails is a row with its reason, and the exit code is 1; --retry-failed tries it again.
+"""
+
+import ctypes
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from dist_resnet.base.cli import run_command
+from dist_resnet.base.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED, UserError
+from dist_resnet.base.paths import user_path
+from dist_resnet.base.terminal import forgive
+from dist_resnet.runs.folder import RunFolder
+from dist_resnet.sweep.grid import Grid, Trial, read_grid
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run every combination that is not done, then print the table; the exit code."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return EXIT_DONE
+    forgive()
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    words, extra = list(arguments[:end]), arguments[end + 1 :]
+    retry = "--retry-failed" in words
+    words = [word for word in words if word != "--retry-failed"]
+    if len(words) != 1 or words[0].startswith("-"):
+        raise UserError("write it as FILE -- ARGUMENT ...; see python -m dist_resnet.sweep --help")
+    grid = read_grid(user_path(words[0]), extra)
+    runner = _Runner()
+    for number, trial in enumerate(grid.trials, 1):
+        title = f"sweep: {number} of {len(grid.trials)}, {trial.folder}"
+        before = _outcome(trial)
+        if before in ("done", "diverged") or (before == "failed" and not retry):
+            hint = f": {_reason(trial)}; to try again: --retry-failed" if before == "failed" else ""
+            print(f"{title}: {before} already{hint}", flush=True)
+            continue
+        print(title, flush=True)
+        code = runner.run(trial)
+        if runner.stopped or code == EXIT_PREEMPTED:
+            print("sweep: stopped; start the same command again to continue", file=sys.stderr)
+            return EXIT_PREEMPTED
+    print(table(grid))
+    failed = [trial for trial in grid.trials if _outcome(trial) not in ("done", "diverged")]
+    return 1 if failed else EXIT_DONE
+
+
+class _Runner:
+    """Starts trainings one after the other and passes a request to stop on."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._job: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._stop)
+
+    def run(self, trial: Trial) -> int:
+        """Train; the trainer's exit code as status.json has it, since torchrun itself returns 1."""
+        before = _written(trial)
+        RunFolder(trial.folder).forget_refusal()
+        try:
+            self._job = subprocess.Popen(trial.command, preexec_fn=_end_with_parent)
+        except OSError as error:
+            raise UserError(f"{trial.command[0]}: cannot be started: {error.strerror}") from None
+        if self.stopped:
+            self._job.terminate()
+        code = self._job.wait()
+        if code == 0 or _written(trial) == before:  # refused, or torchrun did not come to start it
+            return code
+        return int(_status(trial).get("exit_code", code))
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopped = True
+        if self._job is not None and self._job.poll() is None:
+            self._job.terminate()
+
+
+def table(grid: Grid) -> str:
+    """One line a combination, the best first; those without a figure last."""
+    keys = list(grid.trials[0].values)
+    rows: list[tuple[float, list[str]]] = []
+    for trial in grid.trials:
+        value = _figure(trial, grid.metric)
+        order = float("inf") if value is None else -value if grid.maximize else value
+        shown = "-" if value is None else f"{value:.4f}"
+        settings = [str(trial.values[key]) for key in keys]
+        state = _outcome(trial)
+        reason = _reason(trial) if state == "failed" else ""
+        rows.append((order, [*settings, shown, state, str(trial.folder), reason]))
+    rows.sort(key=lambda row: row[0])
+    lines = [[*keys, grid.metric, "state", "run", ""], *(row for _, row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(f"{word:{width}}" for word, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _status(trial: Trial) -> dict[str, Any]:
+    return RunFolder(trial.folder).status()
+
+
+def _written(trial: Trial) -> int:
+    """When the status was written, in nanoseconds; 0: never."""
+    try:
+        return (trial.folder / "status.json").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _outcome(trial: Trial) -> str:
+    """done, diverged, failed, preempted, running (or killed meanwhile), or not started."""
+    status = _status(trial)
+    if RunFolder(trial.folder).refusal():
+        return "failed"
+    if status.get("exit_code") == EXIT_DIVERGED:
+        return "diverged"
+    state = str(status.get("state", "not started"))
+    return "killed" if state == "done" and not RunFolder(trial.folder).has_summary() else state
+
+
+def _reason(trial: Trial) -> str:
+    """Why it failed, on one line."""
+    told = RunFolder(trial.folder).refusal() or _status(trial)
+    return " ".join(str(told.get("reason", "")).split())[:200]
+
+
+def _figure(trial: Trial, metric: str) -> float | None:
+    try:
+        value = json.loads((trial.folder / "summary.json").read_text()).get(metric)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _end_with_parent() -> None:
+    """In the child: end when this process is killed, or it would hold the run's folder."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""One run from start to end: the session, the loop, evaluation, the end."""

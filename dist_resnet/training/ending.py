@@ -1,0 +1,60 @@
+"""How a run ended, as its status and its one line tell it."""
+
+from typing import NoReturn
+
+from dist_resnet.base.errors import (
+    DistResnetError,
+    Diverged,
+    OutOfMemory,
+    Preempted,
+    UserError,
+    first_line,
+)
+from dist_resnet.machine.gpu_memory import is_of_memory
+from dist_resnet.runs.folder import RunFolder
+
+
+def ending(error: BaseException) -> tuple[str, str]:
+    """State and reason for status.json."""
+    known = isinstance(error, DistResnetError | Preempted)
+    reason = str(error) if known else f"{type(error).__name__}: {error}"
+    if isinstance(error, SystemExit):
+        reason = f"the training was ended by a call of sys.exit({error.code!r})"
+    elif is_of_memory(error):
+        reason = (
+            "out of memory: choose a smaller data.batch_size_per_replica or model.widths"
+            f" ({first_line(error)[:120]})"
+        )
+    return "preempted" if isinstance(error, Preempted) else "failed", reason
+
+
+def tell_ending(error: BaseException, folder: RunFolder) -> None:
+    """Of a command that was refused or stopped before its run began, the run's status says nothing.
+
+    A run that is new has no other place.
+    """
+    (status, reason), code = ending(error), exit_code(error)
+    if folder.begun:
+        folder.set_status(status, folder.status().get("step", 0), reason, code)
+    elif code == UserError.exit_code:
+        folder.refuse(reason, code)
+
+
+def exit_code(error: BaseException) -> int:
+    """Of the process that ends with it."""
+    return UserError.exit_code if is_of_memory(error) else getattr(error, "exit_code", 1)
+
+
+def raise_told(error: BaseException) -> NoReturn:
+    """Raise it, as one line where there is one to say."""
+    if isinstance(error, SystemExit):  # it may say 0, which means a complete training
+        raise DistResnetError(ending(error)[1]) from None
+    if is_of_memory(error):
+        raise OutOfMemory(ending(error)[1]) from None
+    raise error
+
+
+def of_all_ranks(error: BaseException) -> bool:
+    """Whether it is raised on all ranks, on each at the same place."""
+    alone = isinstance(error, DistResnetError) and error.of_one_rank
+    return isinstance(error, UserError | Diverged | Preempted) and not alone

@@ -1,0 +1,50 @@
+"""What a run tells its reader before the first step and after the last."""
+
+from typing import Any
+
+from dist_resnet.config.code import plugins_of
+from dist_resnet.config.plan import Plan, explain
+from dist_resnet.config.schema import Config
+from dist_resnet.runs.folder import RunFolder
+from dist_resnet.step.mode import choose_step_mode, told_of_net
+from dist_resnet.step.state import TrainState
+from dist_resnet.training.session import Session
+
+
+def introduction(
+    wanted: Config, session: Session, plan: Plan, state: TrainState, folder: RunFolder
+) -> list[str]:
+    """What a run is about to do, before its first step.
+
+    Args:
+        wanted: the configuration as it was given, with what was left to the machine.
+    """
+    data, config = session.dataset, session.config
+    _, step = choose_step_mode(wanted.train.step_mode, config, session.world.device)
+    lines = [
+        f"run: {folder.path}" + (f", continued at step {state.step:,}" if state.step else ""),
+        f"data: {data.name}, {data.num_train:,} training images, {len(data.classes)} classes;"
+        f" evaluated on the {session.eval_set}",
+        f"model: {config.model.name}, {state.flat.num_parameters:,} parameters",
+        f"device: {session.world.device.type}, {session.precision_reason},"
+        f" {session.threads} CPU threads a process; step: {step}",
+        *explain(config, plan),
+        *told_of_net(state, plan.replicas_per_rank),
+        *state.optimizer.remarks,
+        *(f"code: {key}={name}" for key, name in plugins_of(config)),
+    ]
+    if session.world.device.type == "cpu" and session.world.size == 1 and session.threads > 1:
+        lines.append(
+            f"faster on a CPU, a process a core: torchrun --nproc_per_node={session.threads}"
+        )
+    return lines
+
+
+def conclusion(summary: dict[str, Any], session: Session, folder: RunFolder) -> list[str]:
+    """What it found, after its last step."""
+    return [
+        *(f"{finding['name']}: {finding['text']}" for finding in summary["diagnosis"]),
+        f"done: val/top1 {summary['val/top1']:.4f} on the {session.eval_set}"
+        f" ({summary['val/images']:,} images) after {summary['step']:,} steps,"
+        f" {summary['wall_seconds']:.0f} s; {folder.path / 'summary.json'}",
+    ]

@@ -1,0 +1,151 @@
+"""Where a run leaves its traces: console, metrics.jsonl, W&B, checkpoints and status."""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dist_resnet.base.errors import EXIT_DIVERGED, UserError
+from dist_resnet.config.code import run_hash
+from dist_resnet.config.load import to_dict, to_yaml
+from dist_resnet.config.plan import Plan
+from dist_resnet.config.schema import Config
+from dist_resnet.data.dataset import DESCRIPTION, Dataset
+from dist_resnet.machine.environment import git_commit, machine, versions
+from dist_resnet.runs.checkpoint import Checkpoint, CheckpointStore
+from dist_resnet.runs.folder import RunFolder
+from dist_resnet.step.state import Snapshot
+from dist_resnet.tracking.console import Console
+from dist_resnet.tracking.jsonl import MetricsFile, rewind
+from dist_resnet.tracking.tracker import Artifact, NullTracker, Tracker, Trackers
+from dist_resnet.tracking.wandb_notices import Alerts, Artifacts
+from dist_resnet.tracking.wandb_run import WandbTracker, start_wandb
+from dist_resnet.training.loop import Keeper
+from dist_resnet.training.session import Session
+
+
+@dataclass
+class Recording:
+    """Where this rank's figures go; all but the first rank have the null tracker only."""
+
+    tracker: Tracker
+    keeper: Keeper | None
+
+    def close(
+        self, code: int, status: str, step: int, reason: str, summary: dict[str, Any]
+    ) -> None:
+        """Leave the status that launchers read first: what follows may take seconds."""
+        if self.keeper is not None:
+            self.keeper.folder.set_status(status, step, reason, code)
+        # Of other ends not: an error's text may hold what must not leave this machine.
+        told = {"reason": reason} if code == EXIT_DIVERGED else {}
+        self.tracker.close(code, summary | told)
+
+
+def open_recording(
+    config: Config,
+    session: Session,
+    plan: Plan,
+    step: int,
+    folder: RunFolder,
+    saved: Checkpoint | None,
+    origin: dict[str, Any],
+) -> Recording:
+    """Bring the run folder's files to `step` and open everything that records, on rank 0 only.
+
+    Args:
+        origin: `Checkpoint.code` and `Checkpoint.init`.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    if not session.world.is_main:
+        return Recording(NullTracker(), None)
+    known, forks = (saved.wandb_id, saved.forks) if saved is not None else (None, [])
+    derived = plan.as_dict() | ({"forks": forks} if forks else {}) | origin
+    derived["hash"] = run_hash(config, origin["code"])
+    run_id = folder.wandb_id(
+        lambda: _new_id(folder.path.name), known, anew=bool(forks) and known is None
+    )
+    try:
+        folder.write_text("config.yaml", to_yaml(config))
+        folder.write_json("plan.json", derived)
+        rewind(folder.metrics, step)
+        (folder.path / "summary.json").unlink(missing_ok=True)  # of a shorter run
+        best = saved.state.best.get("val/top1") if saved is not None else None
+        console = Console(plan.total_steps, step, best=best)
+        metrics = MetricsFile(folder.metrics, console.message)
+    except OSError as error:
+        raise UserError(f"{folder.path}: cannot be written: {error.strerror}") from None
+    data, resolved = session.dataset, to_dict(config)
+    place = {"versions": versions(), "machine": machine(session.world.device, session.threads)}
+    facts = {"dataset": data.fingerprint, "git_commit": git_commit(), **place}
+    wandb = start_wandb(
+        config.wandb,
+        folder.path,
+        resolved | facts | {"plan": derived},
+        run_id,
+        folder.path.name,
+        resume_position=saved.wandb_position if saved is not None and run_id == known else None,
+        say=console.message,
+    )
+    store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
+    store.remove_leftovers()
+    parts: list[Tracker] = [console, metrics]
+    if wandb is not None:
+        parts += _told_by_wandb(config, wandb, store, data, folder.path.name)
+    tracker = Trackers(parts, console.message)
+    wandb_id = run_id if wandb is None else wandb.run_id
+    header = {"forks": forks, "wandb_id": wandb_id, **_header(config, session), **place, **origin}
+    keeper = Keeper(folder, store, _checkpoints(header), tracker, wandb)
+    keeper.heartbeat(step)
+    return Recording(tracker, keeper)
+
+
+def _checkpoints(header: dict[str, Any]) -> Callable[[Snapshot, float, Any], Checkpoint]:
+    """What makes a checkpoint of a state, the seconds of training and the place on W&B."""
+
+    def make(state: Snapshot, seconds: float, position: Any) -> Checkpoint:
+        return Checkpoint(state=state, seconds=seconds, wandb_position=position, **header)
+
+    return make
+
+
+def _header(config: Config, session: Session) -> dict[str, Any]:
+    """What a checkpoint holds of the configuration and the dataset."""
+    data = session.dataset
+    mean, std = session.channel_scale
+    return {
+        "config": to_dict(config),
+        "fingerprint": data.fingerprint,
+        "classes": list(data.classes),
+        "mean": list(mean),
+        "std": list(std),
+        "image_size": list(session.image_size),
+        "reading": asdict(data.reading),
+    }
+
+
+def _told_by_wandb(
+    config: Config, wandb: WandbTracker, store: CheckpointStore, data: Dataset, name: str
+) -> list[Tracker]:
+    parts: list[Tracker] = [Alerts(wandb, name)]
+    if config.wandb.artifacts:
+        parts.append(Artifacts(wandb, lambda: _to_keep(store, data, wandb.run_id)))
+    return [*parts, wandb]  # last: its end sends what the others have queued at theirs
+
+
+def _to_keep(store: CheckpointStore, data: Dataset, run_id: str) -> list[Artifact]:
+    """The best checkpoint and the dataset's description; never the data itself."""
+    about: dict[str, object] = {"fingerprint": data.fingerprint, "name": data.name}
+    found = [Artifact(f"dataset-{data.name}", "dataset", data.folder / DESCRIPTION, about)]
+    best = store.best_path()
+    if best is not None:
+        step = int(best.name.split("-")[1])
+        about = {"step": step, "dataset": data.fingerprint, "classes": list(data.classes)}
+        found.append(Artifact(f"best-{run_id}", "model", best, about))
+    return found
+
+
+def _new_id(name: str) -> str:
+    return f"{name[:52]}-{secrets.token_hex(4)}"

@@ -1,0 +1,242 @@
+"""One run from start to end: open what it needs, train, close whatever happened."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from dist_resnet.augment.trial import try_extras
+from dist_resnet.base import signals, watchdog
+from dist_resnet.base.errors import EXIT_DONE, Preempted, UserError
+from dist_resnet.base.paths import user_path
+from dist_resnet.base.terminal import say
+from dist_resnet.config.code import code_of_run, plugins_of, told_of_code
+from dist_resnet.config.load import stored_config, to_dict
+from dist_resnet.config.plan import Plan, check_statistics, make_plan, rates
+from dist_resnet.config.plugins import resolve
+from dist_resnet.config.schema import Config
+from dist_resnet.data.stream import Loader, open_loader, training_batches
+from dist_resnet.distributed.group import World, from_main, on_main, start, stop, together
+from dist_resnet.machine.environment import git_commit, hardware, machine, versions
+from dist_resnet.machine.gpu_memory import explaining_memory
+from dist_resnet.runs.checkpoint import Checkpoint
+from dist_resnet.runs.folder import RunFolder
+from dist_resnet.runs.fork import forks_told, starting_point, with_code
+from dist_resnet.runs.resume import (
+    check_same_configuration,
+    find_checkpoint,
+    open_folder,
+    other_rounding,
+    run_name,
+    take_back,
+)
+from dist_resnet.runs.summary import last_evaluation, summarise
+from dist_resnet.step.captured import as_configured
+from dist_resnet.step.state import TrainState
+from dist_resnet.step.train_step import TrainStep
+from dist_resnet.tracking.jsonl import read_rows
+from dist_resnet.training.ending import ending, exit_code, of_all_ranks, raise_told, tell_ending
+from dist_resnet.training.evaluation import Evaluator
+from dist_resnet.training.gallery import Gallery
+from dist_resnet.training.introduction import conclusion, introduction
+from dist_resnet.training.loop import Trainer
+from dist_resnet.training.recording import Recording, open_recording
+from dist_resnet.training.session import Session, open_session, settle
+from dist_resnet.training.starting import begin
+from dist_resnet.training.stopwatch import Stopwatch
+from dist_resnet.training.teachers import FoundTeacher, build_distillation, find_teachers
+
+
+def run(config: Config, named: Collection[str] = ()) -> Path:
+    """Train as configured, from the newest checkpoint if there is one.
+
+    Args:
+        named: dotted keys that the command names, for run.extend.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        DistResnetError: how it ended, if not well; status.json tells it too.
+    """
+    signals.install()
+    world = start(config.parallel.device, config.parallel.timeout_seconds)
+    orderly = False
+    folder = RunFolder(user_path(config.run.dir) / run_name(config))
+    try:
+        on_main(lambda: open_folder(config, folder))
+        try:
+            _run_in(config, named, world, folder)
+        except BaseException as error:
+            if world.is_main:
+                tell_ending(error, folder)
+            orderly = of_all_ranks(error)
+            raise_told(error)
+        orderly = True
+    finally:
+        watchdog.disarm()
+        folder.close()
+        stop(orderly)
+    return folder.path
+
+
+@explaining_memory
+def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFolder) -> None:
+    saved = find_checkpoint(wanted, folder)
+    config = together(lambda: settle(wanted, world, saved))
+    ours, theirs = to_dict(config), from_main(to_dict(config))
+    together(lambda: check_same_configuration(ours, theirs))
+    together(lambda: [resolve(*named) for named in plugins_of(config)])  # before any download
+    session = open_session(config, world)
+    plan = make_plan(config, len(session.train_indices), world.size)
+    check_statistics(config, *session.image_size)
+    together(lambda: try_extras(config.augment, session.image_size, session.normalisation()))
+    together(session.class_weights)  # refused before anything is written
+    if saved is not None:
+        saved = starting_point(saved, config, session.dataset.fingerprint, named)
+    step = saved.state.step if saved is not None else 0
+    if step > plan.total_steps:
+        raise UserError(
+            f"{folder.path}: is at step {step:,} already, beyond the {plan.total_steps:,} of this "
+            "command; choose more train.epochs or train.max_steps, or another run.name"
+        )
+    early = saved is not None and config.train.early_stop and saved.state.stopped_early
+    if (plan.finished(step) or early) and from_main(folder.has_summary()):
+        if world.is_main:
+            say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
+            folder.set_status("done", step, exit_code=EXIT_DONE)
+        return
+    teachers = together(lambda: find_teachers(config))
+    nets = together(lambda: [stored_config(t.saved.config) for t in teachers if t.saved])
+    code = together(lambda: code_of_run(config, nets)) | {t.name: t.sha256 for t in teachers}
+    before, everywhere = saved.code if saved is not None else {}, from_main(code)
+    saved = together(lambda: with_code(saved, code, everywhere, config.run.allow_code_change))
+    state, init = begin(config, session, saved)
+    if world.is_main:
+        for line in (*introduction(wanted, session, plan, state, folder), *forks_told(saved)):
+            say(line)
+        for line in told_of_code(before, code):
+            say(line)
+        kind = machine(world.device, session.threads)
+        if saved is not None and (line := other_rounding(saved, kind, config.train.step_mode)):
+            say(line)
+    on_main(lambda: take_back(config, folder, step))
+    origin = {"code": code, "init": init}
+    recording = together(
+        lambda: open_recording(config, session, plan, state.step, folder, saved, origin)
+    )
+    trainer = _trainer(config, session, plan, state, recording, saved, teachers)
+    _fit_and_close(trainer, session, folder, recording, code)
+
+
+def _trainer(
+    config: Config,
+    session: Session,
+    plan: Plan,
+    state: TrainState,
+    recording: Recording,
+    saved: Checkpoint | None,
+    teachers: list[FoundTeacher],
+) -> Trainer:
+    world, data = session.world, session.dataset
+    size = plan.batch_size_per_replica * plan.replicas_per_rank
+
+    def open_loaders() -> tuple[Loader, Evaluator]:
+        loader = open_loader(config.data.loader, data.train_path, size, world.device)
+        evaluator = session.evaluator(session.normalisation())
+        data.check_not_replaced()
+        return loader, evaluator
+
+    loader, evaluator = together(open_loaders)
+    batches = training_batches(
+        loader, config.seed, session.train_indices, plan, world.rank, state.step, world.device
+    )
+    step = TrainStep(
+        config,
+        state,
+        rates(config, plan),
+        plan.replicas,
+        session.precision,
+        session.normalisation(),
+        session.image_size,
+        plan.steps_per_epoch,
+        together(lambda: build_distillation(teachers, session, session.normalisation())),
+        together(session.class_weights),
+    )
+    wandb = recording.keeper.wandb if recording.keeper is not None else None
+    every = config.wandb.media_every_epochs
+    # Rank 0 alone knows whether W&B has started, and finding mistakes takes all ranks.
+    pictures = from_main(wandb is not None) and every > 0
+    return Trainer(
+        config=config,
+        plan=plan,
+        state=state,
+        train_step=as_configured(step, recording.tracker.message),
+        batches=batches,
+        evaluate=evaluator,
+        classes=data.classes,
+        tracker=recording.tracker,
+        watch=Stopwatch(saved.seconds if saved else 0.0, world.device),
+        keeper=recording.keeper,
+        gallery=Gallery(config, data, every, wandb) if pictures else None,
+    )
+
+
+def _fit_and_close(
+    trainer: Trainer,
+    session: Session,
+    folder: RunFolder,
+    recording: Recording,
+    sources: dict[str, str],
+) -> None:
+    state, world = trainer.state, session.world
+    signals.defer()
+    try:
+        label = f"rank {world.rank} of {world.size}"
+        watchdog.call_as(label, trainer.fit)
+    except BaseException as error:
+        status, reason = ending(error)
+        code = exit_code(error)
+        if isinstance(error, Preempted):
+            # All ranks are here. Those that left before rank 0 has closed would end it early.
+            on_main(lambda: recording.close(code, status, state.step, reason, {}))
+        else:
+            recording.close(code, status, state.step, reason, {})
+        raise
+    finally:
+        trainer.batches.close()
+        trainer.train_step.close()
+        watchdog.disarm()
+
+    def finish() -> None:
+        try:
+            rows = read_rows(folder.metrics)
+            last = trainer.last_evaluation or last_evaluation(rows)
+            facts = _facts(trainer, session) | {"code": {n: c[:16] for n, c in sources.items()}}
+            summary = summarise(rows, last, state.best, facts)
+            folder.write_json("summary.json", summary)
+        except OSError as error:
+            raise UserError(f"{folder.path}: no summary.json: {error.strerror}") from None
+        recording.close(EXIT_DONE, "done", state.step, "", summary)
+        for line in conclusion(summary, session, folder):
+            say(line)
+
+    # The other ranks wait: torchrun would take a rank that left early for the end of the job.
+    on_main(finish)
+
+
+def _facts(trainer: Trainer, session: Session) -> dict[str, Any]:
+    plan, world = trainer.plan, session.world
+    return {
+        "stopped_early": not plan.finished(trainer.state.step),
+        "eval_set": session.eval_set,
+        "images_per_second": trainer.watch.images_per_second(plan.global_batch_size),
+        "wall_seconds": trainer.watch.seconds(),
+        "world_size": world.size,
+        "replicas": plan.replicas,
+        "parameters": trainer.state.flat.num_parameters,
+        "dataset": {"name": session.dataset.name, "fingerprint": session.dataset.fingerprint},
+        "precision": str(session.precision).removeprefix("torch."),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "hardware": hardware(world.device, session.threads),
+    }

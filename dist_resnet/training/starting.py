@@ -1,0 +1,111 @@
+"""The state that a run begins or goes on with; the weights that model.init names."""
+
+import hashlib
+from pathlib import Path
+
+from torch import nn
+
+from dist_resnet.base.errors import UserError, first_line
+from dist_resnet.base.paths import user_path
+from dist_resnet.config.schema import Config, ModelConfig
+from dist_resnet.distributed.group import from_main, on_main, together
+from dist_resnet.models.build import build_model, in_layout
+from dist_resnet.models.matching import Start, natural, start_from
+from dist_resnet.runs.checkpoint import Checkpoint
+from dist_resnet.runs.weights import find_weights
+from dist_resnet.step.state import TrainState, build_state
+from dist_resnet.training.session import Session
+
+SAFETENSORS = ".safetensors"
+
+
+def begin(
+    config: Config, session: Session, saved: Checkpoint | None
+) -> tuple[TrainState, dict[str, str] | None]:
+    """The state of `saved`, or the one before the first step; and what weights the run began with.
+
+    A run that goes on does not read these again. A collective.
+
+    Args:
+        saved: content of a checkpoint; None: the run begins.
+
+    Raises:
+        UserError: on all ranks alike, where there is no such state.
+    """
+    start = read_start(config.model) if saved is None else None
+    classes, device = len(session.dataset.classes), session.world.device
+    state = together(
+        lambda: build_state(config, classes, session.precision, device, session.image_size, start)
+    )
+    if saved is None:
+        return state, start.identity() if start is not None else None
+    state.restore(saved.state)
+    return state, saved.init
+
+
+def read_start(config: ModelConfig) -> Start | None:
+    """The configured starting weights, as rank 0 reads them; None: random ones.
+
+    Raises:
+        UserError: on all ranks, where there are none.
+    """
+    found: list[Start] = []
+    if config.init is None:
+        return None
+    path = user_path(config.init)
+    on_main(lambda: found.append(_read(path)))
+    return from_main(found[0] if found else None)
+
+
+def started_model(config: Config, classes: int) -> nn.Module:
+    """The configured net with its starting weights, all of them, in evaluation mode.
+
+    Raises:
+        UserError: on all ranks alike, where the weights are not of this net and these classes.
+    """
+    start = read_start(config.model)
+    assert start is not None
+
+    def build() -> nn.Module:
+        model = in_layout(
+            build_model(config.model, classes, config.seed), config.precision.channels_last
+        )
+        if start_from(model, start, config.model)[1]:
+            raise UserError(f"{start.file}: its net tells other classes apart than {classes}")
+        return model.eval()
+
+    return together(build)
+
+
+def _read(path: Path) -> Start:
+    try:
+        if path.suffix == SAFETENSORS:
+            return safetensors_of(path)
+        file, saved = find_weights(path)
+    except UserError as error:
+        raise UserError(f"model.init={path}: {str(error).removeprefix(f'{path}: ')}") from None
+    with file.open("rb") as content:
+        checksum = hashlib.file_digest(content, "sha256").hexdigest()
+    return Start(str(file), checksum, dict(saved.state.evaluated))
+
+
+def safetensors_of(path: Path) -> Start:
+    """The tensors of a file of safetensors.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        from safetensors.torch import load
+    except ImportError:
+        raise UserError("needs a package: pip install 'dist-resnet[export]'") from None
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}") from None
+    try:
+        tensors = load(content)
+    except Exception as error:  # its own, from Rust
+        raise UserError(f"not a safetensors file, or damaged: {first_line(error)}") from None
+    ordered = {name: tensors[name] for name in natural(tensors)}  # the file keeps no order
+    return Start(str(path), hashlib.sha256(content).hexdigest(), ordered)
