@@ -15,90 +15,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dist_resnet"
 MAX_LINES, MAX_FUNCTION = 250, 60
 
-# From the ground up. A module may import from its own layer (without cycles) and from those below.
-LAYERS: list[set[str]] = [
-    {
-        "errors",
-        "schema",
-        "effects",
-        "launcher",
-        "storage",
-        "environment",
-        "allocator",
-        "devices",
-        "numa",
-    }
-    | {"gpu_memory", "nvml", "terminal", "home", "cli", "paths", "api", "effects"}
-    | {"signals", "stopwatch", "watchdog"},
-    {
-        "plan",
-        "schedule",
-        "randomness",
-        "metrics",
-        "distributed",
-        "config",
-        "keys",
-        "builtins",
-        "plugins",
-        "plugin_code",
-        "step_errors",
-        "values",
-        "checks",
-        "precision",
-        "native",
-        "kernels",
-    },
-    {"distill", "augment", "loss", "flat", "counters", "optim", "muon", "models", "state", "data"}
-    | {"groups", "optimizer", "optimizer_state", "optimizer_trial", "overlap", "plain_values"}
-    | {"reduction", "summing", "replica_pass", "shadow", "update"},
-    {
-        "step_mode",
-        "step",
-        "captured",
-        "cuda_graph",
-        "evaluation",
-        "checkpoint",
-        "run_folder",
-        "tracking",
-        "summary",
-        "diagnosis",
-        "pictures",
-    },
-    {
-        "gallery",
-        "loop",
-        "resume",
-        "session",
-        "recording",
-        "weights",
-        "starting",
-        "teachers",
-        "code",
-        "introduction",
-        "trained",
-        "card",
-        "fork",
-        "ending",
-    },
-    {"run", "preview", "sweep_plan"},
-    # The empty name is the package itself, which offers what others import from it.
-    {
-        "train",
-        "evaluate",
-        "predict",
-        "export",
-        "doctor",
-        "bench",
-        "report",
-        "recipes",
-        "",
-        "dashboard",
-        "sweep",
-    },
-]
+# From the ground up: a folder imports from itself (without cycles) and from those before it.
+FOLDERS = (
+    "base", "config", "machine", "native", "kernels", "tracking", "distributed",
+    "data", "augment", "models", "optim", "step", "runs", "training",
+)  # fmt: skip
+# At the top: what is run as `python -m dist_resnet.NAME`.
+COMMANDS = {
+    "train", "evaluate", "predict", "export", "dashboard", "sweep", "report", "bench", "doctor",
+    "recipes",
+}  # fmt: skip
 DOORS = {
-    "torch.distributed": {"distributed"},
-    "omegaconf": {"config"},
+    "torch.distributed": {"distributed.group"},
+    "omegaconf": {"config.load"},
     # The last is measured against, not used.
     "ffcv": {"data.beton", "data.ffcv_loader", "data.ffcv_import", "bench.ffcv_pipeline"},
     "wandb": {"tracking.wandb_session"},
@@ -106,16 +35,16 @@ DOORS = {
 }
 # Modules that talk to whoever watches: commands, and what they show on the way.
 OWN_THE_TERMINAL = {
-    "bench", "cli", "dashboard", "doctor", "evaluate", "export", "predict", "recipes", "report",
-    "sweep", "terminal", "train",
-    "data.folder", "data.images", "data.prepare", "data.sources", "tracking.console",
+    *COMMANDS, "base.cli", "base.terminal", "data.images", "data.prepare", "data.sources",
+    "tracking.console",
 }  # fmt: skip
 # What runs in every step: the host must not wait there.
 WAITLESS = (
-    "step", "captured", "augment.choices", "augment.colour", "augment.erase", "augment.geometry",
+    "step.train_step", "step.captured", "step.loss", "step.replica_pass", "step.shadow",
+    "step.update", "augment.choices", "augment.colour", "augment.erase", "augment.geometry",
     "augment.mix", "augment.named", "augment.normalisation", "augment.pipeline", "augment.trivial",
-    "loss", "flat", "counters", "overlap", "reduction", "summing", "replica_pass", "shadow",
-    "update", "models.norm_act", "kernels.conv", "kernels.images", "kernels.loss",
+    "distributed.flat", "distributed.counters", "distributed.overlap", "distributed.reduction",
+    "distributed.shared_sum", "models.norm_act", "kernels.conv", "kernels.images", "kernels.loss",
     "kernels.norm_act", "kernels.update",
 )  # fmt: skip
 
@@ -153,13 +82,13 @@ def _edges(name: str) -> set[str]:
     return found - {""} - {p for p in found if any(q.startswith(f"{p}.") for q in found)}
 
 
-def _layer(name: str) -> int:
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        for number, names in enumerate(LAYERS):
-            if ".".join(parts[:length]) in names:
-                return number
-    pytest.fail(f"dist_resnet.{name} has no place in LAYERS: say where it belongs")
+def _height(name: str) -> int:
+    """Of the folder that a module lies in; commands are on top, the package's name is free."""
+    folder = name.split(".")[0]
+    if folder in COMMANDS:
+        return len(FOLDERS)
+    assert folder in FOLDERS, f"dist_resnet/{folder} has no place in FOLDERS: say where it belongs"
+    return FOLDERS.index(folder)
 
 
 def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -169,11 +98,11 @@ def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def test_there_is_something_to_check() -> None:
-    assert len(_trees()) > 30
-    assert {"step", "loop", "data.order", "models.resnet", "tracking.console"} <= _trees().keys()
-    assert "augment" in _edges("step")
-    assert "signals" in _edges("step")  # from dist_resnet.base import signals
-    assert sum(len(_edges(name)) for name in _trees()) > 80
+    assert len(_trees()) > 100
+    assert {"step.train_step", "training.loop", "data.order", "tracking.console"} <= _trees().keys()
+    assert "augment" in _edges("step.train_step")
+    assert "base.signals" in _edges("step.train_step")  # from dist_resnet.base import signals
+    assert sum(len(_edges(name)) for name in _trees()) > 300
 
 
 def test_imports_point_downwards() -> None:
@@ -181,17 +110,29 @@ def test_imports_point_downwards() -> None:
         f"{name} -> {target}"
         for name in _trees()
         for target in _edges(name)
-        if _layer(target) > _layer(name)
+        if name and _height(target) > _height(name)
     ]
     assert upwards == []
 
 
-def test_the_page_on_architecture_shows_these_layers() -> None:
-    """From the top; the package itself, whose name is empty, is in no row."""
-    text = (ROOT / "docs" / "architecture.md").read_text().split("## Layers")[1]
-    rows = re.findall(r"^\| [^|]+ \| (`.+`) \|$", text, re.MULTILINE)
-    shown = [set(re.findall("`(\\w+)`", row)) for row in rows]
-    assert shown == [layer - {""} for layer in reversed(LAYERS)]
+def test_a_file_at_the_top_is_a_command() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} <= COMMANDS
+
+
+def test_the_page_on_architecture_shows_the_folders() -> None:
+    """From the top: the first line of each `__init__.py`, and what the folder imports."""
+    text = (ROOT / "docs" / "architecture.md").read_text().split("## Folders")[1]
+    rows = re.findall(r"^\| `(\w+)/` \| (.+) \| (.+) \|$", text, re.MULTILINE)
+    used: dict[str, set[str]] = {name: set() for name in FOLDERS}
+    for name in _trees():
+        folder = name.split(".")[0]
+        if folder in used:
+            used[folder] |= {target.split(".")[0] for target in _edges(name)} - {folder, ""}
+    said = {name: str(ast.get_docstring(_trees()[name])).splitlines()[0] for name in FOLDERS}
+    assert rows == [
+        (name, said[name], ", ".join(f for f in FOLDERS if f in used[name]) or "nothing of ours")
+        for name in reversed(FOLDERS)
+    ]
 
 
 def test_imports_form_no_cycle() -> None:
@@ -247,7 +188,7 @@ def test_what_a_command_imports_before_it_knows_its_configuration(library: str) 
             inner = target.removeprefix("dist_resnet.")
             if inner != target and inner in _trees():
                 todo.append(inner)
-    assert "config" in seen
+    assert "config.load" in seen
 
 
 def test_files_are_small() -> None:
@@ -336,7 +277,7 @@ def test_the_step_never_waits_for_the_device() -> None:
 
 def test_no_rank_is_asked_for_in_the_loop() -> None:
     """Distribution decorates, never branches: other ranks have null objects instead."""
-    for name in ("loop", "step", "evaluation"):
+    for name in ("training.loop", "step.train_step", "training.evaluation"):
         for node in ast.walk(_trees()[name]):
             if isinstance(node, ast.If | ast.IfExp):
                 test = ast.unparse(node.test)

@@ -16,9 +16,8 @@ from torch import Tensor
 from dist_resnet.augment.normalisation import Normalisation
 from dist_resnet.augment.trivial import TrivialAugment
 from dist_resnet.config.builtins import AUGMENTATIONS
-from dist_resnet.config.plugins import is_plugin, resolve, signature
+from dist_resnet.config.plugins import is_plugin, resolve, signature, within_step
 from dist_resnet.config.schema import AugmentConfig
-from dist_resnet.step.step_errors import within_step
 
 KEY = "augment.extra"
 _DEFAULT_LANES = 4

@@ -1,1 +1,1 @@
-"""What everything rests on: errors, files, the terminal, signals, random numbers. Imports nothing of ours."""
+"""What everything rests on: errors, files, the terminal, signals, random numbers."""

@@ -1,5 +1,7 @@
 """How a run can end other than well, and the exit code of each (README, "The run folder")."""
 
+import sys
+
 EXIT_DONE = 0
 EXIT_USER = 2
 EXIT_DIVERGED = 3
@@ -16,6 +18,16 @@ def one_line(error: BaseException) -> str:
     """The type and the whole text of an error, at most 200 characters on one line."""
     text = " ".join(str(error).split())
     return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:200]
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory, a GPU's or the machine's, was not enough."""
+    # torch's error exists only where torch was loaded, which this must not do.
+    of_torch = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    if isinstance(error, (MemoryError, of_torch)):
+        return True
+    # The CPU's allocator has no exception of its own.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 class DistResnetError(Exception):

@@ -4,6 +4,8 @@ import os
 import re
 from pathlib import Path
 
+PACKAGE = Path(__file__).resolve().parents[1]
+"""The folder of dist_resnet."""
 _UNSHOWABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 

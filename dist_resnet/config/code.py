@@ -7,9 +7,9 @@ refused, unless run.allow_code_change=true, and then recorded.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from dist_resnet.base.errors import UserError
+from dist_resnet.base.paths import PACKAGE
 from dist_resnet.config.load import trajectory_hash
 from dist_resnet.config.plugin_code import code_of
 from dist_resnet.config.plugins import is_plugin
@@ -47,7 +47,7 @@ def code_of_run(config: Config, teachers: Iterable[Config] = ()) -> dict[str, st
 
 def own_hash() -> str:
     """SHA-256 over the names and contents of this package's source files."""
-    root, digest = Path(__file__).parent, hashlib.sha256()
+    root, digest = PACKAGE, hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cpp", ".h")):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root)}\0{len(content)}\0".encode() + content)

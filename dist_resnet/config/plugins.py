@@ -15,8 +15,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
-from dist_resnet.base.errors import DistResnetError, UserError, one_line
-from dist_resnet.base.paths import printable
+from dist_resnet.base.errors import DistResnetError, StepError, UserError, is_of_memory, one_line
+from dist_resnet.base.paths import PACKAGE, printable
 from dist_resnet.config.keys import nearest
 
 OF_OTHERS = tuple(
@@ -117,11 +117,28 @@ def calling(key: str, name: str) -> Iterator[None]:
     except DistResnetError:
         raise
     except (Exception, SystemExit) as error:  # sys.exit(0) would look like success
-        from dist_resnet.machine.gpu_memory import is_of_memory  # torch: not before it is needed
-
         if is_of_memory(error):
             raise
         raise UserError(f"{key}={name}: raised {one_line(error)}{_place(error)}") from error
+
+
+@contextlib.contextmanager
+def within_step(key: str, name: str) -> Iterator[None]:
+    """As `calling`, for calls in a step, which other ranks need not see fail.
+
+    Raises:
+        StepError: in place of any other exception; a lack of memory and our own errors pass.
+    """
+    try:
+        with calling(key, name):
+            yield
+    except UserError as error:
+        cause = error.__cause__
+        if cause is not None and is_of_memory(cause):
+            raise cause from None
+        if error.of_one_rank:
+            raise
+        raise StepError(str(error)) from cause
 
 
 def _imported(key: str, name: str, path: str) -> ModuleType:
@@ -147,7 +164,7 @@ def _place(error: BaseException) -> str:
     """Where in somebody's file an error came from, or nothing."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({printable(error.filename)}:{error.lineno})"
-    own = os.path.dirname(__file__) + os.sep
+    own = f"{PACKAGE}{os.sep}"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         inside = (*OF_OTHERS, own, "<")
         if not os.path.realpath(frame.filename).startswith(inside) and frame.filename[:1] != "<":

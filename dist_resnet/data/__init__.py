@@ -1,1 +1,1 @@
-"""Datasets: where images come from, how they are stored as .beton files, how they are read."""
+"""Data sets: where images come from, how they are stored as .beton files, how they are read."""

@@ -1,1 +1,1 @@
-"""Ranks: the process group, the exchange buffer, the sums over replicas."""
+"""Ranks: the process group, the exchange buffer, sums over replicas."""

@@ -1,1 +1,1 @@
-"""What a run finds: devices, memory, versions."""
+"""What a run finds: devices, cores, memory, versions of libraries."""

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from dist_resnet.base.paths import PACKAGE
+
 _PACKAGES = ("torch", "torchvision", "ffcv", "numpy", "wandb", "omegaconf")
 # What oneDNN chooses kernels by, beyond the set that torch names.
 _FAMILIES = ("amx", "avx10", "sve", "sme")
@@ -49,7 +51,7 @@ def hardware(device: torch.device, threads: int) -> dict[str, str | int]:
 
 def git_commit() -> str | None:
     """Commit of the source this runs from, with a + where files differ from it; None: not known."""
-    folder = Path(__file__).parent
+    folder = PACKAGE
 
     def ask(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

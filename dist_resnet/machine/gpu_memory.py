@@ -66,12 +66,3 @@ def requested_bytes(error: BaseException) -> int:
     """What the allocator was asked for, read from its message; 0 where it does not say."""
     found = re.search(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", first_line(error))
     return int(float(found[1]) * _UNITS[found[2]]) if found else 0
-
-
-def is_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory, a GPU's or the machine's, was not enough."""
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    if isinstance(error, kinds):
-        return True
-    # The CPU's allocator has no exception of its own.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

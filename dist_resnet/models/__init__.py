@@ -1,1 +1,1 @@
-"""Models: ResNets for images of CIFAR's size."""
+"""Models: ResNets, and the contract that any other net has to keep."""

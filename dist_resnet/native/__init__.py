@@ -1,1 +1,1 @@
-"""C++ of our own, compiled on the machine that runs it."""
+"""C++ of our own for CPUs, compiled on the machine that runs it."""

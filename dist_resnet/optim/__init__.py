@@ -1,1 +1,1 @@
-"""Optimizers: the built-in ones, others' by name, their groups and what is saved of them."""
+"""Optimizers: the built-in ones, any other by name, and what is saved of them."""

@@ -18,13 +18,13 @@ from dist_resnet.config.plugins import (
     resolve,
     signature,
     takes_any,
+    within_step,
 )
 from dist_resnet.config.schema import Config, OptimConfig
 from dist_resnet.distributed.flat import FlatModel
 from dist_resnet.optim.groups import parameter_groups
 from dist_resnet.optim.saved import OptimizerState
 from dist_resnet.optim.trial import KEY, refuse_closure, try_out
-from dist_resnet.step.step_errors import within_step
 
 _SETTINGS = tuple(f.name for f in fields(OptimConfig) if f.name not in ("name", "args"))
 

@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and reads back: its folder, checkpoints, summary."""
+"""What a run leaves on disk and reads back: its folder, checkpoints, summary."""

@@ -10,7 +10,7 @@ from dist_resnet.augment import ChoiceDrawer, Normalisation
 from dist_resnet.base import signals
 from dist_resnet.base.generators import replica_seed, set_generators
 from dist_resnet.base.randomness import step_keys, turn_keys
-from dist_resnet.config.plugins import is_plugin
+from dist_resnet.config.plugins import is_plugin, within_step
 from dist_resnet.config.schema import Config
 from dist_resnet.data.stream import Batch
 from dist_resnet.distributed.group import rank, world_size
@@ -25,7 +25,6 @@ from dist_resnet.step.mode import choose_step_mode, forward_function, replicas_a
 from dist_resnet.step.replica_pass import build_pass, torch_pass
 from dist_resnet.step.shadow import Shadow, fits
 from dist_resnet.step.state import TrainState
-from dist_resnet.step.step_errors import within_step
 from dist_resnet.step.update import build_update, update_by_torch
 
 

@@ -1,1 +1,1 @@
-"""Where figures go: the console, metrics.jsonl and W&B, behind one small protocol; rank 0 only."""
+"""Where figures go while a run lasts: the console, metrics.jsonl and W&B; on rank 0 only."""

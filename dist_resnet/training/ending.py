@@ -9,8 +9,8 @@ from dist_resnet.base.errors import (
     Preempted,
     UserError,
     first_line,
+    is_of_memory,
 )
-from dist_resnet.machine.gpu_memory import is_of_memory
 from dist_resnet.runs.folder import RunFolder
 
 

@@ -1,6 +1,6 @@
 """Kill a training at random moments and compare where it ends with the undisturbed run.
 
-    python -m tests.helpers.chaos --data DIR [--dataset cifar10] [--ranks 2] [--dtype fp32] [--kills 6]
+    python -m tests.helpers.chaos --data DIR [--dataset cifar10] [--ranks 2] [--kills 6]
 
 Kills single ranks (torchrun restarts them) and whole jobs (a new start continues), then compares
 weights, optimizer state, metrics and totals bit by bit. Exit 0: all equal.

@@ -18,7 +18,7 @@ import torch
 from dist_resnet.runs.checkpoint import CheckpointStore
 from dist_resnet.step.precision import choose_precision
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BF16 = pytest.param(
     "bf16",
     marks=pytest.mark.skipif(

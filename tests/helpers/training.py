@@ -31,7 +31,7 @@ def small_config(*pairs: str) -> Config:
 
 
 def own_config(name: str, *pairs: str) -> Config:
-    """As `small_config`, with a net of `tests.helpers.nets`, or one that is named module:callable."""
+    """As `small_config`, with a net of `helpers.nets`, or one named module:callable."""
     kept = [pair for pair in SMALL if not pair.startswith("model.")]
     name = name if ":" in name else f"tests.helpers.nets:{name}"
     return load_config([*kept, f"model.name={name}", *pairs])

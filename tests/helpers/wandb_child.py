@@ -57,7 +57,7 @@ if tracker:
     out["close"] = time.monotonic() - before
 print(json.dumps(out), flush=True)
 """
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Child:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-import dist_resnet
 from dist_resnet.base.errors import UserError
+from dist_resnet.base.paths import PACKAGE
 from dist_resnet.config.effects import changes_trajectory
 from dist_resnet.config.load import (
     describe_keys,
@@ -281,7 +281,7 @@ def test_every_key_is_documented() -> None:
 
 def test_the_documentation_of_a_key_is_its_own() -> None:
     # Read with ast here too, but by position in the text: the string on the line after the field.
-    source = Path(dist_resnet.__file__).with_name("schema.py").read_text()
+    source = (PACKAGE / "config" / "schema.py").read_text()
     lines = [*source.splitlines(), ""]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
