@@ -55,7 +55,7 @@ def train(*sources: Config | Mapping[str, Any] | str | Path, **settings: Any) ->
 
     Returns:
         The summary: `val/top1` (share of 1), `gap/top1`, `images_per_second`, `wall_seconds` and so
-        on (README, "The run folder"). Empty on a machine that does not see the run folder.
+        on (docs/usage.md, "The run folder"). Empty on a machine that does not see the run folder.
 
     Raises:
         UserError: configuration, data or environment, in one line.

@@ -1,4 +1,4 @@
-"""How a run can end other than well, and the exit code of each (README, "The run folder")."""
+"""How a run can end other than well, and the exit code of each (docs/usage.md)."""
 
 import sys
 

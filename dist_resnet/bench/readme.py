@@ -1,4 +1,4 @@
-"""Tables from the benchmarks' JSON: python -m dist_resnet.bench.readme README.md
+"""Tables from the benchmarks' JSON: python -m dist_resnet.bench.readme PAGE.md
 
 Between `<!-- bench FILE: TABLE -->` and `<!-- end -->` stands the table of that name in FILE, whose
 path starts beside the README; above it, where and how it was measured.

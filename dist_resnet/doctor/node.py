@@ -30,7 +30,7 @@ from dist_resnet.training.session import choose_threads
 
 MIB = 1 << 20
 OLDEST_TORCH = (2, 6)
-"""As in pyproject.toml. What was run with which torch: README, "Versions"."""
+"""As in pyproject.toml. What was run with which torch: docs/usage.md, "Versions"."""
 _SAFE_TORCH = (2, 10)
 _BUILTIN = ("cifar10", "cifar100", "digits")
 _PREPARE = "python -m dist_resnet.data.prepare"

@@ -1,5 +1,6 @@
 """The state of a run at a step: a checkpoint is exactly this, and the step its only position."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,14 @@ class Snapshot:
     def evaluated(self) -> dict[str, Tensor]:
         """What training evaluated: the moving average where one was kept."""
         return self.model if self.ema is None else self.ema
+
+    def weights_sha256(self) -> str:
+        """SHA-256 over names, types, shapes and bits of `model`: equal for equal weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
 
 @dataclass

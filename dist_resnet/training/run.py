@@ -228,6 +228,7 @@ def _facts(trainer: Trainer, session: Session) -> dict[str, Any]:
     plan, world = trainer.plan, session.world
     return {
         "stopped_early": not plan.finished(trainer.state.step),
+        "weights_sha256": trainer.state.snapshot().weights_sha256(),
         "eval_set": session.eval_set,
         "images_per_second": trainer.watch.images_per_second(plan.global_batch_size),
         "wall_seconds": trainer.watch.seconds(),

@@ -1,4 +1,4 @@
-"""The fault table of the README, a test for each row that needs a whole training."""
+"""The fault table of docs/faults.md, a test for each row that needs a whole training."""
 
 import json
 import os

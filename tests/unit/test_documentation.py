@@ -217,4 +217,4 @@ def test_what_is_not_so_is_found(text: str, found: str) -> None:
 
 def test_what_is_so_is_not() -> None:
     assert problems("```\npython -m dist_resnet.train optim.lr=0.1 --help  # a\n```", ROOT) == []
-    assert problems("[a](README.md#data) `make test SLOW=1` `step.py`", ROOT) == []
+    assert problems("[a](README.md#speed) `make test SLOW=1` `step.py`", ROOT) == []
