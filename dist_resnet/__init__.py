@@ -18,6 +18,6 @@ def __getattr__(name: str) -> Any:
     if name in ("train", "evaluate"):  # modules of the commands, which can be called
         return importlib.import_module(f"dist_resnet.{name}")
     if name in __all__:
-        module = "schema" if name == "Config" else "trained"
+        module = "config.schema" if name == "Config" else "runs.trained"
         return getattr(importlib.import_module(f"dist_resnet.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,7 +20,7 @@ from dist_resnet.step.train_step import TrainStep
 from dist_resnet.tracking.tracker import NullTracker
 from dist_resnet.training.evaluation import Evaluator
 from dist_resnet.training.loop import Trainer
-from dist_resnet.training.recording import Recording, open_recording
+from dist_resnet.training.outputs import Outputs, open_outputs
 from dist_resnet.training.session import Session, open_session, with_replicas
 from dist_resnet.training.stopwatch import Stopwatch
 
@@ -48,9 +48,9 @@ def train(config: Config, world: World, gate: Gate, steps: int, from_memory: boo
     batches = open_batches(session, plan)
     if isinstance(step, MemoryFedStep):
         batches = repeat(kept_batches(step, batches))
-    with _recording(config, session, plan, from_memory) as recording:
+    with _outputs(config, session, plan, from_memory) as outputs:
         try:
-            fit_on(step, plan, world, lambda: next(batches), steps, gate, recording)
+            fit_on(step, plan, world, lambda: next(batches), steps, gate, outputs)
         finally:
             batches.close()
 
@@ -62,25 +62,25 @@ def fit_on(
     draw: Callable[[], Batch],
     steps: int,
     gate: Gate,
-    recording: Recording | None = None,
+    outputs: Outputs | None = None,
 ) -> None:
     """The real loop on what `draw` gives.
 
     Raises:
         Finished: the gate has closed.
     """
-    recording = recording or Recording(NullTracker(), None)
+    outputs = outputs or Outputs(NullTracker(), None)
     Trainer(
         config=step.config,
         plan=plan,
         state=step.state,
-        train_step=as_configured(step, recording.tracker.message),
+        train_step=as_configured(step, outputs.tracker.message),
         batches=_timed(draw, steps, gate),
         evaluate=cast(Evaluator, None),  # `quiet` asks for no evaluation
         classes=(),
-        tracker=recording.tracker,
+        tracker=outputs.tracker,
         watch=Stopwatch(0.0, world.device),
-        keeper=recording.keeper,
+        writer=outputs.writer,
     ).fit()
 
 
@@ -151,18 +151,16 @@ def _timed(draw: Callable[[], Batch], steps: int, gate: Gate) -> Generator[Batch
 
 
 @contextmanager
-def _recording(config: Config, session: Session, plan: Plan, silent: bool) -> Iterator[Recording]:
+def _outputs(config: Config, session: Session, plan: Plan, silent: bool) -> Iterator[Outputs]:
     """Everything that records, in a folder that is removed afterwards."""
     if silent:
-        yield Recording(NullTracker(), None)
+        yield Outputs(NullTracker(), None)
         return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         folder = RunFolder(Path(from_main(place)) / "bench")
         on_main(folder.open)
-        recording = open_recording(
-            config, session, plan, 0, folder, None, {"code": {}, "init": None}
-        )
+        outputs = open_outputs(config, session, plan, 0, folder, None, {"code": {}, "init": None})
         try:
-            yield recording
+            yield outputs
         finally:
-            recording.close(0, "done", 0, "", {})
+            outputs.close(0, "done", 0, "", {})

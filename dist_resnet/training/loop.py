@@ -1,67 +1,24 @@
 """The training loop: what happens at which step."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
 
 from dist_resnet.base import signals, watchdog
-from dist_resnet.base.errors import Diverged, Preempted, UserError
+from dist_resnet.base.errors import Diverged, Preempted
 from dist_resnet.config.plan import Plan
 from dist_resnet.config.schema import Config
 from dist_resnet.data.stream import Batch
 from dist_resnet.distributed.group import on_main
-from dist_resnet.runs.checkpoint import Checkpoint, CheckpointStore
-from dist_resnet.runs.diagnosis import LOW_RATE, decline_threshold
-from dist_resnet.runs.folder import RunFolder
 from dist_resnet.step.captured import CapturedStep
-from dist_resnet.step.state import Snapshot, TrainState
+from dist_resnet.step.state import TrainState
 from dist_resnet.step.totals import Totals
 from dist_resnet.step.train_step import TrainStep
 from dist_resnet.tracking.tracker import Tracker
-from dist_resnet.tracking.wandb_writer import WandbTracker
+from dist_resnet.training.early_stop import declines
 from dist_resnet.training.evaluation import Evaluation, Evaluator
 from dist_resnet.training.gallery import Gallery
+from dist_resnet.training.outputs import RunWriter
 from dist_resnet.training.stopwatch import Stopwatch
-
-
-@dataclass
-class Keeper:
-    """Rank 0's pen: checkpoints and status.json."""
-
-    folder: RunFolder
-    store: CheckpointStore
-    checkpoint: Callable[[Snapshot, float, Any], Checkpoint]
-    """Of a state, the seconds of training and W&B's position."""
-    tracker: Tracker
-    wandb: WandbTracker | None
-
-    def heartbeat(self, step: int) -> None:
-        """Show launchers that the run lives, and pass on the dashboard's stop button."""
-        self.folder.set_status("running", step)
-        if self.wandb is not None and self.wandb.stop_requested():
-            signals.request()
-
-    def save(self, state: TrainState, seconds: float, best: bool, must: bool) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            UserError: it cannot be written though it `must`; else that is told, and we go on.
-        """
-        position = self.wandb and self.wandb.position()
-        content = self.checkpoint(state.snapshot(), seconds, position)
-        try:
-            self.store.save(content, best)
-        except OSError as error:
-            last = self.store.newest_path() or "none"
-            line = (
-                f"no checkpoint at step {state.step}: {error.strerror} ({self.store.folder});"
-                f" the last one: {last}"
-            )
-            if must:
-                raise UserError(f"{line}; make room, then start again to continue") from None
-            self.tracker.message(f"warning: {line}; training goes on")
-        else:
-            self.heartbeat(state.step)
 
 
 @dataclass
@@ -77,7 +34,7 @@ class Trainer:
     classes: tuple[str, ...]
     tracker: Tracker
     watch: Stopwatch
-    keeper: Keeper | None
+    writer: RunWriter | None
     """Writes checkpoints and the status; None on all ranks but the first."""
     gallery: Gallery | None = None
     """Shows pictures; None where W&B is off."""
@@ -87,66 +44,53 @@ class Trainer:
     def fit(self) -> None:
         """Train from `state.step` to the last step.
 
+        What is due after a step has this order: a checkpoint holds all that was logged.
+
         Raises:
             Diverged: loss or gradient not finite; on all ranks at the same step.
             Preempted: a rank was asked to stop; the state is saved. On all ranks at the same step.
             UserError: the last checkpoint cannot be written.
         """
+        plan, state = self.plan, self.state
         self.watch.start_window()
-        while not self.plan.finished(self.state.step) and not self._stopped_early():
-            with self.watch.waiting_for_data():
-                batch = next(self.batches)
-            if self.gallery is not None:
-                self.gallery.batch(self.state.step, batch)
-            self.train_step(batch)
-            # From the first step's end on: that step may compile for minutes.
-            watchdog.rearm(self.config.parallel.timeout_seconds)
-            self._at_border(self.state.step)
+        while not plan.finished(state.step) and not self._stopped_early():
+            self._train_on_next_batch()
+            done, improved = state.step, False
+            last = plan.finished(done)
+            if last or done % self.config.log.every_steps == 0:
+                self._log(done)
+            if last or plan.ends_epoch(done, 1):
+                improved = self._end_epoch(done)
+                last = self._end_early(done) or last
+            stop = not last and self._stop_requested(done)
+            if last or stop or improved or self._saves_at(done):
+                self._save(done, improved, must=last or stop)
+            if stop:
+                reason = signals.received_name() or "a signal to another rank"
+                raise Preempted(
+                    f"stopped by {reason} at step {done}, saved; start again to continue"
+                )
 
-    def _at_border(self, done: int) -> None:
-        """What is due after `done` steps, in this order: a checkpoint holds all that was logged."""
-        at_end, self.state.stopped_early = self.plan.finished(done), False
-        improved = False
-        if at_end or done % self.config.log.every_steps == 0:
-            self._log(done)
-        if at_end or self.plan.ends_epoch(done, 1):
-            improved = self._end_epoch(done)
-            if not at_end and self._declines(done):
-                self._end_early(done)
-                at_end = True
-        stop = not at_end and self._stop_requested(done)
-        if at_end or stop:
-            self._check_finite(done)
-            on_main(lambda: self._save(improved, must=True))
-        elif improved or self._saves_at(done):
-            self._check_finite(done)
-            self._save(improved)
-        if stop:
-            reason = signals.received_name() or "a signal to another rank"
-            raise Preempted(f"stopped by {reason} at step {done}, saved; start again to continue")
+    def _train_on_next_batch(self) -> None:
+        with self.watch.waiting_for_data():
+            batch = next(self.batches)
+        if self.gallery is not None:
+            self.gallery.batch(self.state.step, batch)
+        self.train_step(batch)
+        self.state.stopped_early = False
+        # From the first step's end on: that step may compile for minutes.
+        watchdog.rearm(self.config.parallel.timeout_seconds)
 
     def _stopped_early(self) -> bool:
         return self.state.stopped_early and self.config.train.early_stop
 
-    def _declines(self, done: int) -> bool:
-        """Whether train.early_stop finds accuracy fallen clearly from its best at a low rate.
-
-        A warm-up's low rates do not count; once past its peak no schedule rises again.
-        The diagnosis finds the same afterwards: `diagnosis.RULES`.
-        """
-        row, state, rates = self.last_evaluation, self.state, self.train_step.rates
-        if row is None or row["step"] != done:
+    def _end_early(self, done: int) -> bool:
+        """Whether train.early_stop ends the run here; then what is due at its end is logged."""
+        row, rates = self.last_evaluation, self.train_step.rates
+        if row is None or row["step"] != done or self.plan.finished(done):
             return False
-        peak = max(rates)
-        if done <= rates.index(peak) or rates[done - 1] >= LOW_RATE * peak:
+        if not (declines(row, self.state, rates) and self.config.train.early_stop):
             return False
-        value = row["val/top1"]
-        best = state.best_at_low_rate = max(state.best_at_low_rate, value)
-        threshold = decline_threshold(value, int(row["val/images"]))
-        return self.config.train.early_stop and best - value >= threshold
-
-    def _end_early(self, done: int) -> None:
-        """Log and show what is due at the end of a run."""
         self.state.stopped_early = True
         self.tracker.message(
             f"train.early_stop: val/top1 has fallen clearly, from {self.state.best_at_low_rate:.4f}"
@@ -157,6 +101,7 @@ class Trainer:
         if self.gallery is not None:
             with self.watch.pause(), self.state.evaluated_weights():
                 self._evaluate(done, at_end=True)
+        return True
 
     def _saves_at(self, done: int) -> bool:
         cadence = self.config.checkpoint
@@ -185,8 +130,8 @@ class Trainer:
             "train/grad_norm": means.grad_norm,
         }
         self.tracker.log(row | self.watch.end_window(self.plan.global_batch_size))
-        if self.keeper is not None:
-            self.keeper.heartbeat(done)
+        if self.writer is not None:
+            self.writer.heartbeat(done)
 
     def _end_epoch(self, done: int) -> bool:
         """Evaluate if due; whether the result is the best so far."""
@@ -226,14 +171,20 @@ class Trainer:
         bad = self.state.totals.bad_step()
         if bad is None:
             return
-        last = self.keeper and self.keeper.store.newest_path()
+        last = self.writer and self.writer.store.newest_path()
         raise Diverged(
             f"diverged: loss or gradient not finite at step {bad + 1} (seen at step {done});"
             f" last good checkpoint: {last or 'none'}; try a lower optim.lr,"
             " schedule.warmup_epochs=5 or precision.dtype=fp32"
         )
 
-    def _save(self, best: bool, must: bool = False) -> None:
-        if self.keeper is not None:
-            with self.watch.pause():
-                self.keeper.save(self.state, self.watch.seconds(), best, must)
+    def _save(self, done: int, best: bool, must: bool) -> None:
+        """Write a checkpoint on rank 0; where it `must` be, all ranks learn whether it was."""
+        self._check_finite(done)
+
+        def write() -> None:
+            if self.writer is not None:
+                with self.watch.pause():
+                    self.writer.save(self.state, self.watch.seconds(), best, must)
+
+        on_main(write) if must else write()

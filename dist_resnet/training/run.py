@@ -39,7 +39,7 @@ from dist_resnet.training.evaluation import Evaluator
 from dist_resnet.training.gallery import Gallery
 from dist_resnet.training.introduction import conclusion, introduction
 from dist_resnet.training.loop import Trainer
-from dist_resnet.training.recording import Recording, open_recording
+from dist_resnet.training.outputs import Outputs, open_outputs
 from dist_resnet.training.session import Session, open_session, settle
 from dist_resnet.training.starting import begin
 from dist_resnet.training.stopwatch import Stopwatch
@@ -121,11 +121,11 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
             say(line)
     on_main(lambda: take_back(config, folder, step))
     origin = {"code": code, "init": init}
-    recording = together(
-        lambda: open_recording(config, session, plan, state.step, folder, saved, origin)
+    outputs = together(
+        lambda: open_outputs(config, session, plan, state.step, folder, saved, origin)
     )
-    trainer = _trainer(config, session, plan, state, recording, saved, teachers)
-    _fit_and_close(trainer, session, folder, recording, code)
+    trainer = _trainer(config, session, plan, state, outputs, saved, teachers)
+    _fit_and_close(trainer, session, folder, outputs, code)
 
 
 def _trainer(
@@ -133,7 +133,7 @@ def _trainer(
     session: Session,
     plan: Plan,
     state: TrainState,
-    recording: Recording,
+    outputs: Outputs,
     saved: Checkpoint | None,
     teachers: list[FoundTeacher],
 ) -> Trainer:
@@ -162,7 +162,7 @@ def _trainer(
         together(lambda: build_distillation(teachers, session, session.normalisation())),
         together(session.class_weights),
     )
-    wandb = recording.keeper.wandb if recording.keeper is not None else None
+    wandb = outputs.writer.wandb if outputs.writer is not None else None
     every = config.wandb.media_every_epochs
     # Rank 0 alone knows whether W&B has started, and finding mistakes takes all ranks.
     pictures = from_main(wandb is not None) and every > 0
@@ -170,13 +170,13 @@ def _trainer(
         config=config,
         plan=plan,
         state=state,
-        train_step=as_configured(step, recording.tracker.message),
+        train_step=as_configured(step, outputs.tracker.message),
         batches=batches,
         evaluate=evaluator,
         classes=data.classes,
-        tracker=recording.tracker,
+        tracker=outputs.tracker,
         watch=Stopwatch(saved.seconds if saved else 0.0, world.device),
-        keeper=recording.keeper,
+        writer=outputs.writer,
         gallery=Gallery(config, data, every, wandb) if pictures else None,
     )
 
@@ -185,7 +185,7 @@ def _fit_and_close(
     trainer: Trainer,
     session: Session,
     folder: RunFolder,
-    recording: Recording,
+    outputs: Outputs,
     sources: dict[str, str],
 ) -> None:
     state, world = trainer.state, session.world
@@ -198,9 +198,9 @@ def _fit_and_close(
         code = exit_code(error)
         if isinstance(error, Preempted):
             # All ranks are here. Those that left before rank 0 has closed would end it early.
-            on_main(lambda: recording.close(code, status, state.step, reason, {}))
+            on_main(lambda: outputs.close(code, status, state.step, reason, {}))
         else:
-            recording.close(code, status, state.step, reason, {})
+            outputs.close(code, status, state.step, reason, {})
         raise
     finally:
         trainer.batches.close()
@@ -216,7 +216,7 @@ def _fit_and_close(
             folder.write_json("summary.json", summary)
         except OSError as error:
             raise UserError(f"{folder.path}: no summary.json: {error.strerror}") from None
-        recording.close(EXIT_DONE, "done", state.step, "", summary)
+        outputs.close(EXIT_DONE, "done", state.step, "", summary)
         for line in conclusion(summary, session, folder):
             say(line)
 

@@ -66,15 +66,15 @@ def test_two_trainings_in_one_process_are_those_of_two(
 def test_ctrl_c_saves_and_the_same_call_goes_on(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_border = Trainer._at_border
+    train = Trainer._train_on_next_batch
 
-    def interrupted(self: Trainer, done: int) -> None:
-        if done == 3:
+    def interrupted(self: Trainer) -> None:
+        train(self)
+        if self.state.step == 3:
             signal.raise_signal(signal.SIGINT)
-        at_border(self, done)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_at_border", interrupted)
+        patch.setattr(Trainer, "_train_on_next_batch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             dist_resnet.train(settings)
     status = json.loads((tmp_path / "job" / "status.json").read_text())

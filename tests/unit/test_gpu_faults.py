@@ -61,10 +61,10 @@ def test_the_graph_is_given_up_before_the_process_group(
     )  # fmt: skip
     world = World(0, 1, 0, 1, CPU)
     session = SimpleNamespace(world=world)
-    recording = SimpleNamespace(close=lambda *a: None)
+    outputs = SimpleNamespace(close=lambda *a: None)
 
     def run_in(config: Any, named: Any, world: World, folder: Any) -> None:
-        run._fit_and_close(trainer, session, folder, recording, {})  # type: ignore[arg-type]
+        run._fit_and_close(trainer, session, folder, outputs, {})  # type: ignore[arg-type]
 
     stubs = {
         "start": lambda *a: world, "stop": lambda orderly: calls.append(f"stop {orderly}"),

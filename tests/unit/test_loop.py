@@ -52,7 +52,7 @@ def _fitted(correct: list[int], *pairs: str, images: int = 10_000) -> tuple[Trai
     trainer = Trainer(
         config=config, plan=plan, state=step.state, train_step=step, batches=batches(),  # type: ignore[arg-type]
         evaluate=lambda model: _evaluation(next(script), images),  # type: ignore[arg-type]
-        classes=tuple("abcde"), tracker=watcher, watch=Stopwatch(0.0, CPU), keeper=None,  # type: ignore[arg-type]
+        classes=tuple("abcde"), tracker=watcher, watch=Stopwatch(0.0, CPU), writer=None,  # type: ignore[arg-type]
     )  # fmt: skip
     trainer.fit()
     return trainer, watcher
@@ -110,8 +110,8 @@ def test_the_diagnosis_finds_the_decline_that_ended_a_run() -> None:
 
 def test_a_run_continued_beyond_its_early_end_forgets_it() -> None:
     trainer, _ = _fitted(DECLINE, "train.early_stop=true", "log.every_steps=4")
-    trainer.train_step(batch_of(14, 1))
-    trainer._at_border(trainer.state.step)
+    trainer.batches = (batch for batch in [batch_of(14, 1)])
+    trainer._train_on_next_batch()
     assert trainer.state.step == 15
     assert not trainer.state.stopped_early
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dist_resnet.base import signals
 from dist_resnet.base.errors import EXIT_DIVERGED, UserError
 from dist_resnet.config.code import run_hash
 from dist_resnet.config.load import to_dict, to_yaml
@@ -14,35 +15,74 @@ from dist_resnet.data.dataset import DESCRIPTION, Dataset
 from dist_resnet.machine.environment import git_commit, machine, versions
 from dist_resnet.runs.checkpoint import Checkpoint, CheckpointStore
 from dist_resnet.runs.folder import RunFolder
-from dist_resnet.step.state import Snapshot
+from dist_resnet.step.state import Snapshot, TrainState
 from dist_resnet.tracking.console import Console
 from dist_resnet.tracking.jsonl import MetricsFile, rewind
 from dist_resnet.tracking.tracker import Artifact, NullTracker, Tracker, Trackers
 from dist_resnet.tracking.wandb_notices import Alerts, Artifacts
 from dist_resnet.tracking.wandb_run import WandbTracker, start_wandb
-from dist_resnet.training.loop import Keeper
 from dist_resnet.training.session import Session
 
 
 @dataclass
-class Recording:
+class RunWriter:
+    """Writes a run's checkpoints and status.json; on rank 0 only."""
+
+    folder: RunFolder
+    store: CheckpointStore
+    checkpoint: Callable[[Snapshot, float, Any], Checkpoint]
+    """Of a state, the seconds of training and W&B's position."""
+    tracker: Tracker
+    wandb: WandbTracker | None
+
+    def heartbeat(self, step: int) -> None:
+        """Show launchers that the run lives, and pass on the dashboard's stop button."""
+        self.folder.set_status("running", step)
+        if self.wandb is not None and self.wandb.stop_requested():
+            signals.request()
+
+    def save(self, state: TrainState, seconds: float, best: bool, must: bool) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            UserError: it cannot be written though it `must`; else that is told, and we go on.
+        """
+        position = self.wandb and self.wandb.position()
+        content = self.checkpoint(state.snapshot(), seconds, position)
+        try:
+            self.store.save(content, best)
+        except OSError as error:
+            last = self.store.newest_path() or "none"
+            line = (
+                f"no checkpoint at step {state.step}: {error.strerror} ({self.store.folder});"
+                f" the last one: {last}"
+            )
+            if must:
+                raise UserError(f"{line}; make room, then start again to continue") from None
+            self.tracker.message(f"warning: {line}; training goes on")
+        else:
+            self.heartbeat(state.step)
+
+
+@dataclass
+class Outputs:
     """Where this rank's figures go; all but the first rank have the null tracker only."""
 
     tracker: Tracker
-    keeper: Keeper | None
+    writer: RunWriter | None
 
     def close(
         self, code: int, status: str, step: int, reason: str, summary: dict[str, Any]
     ) -> None:
         """Leave the status that launchers read first: what follows may take seconds."""
-        if self.keeper is not None:
-            self.keeper.folder.set_status(status, step, reason, code)
+        if self.writer is not None:
+            self.writer.folder.set_status(status, step, reason, code)
         # Of other ends not: an error's text may hold what must not leave this machine.
         told = {"reason": reason} if code == EXIT_DIVERGED else {}
         self.tracker.close(code, summary | told)
 
 
-def open_recording(
+def open_outputs(
     config: Config,
     session: Session,
     plan: Plan,
@@ -50,7 +90,7 @@ def open_recording(
     folder: RunFolder,
     saved: Checkpoint | None,
     origin: dict[str, Any],
-) -> Recording:
+) -> Outputs:
     """Bring the run folder's files to `step` and open everything that records, on rank 0 only.
 
     Args:
@@ -60,7 +100,7 @@ def open_recording(
         UserError: the folder cannot be written.
     """
     if not session.world.is_main:
-        return Recording(NullTracker(), None)
+        return Outputs(NullTracker(), None)
     known, forks = (saved.wandb_id, saved.forks) if saved is not None else (None, [])
     derived = plan.as_dict() | ({"forks": forks} if forks else {}) | origin
     derived["hash"] = run_hash(config, origin["code"])
@@ -97,9 +137,9 @@ def open_recording(
     tracker = Trackers(parts, console.message)
     wandb_id = run_id if wandb is None else wandb.run_id
     header = {"forks": forks, "wandb_id": wandb_id, **_header(config, session), **place, **origin}
-    keeper = Keeper(folder, store, _checkpoints(header), tracker, wandb)
-    keeper.heartbeat(step)
-    return Recording(tracker, keeper)
+    writer = RunWriter(folder, store, _checkpoints(header), tracker, wandb)
+    writer.heartbeat(step)
+    return Outputs(tracker, writer)
 
 
 def _checkpoints(header: dict[str, Any]) -> Callable[[Snapshot, float, Any], Checkpoint]:
