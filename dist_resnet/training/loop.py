@@ -8,7 +8,7 @@ from dist_resnet.base.errors import Diverged, Preempted
 from dist_resnet.config.plan import Plan
 from dist_resnet.config.schema import Config
 from dist_resnet.data.stream import Batch
-from dist_resnet.distributed.group import on_main
+from dist_resnet.distributed.group import on_rank_zero
 from dist_resnet.step.captured import CapturedStep
 from dist_resnet.step.state import TrainState
 from dist_resnet.step.totals import Totals
@@ -187,4 +187,4 @@ class Trainer:
                 with self.watch.pause():
                     self.writer.save(self.state, self.watch.seconds(), best, must)
 
-        on_main(write) if must else write()
+        on_rank_zero(write) if must else write()

@@ -201,7 +201,7 @@ def test_all_ranks_go_without_a_graph_if_one_cannot_capture(
     captures: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr(captured, "from_all", lambda own: [own, "not enough memory"])
+    monkeypatch.setattr(captured, "gather_objects", lambda own: [own, "not enough memory"])
     plain = train_step(small_config(), 1)
     graphed = CapturedStep(train_step(small_config(), 1), told.append)
     for number in range(STEPS):
