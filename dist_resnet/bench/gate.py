@@ -46,11 +46,11 @@ class RankGate:
 
     def __call__(self, **facts: Any) -> bool:
         """As `Gate`; waits for the device first."""
-        from dist_resnet.distributed.group import from_main
+        from dist_resnet.distributed.group import broadcast_object
 
         self._synchronise()
         self.tell("done", facts)
-        return from_main(self._is_main and self._listen()) is True
+        return broadcast_object(self._is_main and self._listen()) is True
 
     def tell(self, word: str, content: Any) -> None:
         """One line to the process that measures."""

@@ -12,7 +12,7 @@ from dist_resnet.bench.gate import Finished, Gate
 from dist_resnet.config.plan import Plan, make_plan, rates
 from dist_resnet.config.schema import Config
 from dist_resnet.data.stream import Batch, open_loader, training_batches
-from dist_resnet.distributed.group import World, from_main, on_main
+from dist_resnet.distributed.group import World, broadcast_object, on_rank_zero
 from dist_resnet.runs.folder import RunFolder
 from dist_resnet.step.captured import as_configured
 from dist_resnet.step.state import build_state
@@ -157,8 +157,8 @@ def _recording(config: Config, session: Session, plan: Plan, silent: bool) -> It
         yield Recording(NullTracker(), None)
         return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
-        folder = RunFolder(Path(from_main(place)) / "bench")
-        on_main(folder.open)
+        folder = RunFolder(Path(broadcast_object(place)) / "bench")
+        on_rank_zero(folder.open)
         recording = open_recording(
             config, session, plan, 0, folder, None, {"code": {}, "init": None}
         )

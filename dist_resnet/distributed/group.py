@@ -140,7 +140,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     return gathered
 
 
-def together(action: Callable[[], T]) -> T:
+def on_every_rank(action: Callable[[], T]) -> T:
     """Run `action` on every rank; a UserError on any of them becomes a UserError on all.
 
     Without this the others would wait for the failed rank until the time limit.
@@ -157,7 +157,7 @@ def together(action: Callable[[], T]) -> T:
     return result[0]
 
 
-def on_main(action: Callable[[], None]) -> None:
+def on_rank_zero(action: Callable[[], None]) -> None:
     """Run `action` on rank 0 while the others wait; a UserError there becomes one on all."""
     message = _attempt(action)[1] if environment_rank() == 0 else None
     if dist.is_initialized():
@@ -169,7 +169,7 @@ def on_main(action: Callable[[], None]) -> None:
         raise UserError(message)
 
 
-def from_main(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """Rank 0's `value`, on all ranks. A trusted job network only: it is pickled."""
     if not dist.is_initialized():
         return value
@@ -179,7 +179,7 @@ def from_main(value: T) -> T:
     return box[0]
 
 
-def from_all(value: T) -> list[T]:
+def gather_objects(value: T) -> list[T]:
     """Every rank's `value`, by rank, on all ranks. A trusted job network only: it is pickled."""
     if not dist.is_initialized():
         return [value]

@@ -12,7 +12,7 @@ from dist_resnet.base.launcher import environment_int, environment_rank
 from dist_resnet.distributed.group import (
     all_reduce_sum,
     collective,
-    from_all,
+    gather_objects,
     step_timeout,
     world_size,
 )
@@ -36,7 +36,7 @@ def build_sum(count: int, dtype: torch.dtype, device: torch.device) -> Callable[
     if ranks == 1 or device.type != "cpu" or environment_int("LOCAL_WORLD_SIZE", 0) != ranks:
         return all_reduce_sum
     memory = _or_none(lambda: shared_memory(count, dtype, ranks)) if rank == 0 else None
-    members = from_all((os.getpid(), memory))
+    members = gather_objects((os.getpid(), memory))
     processes, (_, first_memory) = [process for process, _ in members], members[0]
     if first_memory is None:
         return all_reduce_sum
@@ -45,7 +45,7 @@ def build_sum(count: int, dtype: torch.dtype, device: torch.device) -> Callable[
     shared_sum = _or_none(
         lambda: SharedSum(path, name, count, dtype, rank, processes, step_timeout())
     )
-    everywhere = all(from_all(shared_sum is not None))
+    everywhere = all(gather_objects(shared_sum is not None))
     if rank == 0:
         os.close(descriptor)
     if shared_sum is None or not everywhere:

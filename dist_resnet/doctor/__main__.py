@@ -14,7 +14,7 @@ from dist_resnet.base.cli import run_command
 from dist_resnet.base.errors import EXIT_DONE, EXIT_USER
 from dist_resnet.base.launcher import environment_int, environment_world_size
 from dist_resnet.config.load import load_config
-from dist_resnet.distributed.group import from_all, start, stop
+from dist_resnet.distributed.group import gather_objects, start, stop
 from dist_resnet.doctor import Finding, show
 from dist_resnet.doctor.network import network_findings
 from dist_resnet.doctor.node import node_findings
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         if world.is_main:
             good &= show(findings, several)
         # The others wait: torchrun would end rank 0 in the middle of its lines.
-        return _verdict(EXIT_DONE if all(from_all(good)) else EXIT_USER)
+        return _verdict(EXIT_DONE if all(gather_objects(good)) else EXIT_USER)
     finally:
         stop()
 

@@ -13,7 +13,7 @@ from dist_resnet.base.errors import UserError
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.schema import Config
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.distributed.group import World, all_reduce_sum, from_all, gather_rows
+from dist_resnet.distributed.group import World, all_reduce_sum, gather_objects, gather_rows
 from dist_resnet.doctor import Finding, examine
 from dist_resnet.machine.environment import git_commit, versions
 
@@ -37,7 +37,7 @@ class Facts:
 
 def network_findings(config: Config, world: World) -> list[Finding]:
     """Examine the processes together; to be called by all of them, who get the same findings."""
-    facts = from_all(_facts(config, world))
+    facts = gather_objects(_facts(config, world))
     return [
         _world_finding(world, facts),
         *all_reduce_findings(world),

@@ -8,7 +8,7 @@ from dist_resnet.base.launcher import job_id, restart_count
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.load import flatten, trajectory_hash
 from dist_resnet.config.schema import Config
-from dist_resnet.distributed.group import from_main, on_main
+from dist_resnet.distributed.group import broadcast_object, on_rank_zero
 from dist_resnet.machine.environment import differences
 from dist_resnet.runs.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from dist_resnet.runs.folder import RunFolder
@@ -85,11 +85,11 @@ def find_checkpoint(config: Config, folder: RunFolder) -> Checkpoint | None:
                 content = replace(content, wandb_id=None, wandb_position=None)
             found.append(content)
 
-    on_main(choose)
-    return from_main(found[0] if found else None)
+    on_rank_zero(choose)
+    return broadcast_object(found[0] if found else None)
 
 
-def take_back(config: Config, folder: RunFolder, step: int) -> None:
+def take_over(config: Config, folder: RunFolder, step: int) -> None:
     """Make the folder this job's own: clear it where that was asked for, and set checkpoints of
     later steps aside. On rank 0 only.
 

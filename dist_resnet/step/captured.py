@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dist_resnet.data.stream import Batch
-from dist_resnet.distributed.group import from_all
+from dist_resnet.distributed.group import gather_objects
 from dist_resnet.step.cuda_graph import Graph, capture, warm_up
 from dist_resnet.step.state import TrainState
 from dist_resnet.step.train_step import TrainStep
@@ -110,7 +110,7 @@ class CapturedStep:
         self._step.set_generators(0)
         self._graph.replay()
         wrong = self._differs(expected)
-        if not any(from_all(wrong is not None)):
+        if not any(gather_objects(wrong is not None)):
             if self._calls == WARM_UP_STEPS + CHECKED_STEPS:
                 self._run = self._graph.replay
             return
@@ -158,7 +158,7 @@ class CapturedStep:
             self._graph = capture(self._launch)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
-        reasons = [text for text in from_all(reason) if text]
+        reasons = [text for text in gather_objects(reason) if text]
         if not reasons:
             return True
         self.close()

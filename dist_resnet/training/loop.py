@@ -9,7 +9,7 @@ from dist_resnet.base.errors import Diverged, Preempted, UserError
 from dist_resnet.config.plan import Plan
 from dist_resnet.config.schema import Config
 from dist_resnet.data.stream import Batch
-from dist_resnet.distributed.group import on_main
+from dist_resnet.distributed.group import on_rank_zero
 from dist_resnet.runs.checkpoint import Checkpoint, CheckpointStore
 from dist_resnet.runs.diagnosis import LOW_RATE, decline_threshold
 from dist_resnet.runs.folder import RunFolder
@@ -117,7 +117,7 @@ class Trainer:
         stop = not at_end and self._stop_requested(done)
         if at_end or stop:
             self._check_finite(done)
-            on_main(lambda: self._save(improved, must=True))
+            on_rank_zero(lambda: self._save(improved, must=True))
         elif improved or self._saves_at(done):
             self._check_finite(done)
             self._save(improved)

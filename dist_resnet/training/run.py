@@ -15,7 +15,14 @@ from dist_resnet.config.plan import Plan, check_statistics, make_plan, rates
 from dist_resnet.config.plugins import resolve
 from dist_resnet.config.schema import Config
 from dist_resnet.data.stream import Loader, open_loader, training_batches
-from dist_resnet.distributed.group import World, from_main, on_main, start, stop, together
+from dist_resnet.distributed.group import (
+    World,
+    broadcast_object,
+    on_every_rank,
+    on_rank_zero,
+    start,
+    stop,
+)
 from dist_resnet.machine.environment import git_commit, hardware, machine, versions
 from dist_resnet.machine.gpu_memory import explaining_memory
 from dist_resnet.runs.checkpoint import Checkpoint
@@ -27,7 +34,7 @@ from dist_resnet.runs.resume import (
     open_folder,
     other_rounding,
     run_name,
-    take_back,
+    take_over,
 )
 from dist_resnet.runs.summary import last_evaluation, summarise
 from dist_resnet.step.captured import as_configured
@@ -40,7 +47,7 @@ from dist_resnet.training.gallery import Gallery
 from dist_resnet.training.introduction import conclusion, introduction
 from dist_resnet.training.loop import Trainer
 from dist_resnet.training.recording import Recording, open_recording
-from dist_resnet.training.session import Session, open_session, settle
+from dist_resnet.training.session import Session, open_session, resolve_auto
 from dist_resnet.training.starting import begin
 from dist_resnet.training.stopwatch import Stopwatch
 from dist_resnet.training.teachers import FoundTeacher, build_distillation, find_teachers
@@ -63,7 +70,7 @@ def run(config: Config, named: Collection[str] = ()) -> Path:
     orderly = False
     folder = RunFolder(user_path(config.run.dir) / run_name(config))
     try:
-        on_main(lambda: open_folder(config, folder))
+        on_rank_zero(lambda: open_folder(config, folder))
         try:
             _run_in(config, named, world, folder)
         except BaseException as error:
@@ -82,15 +89,15 @@ def run(config: Config, named: Collection[str] = ()) -> Path:
 @explaining_memory
 def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFolder) -> None:
     saved = find_checkpoint(wanted, folder)
-    config = together(lambda: settle(wanted, world, saved))
-    ours, theirs = to_dict(config), from_main(to_dict(config))
-    together(lambda: check_same_configuration(ours, theirs))
-    together(lambda: [resolve(*named) for named in plugins_of(config)])  # before any download
+    config = on_every_rank(lambda: resolve_auto(wanted, world, saved))
+    ours, theirs = to_dict(config), broadcast_object(to_dict(config))
+    on_every_rank(lambda: check_same_configuration(ours, theirs))
+    on_every_rank(lambda: [resolve(*named) for named in plugins_of(config)])  # before any download
     session = open_session(config, world)
     plan = make_plan(config, len(session.train_indices), world.size)
     check_statistics(config, *session.image_size)
-    together(lambda: try_extras(config.augment, session.image_size, session.normalisation()))
-    together(session.class_weights)  # refused before anything is written
+    on_every_rank(lambda: try_extras(config.augment, session.image_size, session.normalisation()))
+    on_every_rank(session.class_weights)  # refused before anything is written
     if saved is not None:
         saved = starting_point(saved, config, session.dataset.fingerprint, named)
     step = saved.state.step if saved is not None else 0
@@ -100,16 +107,16 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
             "command; choose more train.epochs or train.max_steps, or another run.name"
         )
     early = saved is not None and config.train.early_stop and saved.state.stopped_early
-    if (plan.finished(step) or early) and from_main(folder.has_summary()):
+    if (plan.finished(step) or early) and broadcast_object(folder.has_summary()):
         if world.is_main:
             say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
             folder.set_status("done", step, exit_code=EXIT_DONE)
         return
-    teachers = together(lambda: find_teachers(config))
-    nets = together(lambda: [stored_config(t.saved.config) for t in teachers if t.saved])
-    code = together(lambda: code_of_run(config, nets)) | {t.name: t.sha256 for t in teachers}
-    before, everywhere = saved.code if saved is not None else {}, from_main(code)
-    saved = together(lambda: with_code(saved, code, everywhere, config.run.allow_code_change))
+    teachers = on_every_rank(lambda: find_teachers(config))
+    nets = on_every_rank(lambda: [stored_config(t.saved.config) for t in teachers if t.saved])
+    code = on_every_rank(lambda: code_of_run(config, nets)) | {t.name: t.sha256 for t in teachers}
+    before, everywhere = saved.code if saved is not None else {}, broadcast_object(code)
+    saved = on_every_rank(lambda: with_code(saved, code, everywhere, config.run.allow_code_change))
     state, init = begin(config, session, saved)
     if world.is_main:
         for line in (*introduction(wanted, session, plan, state, folder), *forks_told(saved)):
@@ -119,9 +126,9 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
         kind = machine(world.device, session.threads)
         if saved is not None and (line := other_rounding(saved, kind, config.train.step_mode)):
             say(line)
-    on_main(lambda: take_back(config, folder, step))
+    on_rank_zero(lambda: take_over(config, folder, step))
     origin = {"code": code, "init": init}
-    recording = together(
+    recording = on_every_rank(
         lambda: open_recording(config, session, plan, state.step, folder, saved, origin)
     )
     trainer = _trainer(config, session, plan, state, recording, saved, teachers)
@@ -146,7 +153,7 @@ def _trainer(
         data.check_not_replaced()
         return loader, evaluator
 
-    loader, evaluator = together(open_loaders)
+    loader, evaluator = on_every_rank(open_loaders)
     batches = training_batches(
         loader, config.seed, session.train_indices, plan, world.rank, state.step, world.device
     )
@@ -159,13 +166,13 @@ def _trainer(
         session.normalisation(),
         session.image_size,
         plan.steps_per_epoch,
-        together(lambda: build_distillation(teachers, session, session.normalisation())),
-        together(session.class_weights),
+        on_every_rank(lambda: build_distillation(teachers, session, session.normalisation())),
+        on_every_rank(session.class_weights),
     )
     wandb = recording.keeper.wandb if recording.keeper is not None else None
     every = config.wandb.media_every_epochs
     # Rank 0 alone knows whether W&B has started, and finding mistakes takes all ranks.
-    pictures = from_main(wandb is not None) and every > 0
+    pictures = broadcast_object(wandb is not None) and every > 0
     return Trainer(
         config=config,
         plan=plan,
@@ -198,7 +205,7 @@ def _fit_and_close(
         code = exit_code(error)
         if isinstance(error, Preempted):
             # All ranks are here. Those that left before rank 0 has closed would end it early.
-            on_main(lambda: recording.close(code, status, state.step, reason, {}))
+            on_rank_zero(lambda: recording.close(code, status, state.step, reason, {}))
         else:
             recording.close(code, status, state.step, reason, {})
         raise
@@ -221,7 +228,7 @@ def _fit_and_close(
             say(line)
 
     # The other ranks wait: torchrun would take a rank that left early for the end of the job.
-    on_main(finish)
+    on_rank_zero(finish)
 
 
 def _facts(trainer: Trainer, session: Session) -> dict[str, Any]:

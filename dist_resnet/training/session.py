@@ -20,7 +20,13 @@ from dist_resnet.data.normalisation import channel_scale
 from dist_resnet.data.order import split_indices
 from dist_resnet.data.prepare import check_source, prepare_builtin
 from dist_resnet.data.stream import open_loader
-from dist_resnet.distributed.group import World, from_all, from_main, on_main, together
+from dist_resnet.distributed.group import (
+    World,
+    broadcast_object,
+    gather_objects,
+    on_every_rank,
+    on_rank_zero,
+)
 from dist_resnet.runs.checkpoint import Checkpoint
 from dist_resnet.step.mode import choose_step_mode
 from dist_resnet.step.precision import (
@@ -125,7 +131,7 @@ def open_session(config: Config, world: World) -> Session:
     torch.set_num_threads(threads)
     if config.precision.deterministic:
         make_deterministic()
-    precision, reason = together(lambda: choose_dtype(config.precision, world.device))
+    precision, reason = on_every_rank(lambda: choose_dtype(config.precision, world.device))
     if world.device.type == "cuda":
         exact = config.parallel.reduction == "exact"
         reason = f"{reason}, {set_up_cuda(exact or config.precision.deterministic)}"
@@ -143,7 +149,7 @@ def sharing_cores(world: World) -> int:
     """How many ranks may use the cores of this one: all of the machine, unless each was bound."""
     mine = os.sched_getaffinity(0)
     machine = environment_int("GROUP_RANK", 0)
-    everyone = from_all((machine, mine))
+    everyone = gather_objects((machine, mine))
     return sum(1 for other, cores in everyone if other == machine and cores & mine)
 
 
@@ -160,7 +166,7 @@ def choose_threads(config: Config, sharing: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // sharing)
 
 
-def settle(config: Config, world: World, saved: Checkpoint | None) -> Config:
+def resolve_auto(config: Config, world: World, saved: Checkpoint | None) -> Config:
     """`config` with what was left to the machine settled: replicas, precision, mode of the step.
 
     A run that is continued keeps what it began with, wherever it goes on.
@@ -197,9 +203,9 @@ def _open_dataset(config: Config) -> Dataset:
             prepare_builtin(config.data.dataset, user_path(config.data.root), config.data.source)
         check_source(Dataset.load(folder, verify=True), config.data.source)
 
-    on_main(prepare_and_verify)
-    dataset = together(lambda: Dataset.load(folder, verify=False))
-    expected = from_main(dataset.fingerprint)
+    on_rank_zero(prepare_and_verify)
+    dataset = on_every_rank(lambda: Dataset.load(folder, verify=False))
+    expected = broadcast_object(dataset.fingerprint)
 
     def compare() -> Dataset:
         if dataset.fingerprint != expected:
@@ -209,4 +215,4 @@ def _open_dataset(config: Config) -> Dataset:
             )
         return dataset
 
-    return together(compare)
+    return on_every_rank(compare)

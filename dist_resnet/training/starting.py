@@ -8,7 +8,7 @@ from torch import nn
 from dist_resnet.base.errors import UserError, first_line
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.schema import Config, ModelConfig
-from dist_resnet.distributed.group import from_main, on_main, together
+from dist_resnet.distributed.group import broadcast_object, on_every_rank, on_rank_zero
 from dist_resnet.models.build import build_model, in_layout
 from dist_resnet.models.matching import Start, natural, start_from
 from dist_resnet.runs.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ def begin(
     """
     start = read_start(config.model) if saved is None else None
     classes, device = len(session.dataset.classes), session.world.device
-    state = together(
+    state = on_every_rank(
         lambda: build_state(config, classes, session.precision, device, session.image_size, start)
     )
     if saved is None:
@@ -53,8 +53,8 @@ def read_start(config: ModelConfig) -> Start | None:
     if config.init is None:
         return None
     path = user_path(config.init)
-    on_main(lambda: found.append(_read(path)))
-    return from_main(found[0] if found else None)
+    on_rank_zero(lambda: found.append(_read(path)))
+    return broadcast_object(found[0] if found else None)
 
 
 def started_model(config: Config, classes: int) -> nn.Module:
@@ -74,7 +74,7 @@ def started_model(config: Config, classes: int) -> nn.Module:
             raise UserError(f"{start.file}: its net tells other classes apart than {classes}")
         return model.eval()
 
-    return together(build)
+    return on_every_rank(build)
 
 
 def _read(path: Path) -> Start:

@@ -345,7 +345,7 @@ def sharing(found: Found, pairs: list[str]) -> None:
     if not CUDA:
         return
 
-    def together(count: int, environment: dict[str, str]) -> list[float]:
+    def on_every_rank(count: int, environment: dict[str, str]) -> list[float]:
         with tempfile.TemporaryDirectory() as folder:
             paths = [Path(folder) / f"{n}.json" for n in range(count)]
             processes = [
@@ -359,13 +359,13 @@ def sharing(found: Found, pairs: list[str]) -> None:
                 process.wait(timeout=60)
             return [json.loads(path.read_text())["images/s"] for path in paths]
 
-    found["3 processes"] = together(3, {})
+    found["3 processes"] = on_every_rank(3, {})
     place = {"CUDA_MPS_PIPE_DIRECTORY": "/tmp/mps", "CUDA_MPS_LOG_DIRECTORY": "/tmp/mps"}
     os.makedirs("/tmp/mps", exist_ok=True)
     daemon = subprocess.run(["nvidia-cuda-mps-control", "-d"], env={**os.environ, **place})
     found["mps"] = daemon.returncode
     try:
-        found["3 processes, MPS"] = together(3, place)
+        found["3 processes, MPS"] = on_every_rank(3, place)
     finally:
         subprocess.run(
             ["nvidia-cuda-mps-control"], input="quit\n", text=True, env={**os.environ, **place}

@@ -212,12 +212,12 @@ def test_choices_of_a_sample_do_not_depend_on_the_rest_of_its_batch(
     drawer, key = _drawer(cutout=4), step_keys(3, 9)[8]
     samples = torch.from_numpy(rng.permutation(50_000)[:64])
     shuffled = torch.from_numpy(rng.permutation(64))
-    together, other = drawer(key, samples), drawer(key, samples[shuffled])
+    on_every_rank, other = drawer(key, samples), drawer(key, samples[shuffled])
     for name in ("top", "left", "flip", "cut_top", "cut_left", "keep"):
-        assert torch.equal(getattr(together, name)[shuffled], getattr(other, name)), name
+        assert torch.equal(getattr(on_every_rank, name)[shuffled], getattr(other, name)), name
         for i in (0, 31, 63):
             alone = drawer(key, samples[i : i + 1])
-            assert torch.equal(getattr(together, name)[i], getattr(alone, name)[0]), name
+            assert torch.equal(getattr(on_every_rank, name)[i], getattr(alone, name)[0]), name
 
 
 def test_partners_are_a_uniform_permutation_of_the_batch() -> None:

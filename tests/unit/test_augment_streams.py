@@ -100,10 +100,10 @@ def test_no_two_streams_agree() -> None:
     ]  # fmt: skip
     columns = [tuple(column.tolist()) for found in draws.values() for column in found.T]
     assert len(set(columns)) == len(columns)
-    together = torch.cat([found.flatten() for found in draws.values()])
-    assert float(together.min()) >= 0
-    assert float(together.max()) < 1
-    assert float(together.mean()) == pytest.approx(0.5, abs=0.03)
+    on_every_rank = torch.cat([found.flatten() for found in draws.values()])
+    assert float(on_every_rank.min()) >= 0
+    assert float(on_every_rank.max()) < 1
+    assert float(on_every_rank.mean()) == pytest.approx(0.5, abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -133,9 +133,9 @@ def test_replicas_side_by_side_are_augmented_as_alone() -> None:
         return own.inputs(images, samples, KEY, TURN)[0]
 
     images, samples = _images(4 * 9), _samples(4 * 9)
-    together = inputs(images, samples, 4)
+    on_every_rank = inputs(images, samples, 4)
     parts = zip(images.chunk(4), samples.chunk(4), strict=True)
-    assert torch.equal(together, torch.cat([inputs(*part, 1) for part in parts]))
+    assert torch.equal(on_every_rank, torch.cat([inputs(*part, 1) for part in parts]))
 
 
 @pytest.mark.parametrize(

@@ -298,12 +298,12 @@ def test_replicas_are_side_by_side_where_that_changes_nothing() -> None:
     assert train_step(own_config("Grouped"), 4).group == 4
     assert train_step(own_config("Averaging"), 4).group == 1
     assert train_step(own_config("Counting"), 4).group == 1
-    together = train_step(own_config("Grouped"), 4)
+    on_every_rank = train_step(own_config("Grouped"), 4)
     alone = train_step(own_config("Grouped", "parallel.reduction=exact"), 4)
     for number in range(2):
-        together(batch_of(number, 4))
+        on_every_rank(batch_of(number, 4))
         alone(batch_of(number, 4))
-    torch.testing.assert_close(together.state.flat.values, alone.state.flat.values)
+    torch.testing.assert_close(on_every_rank.state.flat.values, alone.state.flat.values)
 
 
 def test_frozen_parameters_stay_and_are_not_exchanged() -> None:

@@ -88,10 +88,10 @@ def test_keys_differ_between_seeds_streams_and_steps() -> None:
 def test_draws_of_a_sample_depend_on_nothing_else() -> None:
     key = step_keys(5, 8)[7]
     samples = torch.tensor([4, 900, 17, 4])
-    together = sample_lanes(key, samples, 12)
+    on_every_rank = sample_lanes(key, samples, 12)
     for row, sample in enumerate(samples):
-        assert torch.equal(together[row], sample_lanes(key, sample.view(1), 12)[0])
-    assert torch.equal(together[:, :5], sample_lanes(key, samples, 5))
+        assert torch.equal(on_every_rank[row], sample_lanes(key, sample.view(1), 12)[0])
+    assert torch.equal(on_every_rank[:, :5], sample_lanes(key, samples, 5))
 
 
 def test_draws_are_uniform() -> None:

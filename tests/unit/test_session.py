@@ -14,7 +14,7 @@ from dist_resnet.data.dataset import Dataset
 from dist_resnet.distributed.group import World
 from dist_resnet.step.precision import choose_precision
 from dist_resnet.training import session
-from dist_resnet.training.session import Session, choose_threads, open_session, settle
+from dist_resnet.training.session import Session, choose_threads, open_session, resolve_auto
 from tests.helpers.checkpoints import checkpoint_of
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def world(size: int) -> World:
 
 @pytest.mark.usefixtures("compiler")
 def test_a_new_run_takes_the_machine_s_replicas_precision_and_step_mode() -> None:
-    config = settle(load_config([]), world(3), None)
+    config = resolve_auto(load_config([]), world(3), None)
     assert config.parallel.replicas == 3
     assert config.precision.dtype == choose_precision("auto", CPU)[0]
     assert config.precision.dtype in ("bf16", "fp32")
@@ -38,23 +38,23 @@ def test_a_new_run_takes_the_machine_s_replicas_precision_and_step_mode() -> Non
 def test_a_continued_run_keeps_what_it_began_with(dtype: str, mode: str) -> None:
     settings = ["parallel.replicas=4", f"precision.dtype={dtype}", f"train.step_mode={mode}"]
     began = load_config(settings)
-    config = settle(load_config([]), world(2), checkpoint_of(config=began))
+    config = resolve_auto(load_config([]), world(2), checkpoint_of(config=began))
     assert config == began
 
 
 @pytest.mark.usefixtures("compiler")
 def test_a_run_is_continued_where_its_step_mode_does_not_exist() -> None:
     began = checkpoint_of(config=load_config(["train.step_mode=graph"]))
-    assert settle(load_config([]), world(1), began).train.step_mode == "fused"
+    assert resolve_auto(load_config([]), world(1), began).train.step_mode == "fused"
     with pytest.raises(UserError, match=r"train\.step_mode=graph: only on GPUs"):
-        settle(load_config(["train.step_mode=graph"]), world(1), None)
+        resolve_auto(load_config(["train.step_mode=graph"]), world(1), None)
 
 
 def test_what_is_configured_is_never_changed() -> None:
     wanted = load_config(["parallel.replicas=6", "precision.dtype=fp32", "train.step_mode=eager"])
     before = load_config(["parallel.replicas=4", "precision.dtype=bf16"])
     began = checkpoint_of(config=before)
-    assert settle(wanted, world(2), began) == wanted
+    assert resolve_auto(wanted, world(2), began) == wanted
 
 
 def test_where_onednn_may_not_use_bf16_it_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

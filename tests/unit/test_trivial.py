@@ -64,14 +64,14 @@ def test_each_image_has_its_own_and_all_are_equally_likely(rng: np.random.Genera
     draws = torch.from_numpy(rng.random((96, 3), dtype=np.float32))
     draws[0], draws[1] = 0.0, 1 - 2.0**-24
     both = TrivialAugment()
-    together = both(images, draws)
+    on_every_rank = both(images, draws)
     for i in range(96):
         name = OPERATIONS[int(np.floor(float(draws[i, 0]) * 14))]
         magnitude, sign = int(np.floor(float(draws[i, 1]) * 31)), int(draws[i, 2] >= 0.5)
         expected = _by_torchvision(images[i], name, magnitude, sign)
-        differ = (together[i] != expected).any(dim=2).float().mean()
+        differ = (on_every_rank[i] != expected).any(dim=2).float().mean()
         assert differ <= (0.1 if name in _MOVED_BY_FRACTIONS else 0), name
-        assert torch.equal(together[i], both(images[i : i + 1], draws[i : i + 1])[0])
+        assert torch.equal(on_every_rank[i], both(images[i : i + 1], draws[i : i + 1])[0])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (3, 3)])
