@@ -18,6 +18,7 @@ from typing import Any, Literal
 from dist_resnet.base.cli import run_command
 from dist_resnet.base.errors import EXIT_DONE, UserError, one_line
 from dist_resnet.config.schema import WandbConfig
+from dist_resnet.tracking.wandb_reach import wanted_mode
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_DONE
     if "entity" not in options:
         raise UserError("--entity NAME: name the W&B user or team whose project it is")
+    mode, asked = wanted_mode("auto")
+    if mode in ("offline", "disabled"):
+        raise UserError(f"W&B is switched off: {asked}; undo that, or --dry-run")
     print(save(options["entity"], options.get("project", WandbConfig.project), options.get("name")))
     return EXIT_DONE
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_resnet.base.cli import run_command
 from dist_resnet.base.errors import EXIT_DONE, UserError
+from dist_resnet.base.home import ensure_home
 from dist_resnet.base.launcher import environment_rank
 from dist_resnet.base.paths import user_path
 from dist_resnet.training.api import callable_module, threads_kept
@@ -127,6 +128,7 @@ def evaluate(path: str | Path, *pairs: str, **settings: Any) -> dict[str, Any]:
     Raises:
         UserError: no valid checkpoint, or a data set that does not fit it.
     """
+    ensure_home()
     with threads_kept():
         return evaluate_checkpoint(user_path(str(path)), [*pairs, settings])
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from dist_resnet.base.cli import run_command
 from dist_resnet.base.errors import EXIT_DONE
+from dist_resnet.base.home import ensure_home
 from dist_resnet.base.launcher import environment_rank
 from dist_resnet.base.terminal import forgive
 from dist_resnet.config.load import describe_keys, load_config, named_keys, to_yaml
@@ -63,6 +64,7 @@ def train(*sources: Config | Mapping[str, Any] | str | Path, **settings: Any) ->
     """
     arguments = [*map(as_argument, sources), settings]
     config = load_config(arguments)
+    ensure_home()
     from dist_resnet.base import signals  # torch takes a second or two to import
     from dist_resnet.training import run
 

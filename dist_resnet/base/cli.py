@@ -25,6 +25,7 @@ from dist_resnet.base.errors import (
 )
 from dist_resnet.base.home import ensure_home
 from dist_resnet.base.launcher import environment_int
+from dist_resnet.base.paths import printable
 from dist_resnet.base.terminal import open_standard_streams, say
 
 # torchrun ends all ranks as soon as one has left: the others let the node's first speak first.
@@ -54,6 +55,9 @@ def run_command(action: Callable[[], int]) -> NoReturn:
         say("dist_resnet: interrupted", sys.stderr)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         code = 1
+    except UnicodeEncodeError as error:  # a file's name, in a locale that is neither C nor UTF-8
+        name = str(error.object)[:200]
+        code = _say_once(UserError(f"{name}: no name for a file here; set LC_ALL=C.UTF-8"))
     except OSError as error:
         if error.errno not in _NO_ROOM:
             _tell_torchrun(one_line(error))
@@ -73,13 +77,13 @@ def run_command(action: Callable[[], int]) -> NoReturn:
 def _say_once(error: DistResnetError | Preempted) -> int:
     """Print the error's line, from one rank of this machine where all have it; its exit code."""
     signals.reset()
-    first = _speaks()
+    first, line = _speaks(), printable(str(error))  # one, whatever names and values it tells
     if not (first or isinstance(error, PeerLost | Preempted)):
         time.sleep(_PATIENCE_SECONDS)
     if first or (isinstance(error, DistResnetError) and error.of_one_rank):
-        say(f"dist_resnet: {error}", sys.stderr)
+        say(f"dist_resnet: {line}", sys.stderr)
     if not isinstance(error, Preempted):
-        _tell_torchrun(str(error))
+        _tell_torchrun(line)
     return error.exit_code
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 def ensure_home() -> None:
     """Where neither HOME nor the list of users names one, give this process a private folder.
 
-    And a name, where the user has none.
+    Where it can only be read, one for caches. And a name, where the user has none.
 
     Libraries ask for it when they start: W&B, the compiler's caches, our own kernels.
     """
@@ -18,7 +18,8 @@ def ensure_home() -> None:
         getpass.getuser()
     except (KeyError, OSError):  # torch.compile asks for it, too
         os.environ["LOGNAME"] = f"user-{os.getuid()}"
-    if os.path.expanduser("~") != "~":
+    home = os.path.expanduser("~")
+    if home != "~" and _can_be_written(Path(home)):
         return
     folder = Path(tempfile.gettempdir()) / f"dist_resnet-{os.getuid()}"
     with contextlib.suppress(OSError):
@@ -26,4 +27,14 @@ def ensure_home() -> None:
     # In a shared folder the name may be somebody else's, or a link of theirs.
     if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.getuid():
         folder = Path(tempfile.mkdtemp(prefix=f"dist_resnet-{os.getuid()}-"))
-    os.environ["HOME"] = str(folder)
+    if home != "~" and os.path.isdir(home):  # what stands there, such as a key, is still read
+        os.environ.setdefault("XDG_CACHE_HOME", str(folder))
+    else:
+        os.environ["HOME"] = str(folder)
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Or made; `docker run --user` leaves HOME=/."""
+    while not folder.exists():
+        folder = folder.parent
+    return os.access(folder, os.W_OK)

@@ -51,6 +51,19 @@ def say(text: str, stream: TextIO | None = None) -> None:
         print(text, file=stream or sys.stdout, flush=True)
 
 
+def shows_live_line(stream: TextIO) -> bool:
+    """Whether it is a terminal with columns; `script` and a fresh pseudo-terminal say they have 0.
+
+    tqdm would then show nothing.
+    """
+    if not stream.isatty():
+        return False
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):  # not known
+        return True
+
+
 class _Forgiving(io.RawIOBase):
     """A descriptor to which all can be written; what it does not take is lost."""
 

@@ -154,9 +154,10 @@ def _overlays(arguments: Sequence[Argument]) -> list[tuple[str, Mapping[Any, Any
 
 def _is_file(argument: str) -> bool:
     """Whether an argument names a file: a path may have a = in it, too."""
-    if "=" not in argument:
-        return True
-    return argument.endswith((".yaml", ".yml")) and _exists(argument)
+    key, equals, _ = argument.partition("=")
+    known = key in key_kinds() or key.split(".")[0] in key_sections()
+    named = argument.lower().endswith((".yaml", ".yml"))
+    return not equals or (named and not known) or (_exists(argument) and (named or not known))
 
 
 def _exists(path: str) -> bool:

@@ -83,6 +83,8 @@ def read_value(kind: str, given: Tree) -> Any:
         items = _items(given) if isinstance(given, Text) else given
         if not isinstance(items, list):
             raise ValueError("no list")
+        if kind == "list[str]":  # in which nothing else can be meant
+            items = [Text(item.text, True) if isinstance(item, Text) else item for item in items]
         return [read_value(kind[5:-1], item) for item in items]
     first, *others = kind.split(" | ")
     if others:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dist_resnet.base.errors import UserError
+from dist_resnet.base.terminal import shows_live_line
 from dist_resnet.data.decoding import AS_STORED, Reading
 
 T = TypeVar("T")
@@ -142,7 +143,7 @@ class ImageSet:
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Yield `items`, showing a bar on stderr, or two plain lines where it is not a terminal."""
-    if sys.stderr.isatty():
+    if shows_live_line(sys.stderr):
         yield from tqdm(items, desc=what, total=total, leave=False, dynamic_ncols=True)
         return
     tell(f"{what} ...")

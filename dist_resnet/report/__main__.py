@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _shows_blocks() -> bool:
     try:
-        BLOCKS.encode(sys.stdout.encoding if sys.stdout else "ascii")
+        BLOCKS.encode((sys.stdout and sys.stdout.encoding) or "ascii")
     except UnicodeEncodeError:
         return False
     return True

@@ -99,7 +99,7 @@ class RunFolder:
     def is_of_job(self, job: str) -> bool:
         """Whether torchrun's job `job` has begun or continued this run already."""
         try:
-            return job != "" and (self.path / _JOB).read_text() == job
+            return job != "" and (self.path / _JOB).read_bytes() == job.encode()
         except OSError:
             return False
 
@@ -168,7 +168,8 @@ class RunFolder:
             name = make()
         try:
             path.parent.mkdir(exist_ok=True)
-            write_atomically(path, f"{name}\n{own}\n".encode())
+            # A folder's name may be no text; it is compared with itself only.
+            write_atomically(path, f"{name}\n{own}\n".encode(errors="surrogateescape"))
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from None
         return name
@@ -177,7 +178,8 @@ class RunFolder:
 def _read_id(path: Path) -> tuple[str, str]:
     """The id, and the folder for which it was made; each may be empty."""
     try:
-        name, _, home = path.read_text().strip().partition("\n")
+        text = path.read_bytes().decode(errors="surrogateescape")
+        name, _, home = text.strip().partition("\n")
     except (OSError, ValueError):
         return "", ""
     return name, home

@@ -1,6 +1,5 @@
 """What a person watches: one live line on a terminal, plain lines anywhere else."""
 
-import os
 import sys
 import time
 from collections import deque
@@ -9,6 +8,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from dist_resnet.base.terminal import shows_live_line
 from dist_resnet.tracking.tracker import Row
 
 EVERY_SECONDS = 10.0  # plain lines: at most 360 an hour, however short a step is
@@ -47,7 +47,7 @@ class Console:
         self._best = best
         self._val = ""
         self._bar: tqdm[None] | None = None
-        if self._stream.isatty() and _has_width(self._stream):
+        if shows_live_line(self._stream):
             self._bar = tqdm(
                 total=total_steps,
                 initial=start_step,
@@ -123,14 +123,6 @@ class Console:
         if now - self._last_line >= self._every or step >= self._total:
             self._last_line = now
             self.message("  ".join(parts))
-
-
-def _has_width(stream: TextIO) -> bool:
-    """False for a terminal that says it has no columns, as `script` makes them: no line fits."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns > 0
-    except (OSError, ValueError):  # not known
-        return True
 
 
 class _TimeLeft:

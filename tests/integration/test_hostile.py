@@ -110,7 +110,9 @@ WORDS = [
     Row("", "no such configuration file"),
     Row("{f}", "no such configuration file"),
     Row("{f}/none.yaml", "no such configuration file"),
-    Row("lr=0.1/none.yaml", "unknown key"),
+    Row("lr=0.1/none.yaml", "no such configuration file"),
+    Row("{f}/lr=0.1/none.YML", "no such configuration file"),
+    Row("{f}/a=b", "", 0),
     Row([5000 * "x" + ".yaml"], "no such configuration file"),
     Row("{f}/file/run.yaml", "no such configuration file"),
     Row("run.dir={f}/file", "cannot be written"),
@@ -186,6 +188,7 @@ def common(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
     monkeypatch.setattr("dist_resnet.base.signals.install", lambda: None)  # they would stay
     monkeypatch.setattr("dist_resnet.base.signals.defer", lambda: None)
     (tmp_path / "file").write_text("")
+    (tmp_path / "a=b").write_text("seed: 1")
     monkeypatch.chdir(tmp_path)
     return [
         f"data.root={tiny.folder.parent}", f"data.dataset={tiny.folder.name}", "run.dir=runs",

@@ -253,3 +253,18 @@ def _in_a_terminal(command: list[str], env: dict[str, Any], words: tuple[bytes, 
         job.wait()
         os.close(ours)
     return seen
+
+
+@pytest.mark.parametrize("switch", ["WANDB_MODE=offline", "WANDB_DISABLED=true"])
+def test_the_dashboard_is_not_sent_where_wandb_is_switched_off(
+    switch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dist_resnet import dashboard
+    from dist_resnet.base.errors import UserError
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv(*switch.split("="))
+    monkeypatch.setattr(dashboard, "save", lambda *words: pytest.fail("sent"))
+    with pytest.raises(UserError, match=switch):
+        dashboard.main(["--entity", "tester"])
+    assert dashboard.main(["--dry-run"]) == 0

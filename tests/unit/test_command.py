@@ -39,10 +39,16 @@ def ended(error: str, folder: Path, rank: int = 0) -> tuple[int, list[str], Path
     ("error", "code", "line"),
     [
         ("UserError('seed=x: no number')", 2, "seed=x: no number"),
+        ("UserError('method=a\\nb')", 2, r"method=a\nb"),
         ("Diverged('diverged: at step 3')", 3, "diverged: at step 3"),
         ("PeerLost('rank 0: lost contact')", 1, "rank 0: lost contact"),
         ("OutOfMemory('GPU 0 is full')", 2, "GPU 0 is full"),
         (FULL, 2, "CUDA out of memory. Tried to allocate 2 GiB.; free the GPU"),
+        (
+            "UnicodeEncodeError('ascii', 'runs/\xe4', 5, 6, 'no')",
+            2,
+            "runs/\xe4: no name for a file",
+        ),
         ("ZeroDivisionError('by zero')", 1, "ZeroDivisionError: by zero"),
     ],
 )

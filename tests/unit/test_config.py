@@ -413,8 +413,8 @@ def test_a_text_of_a_file_stays_as_yaml_leaves_it(text: str, tmp_path: Path) -> 
 
 
 def test_unquoted_items_of_a_list_stay_as_they_stand() -> None:
-    config = load_config(["wandb.tags=[007, on ,a #b,12:30,'a,b', \"c]\" ]"])
-    assert config.wandb.tags == ["007", "on", "a #b", "12:30", "a,b", "c]"]
+    config = load_config(["wandb.tags=[007, on ,a #b,12:30,'a,b', \"c]\" ,null,~]"])
+    assert config.wandb.tags == ["007", "on", "a #b", "12:30", "a,b", "c]", "null", "~"]
     assert load_config(["wandb.tags=[]"]).wandb.tags == []
 
 

@@ -1,14 +1,18 @@
 """What a person sees, on a terminal and in a file."""
 
+import contextlib
 import fcntl
 import io
 import os
 import pty
 import struct
 import termios
+from collections.abc import Callable, Iterator
+from typing import TextIO
 
 import pytest
 
+from dist_resnet.data.images import progress
 from dist_resnet.tracking.console import Console, duration
 
 
@@ -154,18 +158,40 @@ def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+@contextlib.contextmanager
+def _pseudo_terminal(columns: int) -> Iterator[tuple[TextIO, Callable[[str], str]]]:
+    """Its stream, and what reads it up to a word: to the end of the test's time if none comes."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+    def read(word: str) -> str:
+        text = ""
+        while word not in text:
+            text += os.read(master, 10_000).decode()
+        return text
+
+    with os.fdopen(slave, "w") as stream:
+        yield stream, read
+    os.close(master)
+
+
 @pytest.mark.parametrize(("columns", "live"), [(0, False), (80, True)])
 def test_a_terminal_without_a_size_gets_plain_lines(columns: int, live: bool) -> None:
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24 * live, columns, 0, 0))
-    with os.fdopen(slave, "w") as stream:
+    with _pseudo_terminal(columns) as (stream, read):
         console = Console(1200, stream=stream, every_seconds=0, clock=_Clock())
         console.log(_train_row(400))
         console.close(0, {})
         stream.flush()
-        text = ""
-        while "step 400" not in text:  # to the end of the test's time, where it never comes
-            text += os.read(master, 10_000).decode()
-    os.close(master)
-    assert "step 400/1,200" in text
-    assert ("|" in text) == live
+        assert ("|" in read("step 400/1,200")) == live
+
+
+@pytest.mark.parametrize(("columns", "word"), [(0, "reading images: 3 in"), (80, "3/3")])
+def test_a_preparation_shows_lines_there_too(
+    columns: int, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with _pseudo_terminal(columns) as (stream, read):
+        monkeypatch.setattr("sys.stderr", stream)
+        assert list(progress(range(3), "reading images", 3)) == [0, 1, 2]
+        stream.write("3/3 end")  # the bar goes when it is full
+        stream.flush()
+        assert ("|" in read(word)) == (columns > 0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_resnet.base.home import ensure_home
 from tests.helpers.jobs import ROOT
 
 NOBODY = """
@@ -55,6 +56,24 @@ def test_a_private_folder_serves_as_home(tmp_path: Path) -> None:
     assert name == f"user-{os.getuid()}"
     assert _run(HOME, tmp_path)[0] == home  # what is cached there is found again
     assert _run(HOME, tmp_path, HOME="/elsewhere")[0] == "/elsewhere"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_home_that_cannot_be_written_has_its_caches_elsewhere(
+    exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    if exists:
+        home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("LOGNAME", "somebody")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    ensure_home()
+    private = str(tmp_path / f"dist_resnet-{os.getuid()}")
+    assert os.environ["HOME"] == (str(home) if exists else private)  # a key there is still found
+    assert os.environ.get("XDG_CACHE_HOME") == (private if exists else None)
 
 
 def test_somebody_else_s_link_is_not_followed(tmp_path: Path) -> None:

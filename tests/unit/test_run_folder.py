@@ -284,6 +284,16 @@ def test_the_wandb_id_is_made_once(tmp_path: Path) -> None:
     assert folder.wandb_id(lambda: next(made), None, anew=True) == "third"
 
 
+def test_a_run_folder_may_have_a_name_that_is_no_utf8(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / os.fsdecode(b"caf\xe9"))
+    folder.path.mkdir()
+    assert folder.wandb_id(lambda: "first", None) == "first"
+    assert RunFolder(folder.path).wandb_id(lambda: "second", None) == "first"
+    copy = RunFolder(tmp_path / "copy")
+    shutil.copytree(folder.path, copy.path)
+    assert copy.wandb_id(lambda: "second", "first") == "second"
+
+
 def test_a_copied_run_folder_gets_a_wandb_id_of_its_own(tmp_path: Path) -> None:
     made = iter(["first", "second"])
     folder = RunFolder(tmp_path / "run")

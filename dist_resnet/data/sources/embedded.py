@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dist_resnet.base.errors import UserError
+from dist_resnet.base.terminal import shows_live_line
 from dist_resnet.data.images import MAX_SIDE, ImageSet, LazyImages, Split
 
 CIFAR = ("cifar10", "cifar100")
@@ -101,7 +102,7 @@ def _download(kind: Any, name: str, root: Path) -> Path:
     with patience():
         try:
             _check_reachable(kind.url)
-            if not sys.stderr.isatty():
+            if not shows_live_line(sys.stderr):
                 print(f"downloading {kind.url} ...", file=sys.stderr, flush=True)
             with quiet():
                 download_url(kind.url, str(root), kind.filename, kind.tgz_md5)
@@ -133,7 +134,7 @@ def quiet() -> Iterator[None]:
     """Hide torchvision's prints, and its progress bar too where there is no terminal."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        if not sys.stderr.isatty():
+        if not shows_live_line(sys.stderr):
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
