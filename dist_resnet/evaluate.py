@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from dist_resnet.base.cli import run_command
 from dist_resnet.base.errors import EXIT_DONE, UserError
+<<<<<<< HEAD
 from dist_resnet.base.home import ensure_home
+=======
+from dist_resnet.base.files import check_writable, write_for_user
+>>>>>>> 420cecb8e26497ca26d5226711dc9d98beb28244
 from dist_resnet.base.launcher import environment_rank
 from dist_resnet.base.paths import user_path
 from dist_resnet.training.api import callable_module, threads_kept
@@ -33,10 +37,12 @@ def main(arguments: Sequence[str]) -> int:
             print(__doc__)
         return EXIT_DONE
     path, output, pairs = _parse(arguments)
+    if output is not None and environment_rank() == 0:
+        check_writable(output)
     figures = evaluate_checkpoint(path, pairs)
     if environment_rank() == 0:
         if output is not None:  # first: `| head` may close the pipe that the table goes to
-            _write(output, figures)
+            write_for_user(output, json.dumps(figures, indent=2) + "\n")
         print(_table(figures))
     return EXIT_DONE
 
@@ -159,13 +165,6 @@ def _table(figures: dict[str, Any]) -> str:
         shares = "  ".join(f"{score[key]:7.4f}" for key in ("precision", "recall", "f1"))
         lines.append(f"{name:32}   {shares}  {score['images']:7}")
     return "\n".join(lines)
-
-
-def _write(path: Path, figures: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 callable_module(__name__, evaluate)

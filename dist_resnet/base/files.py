@@ -7,9 +7,13 @@ import os
 import re
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+from dist_resnet.base.errors import UserError
+
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+_NOT_REPLACED = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EROFS)
 # This process's own descriptors; opened by name, an appended log would be cut off.
 _DESCRIPTOR = re.compile(r"/dev/(stdout|stderr|fd/(\d+))|/proc/self/fd/(\d+)")
 
@@ -49,24 +53,55 @@ def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
         sync_folder(place.parent)
 
 
-def check_writable(path: Path) -> None:
-    """Ask whether `write_atomically` could write `path`, before what is to be written is made.
+def write_for_user(path: Path, text: str) -> None:
+    """Write what a command was asked to write, as `write_atomically`.
 
     Raises:
-        OSError: it could not.
+        UserError: it cannot be written.
     """
-    before = _status(path)
-    if before and stat.S_ISDIR(before.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if _number(path) is not None:
-        return
-    if before and not stat.S_ISREG(before.st_mode):
-        if not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return
-    probe = Path(os.path.realpath(path)).with_name(f".tmp.{os.getpid()}.probe")
-    write_atomically(probe, b"", durable=False)
-    probe.unlink(missing_ok=True)
+    with _told(path):
+        content = text.encode("utf-8", "backslashreplace")
+        try:
+            write_atomically(path, content, durable=False)
+        except OSError as error:
+            # A file that is mounted alone, or in a folder that takes no new ones.
+            if error.errno not in _NOT_REPLACED or not path.is_file():
+                raise
+            _write_into(path, content)
+
+
+def check_writable(path: Path) -> None:
+    """Ask whether `write_for_user` could write `path`, before what is to be written is made.
+
+    Raises:
+        UserError: it could not.
+    """
+    with _told(path):
+        before = _status(path)
+        if before and stat.S_ISDIR(before.st_mode):
+            raise IsADirectoryError
+        if _number(path) is not None:
+            return
+        if before and stat.S_ISREG(before.st_mode):
+            os.close(os.open(path, os.O_WRONLY))
+            return
+        if before:  # a pipe would wait for its reader
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        probe = Path(os.path.realpath(path)).with_name(f".tmp.{os.getpid()}.probe")
+        write_atomically(probe, b"", durable=False)
+        probe.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name a file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def lock(descriptor: int) -> bool:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from dist_resnet.base.cli import Parser, run_command
 from dist_resnet.base.errors import EXIT_DONE, UserError
+from dist_resnet.base.files import check_writable, write_for_user
 from dist_resnet.base.launcher import under_torchrun
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.load import load_config
@@ -41,8 +42,11 @@ def main(arguments: Sequence[str]) -> int:
 
     from dist_resnet.bench.load import LIMIT, LoadMeter, check_idle
     from dist_resnet.bench.plot import bar_chart
-    from dist_resnet.bench.report import Settings, gather_facts, write, write_json
+    from dist_resnet.bench.report import Settings, gather_facts, write_json
 
+    for path in (asked.json, asked.plot):
+        if path is not None:
+            check_writable(path)  # before what takes minutes
     before = check_idle(asked.force, 0.2 if asked.quick else 3.0)
     rounds = asked.rounds or (2 if asked.quick else NAMES[asked.name])
     settings = Settings(config, pairs, rounds, asked.quick, asked.full, asked.step_us)
@@ -55,11 +59,11 @@ def main(arguments: Sequence[str]) -> int:
         report.notes.append(f"{during:.1f} cores were busy with something else: do not believe it")
     if asked.quick:
         report.notes.append("--quick: these figures mean nothing")
-    print(report.tables())
     if asked.json is not None:
         write_json(asked.json, report)
     if asked.plot is not None:
-        write(asked.plot, bar_chart(report))
+        write_for_user(asked.plot, bar_chart(report))
+    print(report.tables())
     return EXIT_DONE
 
 

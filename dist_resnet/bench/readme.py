@@ -13,7 +13,8 @@ from typing import Any
 
 from dist_resnet.base.cli import run_command
 from dist_resnet.base.errors import EXIT_DONE, UserError
-from dist_resnet.bench.report import cells_of, write
+from dist_resnet.base.files import write_for_user
+from dist_resnet.bench.report import cells_of
 
 _BLOCK = re.compile(r"(<!-- bench (\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    write(path, with_tables(text, path.parent))
+    write_for_user(path, with_tables(text, path.parent))
     return EXIT_DONE
 
 

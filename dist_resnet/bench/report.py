@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dist_resnet.base.errors import UserError
+from dist_resnet.base.files import write_for_user
 from dist_resnet.config.schema import Config
 
 SCHEMA = 1
@@ -94,20 +94,8 @@ def _without_path(argument: str) -> str:
     return f"{key}{sign}{Path(value).name}" if "/" in value else argument
 
 
-def write(path: Path, text: str) -> None:
-    """Write `text`.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-
-
 def write_json(path: Path, report: Report) -> None:
-    write(path, json.dumps(report.as_dict(), indent=2) + "\n")
+    write_for_user(path, json.dumps(report.as_dict(), indent=2) + "\n")
 
 
 def cells_of(rows: Sequence[dict[str, Any]]) -> list[list[str]]:

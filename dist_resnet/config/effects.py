@@ -15,6 +15,7 @@ FREE_KEYS = frozenset(
         "train.step_mode",
     }
 )
+_LENGTHS = ("train.max_steps", "train.early_stop")
 
 
 def changes_trajectory(key: str) -> bool:
@@ -28,3 +29,8 @@ def changes_figures(key: str) -> bool:
     Its record and its checkpoints do not.
     """
     return key.split(".")[0] not in ("run", "checkpoint", "log", "wandb")
+
+
+def changes_result(key: str) -> bool:
+    """Whether `key`, dotted, may change what a run finds: not how fast, nor where it lies."""
+    return changes_trajectory(key) or key in _LENGTHS or key.startswith("eval.")

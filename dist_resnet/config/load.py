@@ -22,16 +22,19 @@ from dist_resnet.config.values import Text, as_tree, read_value, read_yaml, show
 
 _ABSENT = "(not given)"
 Argument = str | Mapping[str, Any]
+Counts = Callable[[str], bool]
 
 
-def load_config(arguments: Sequence[Argument]) -> Config:
+def load_config(arguments: Sequence[Argument], checked: bool = True) -> Config:
     """Merge YAML files, then key=value pairs, over the defaults; with mappings, in their order.
+
+    With `checked` false, values of the right type need not be possible.
 
     Raises:
         UserError: unreadable file, unknown key, wrong type or impossible value; one line that names
             the key, the value and the nearest valid choice.
     """
-    return _merge(_overlays(arguments))
+    return _merge(_overlays(arguments), checked)
 
 
 def named_keys(arguments: Sequence[Argument]) -> frozenset[str]:
@@ -66,8 +69,10 @@ def flatten(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def trajectory_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` for every differing key that decides what the weights are.
+def trajectory_differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], counts: Counts = changes_trajectory
+) -> list[str]:
+    """`key: old -> new` for every differing key that `counts`: that decides what the weights are.
 
     A key that one of them lacks, being of an earlier version, has its default: what was done then.
     """
@@ -75,16 +80,13 @@ def trajectory_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> li
     before, after = default | dict(flatten(old)), default | dict(flatten(new))
     found = []
     for key in sorted(before.keys() | after.keys()):
-        old, new = (
-            before.get(key, _ABSENT),
-            after.get(key, _ABSENT),
-        )
-        if changes_trajectory(key) and old != new:
-            found.append(f"{key}: {old} -> {new}")
+        was, wanted = before.get(key, _ABSENT), after.get(key, _ABSENT)
+        if counts(key) and was != wanted:
+            found.append(f"{key}: {was} -> {wanted}")
     return found
 
 
-def trajectory_hash(config: Config, counts: Callable[[str], bool] = changes_trajectory) -> str:
+def trajectory_hash(config: Config, counts: Counts = changes_trajectory) -> str:
     """Eight hexadecimal digits that two configurations share when they train the same weights.
 
     Args:
@@ -101,7 +103,7 @@ def trajectory_hash(config: Config, counts: Callable[[str], bool] = changes_traj
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _merge(overlays: Iterable[tuple[str, Mapping[Any, Any]]]) -> Config:
+def _merge(overlays: Iterable[tuple[str, Mapping[Any, Any]]], checked: bool = True) -> Config:
     values: dict[str, Any] = {}
     for source, overlay in overlays:
         for key, given in _entries(overlay):
@@ -117,7 +119,8 @@ def _merge(overlays: Iterable[tuple[str, Mapping[Any, Any]]]) -> Config:
     default = Config()
     built = {name: replace(getattr(default, name), **given) for name, given in sections.items()}
     config = replace(default, **built, **values)
-    check(config)
+    if checked:
+        check(config)
     return config
 
 

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import ctypes
 import errno
-import fcntl
 import glob
 import os
 import shlex
@@ -26,7 +25,7 @@ import numpy as np
 
 from dist_resnet.base.cli import run_command
 from dist_resnet.base.errors import UserError
-from dist_resnet.base.files import sync_folder
+from dist_resnet.base.files import lock, sync_folder
 from dist_resnet.data.beton import read_back, write_beton
 from dist_resnet.data.content import fingerprint
 from dist_resnet.data.dataset import DESCRIPTION, TEST, TRAIN, Dataset, describe
@@ -128,7 +127,7 @@ def _lock(path: Path) -> Iterator[bool]:
         waiting = False
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = lock(file.fileno())
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise UserError(f"{path} has been locked for {LOCK_SECONDS:.0f} s") from None
@@ -136,11 +135,12 @@ def _lock(path: Path) -> Iterator[bool]:
                     tell("waiting for another process that prepares it ...")
                 waiting = True
                 time.sleep(0.1)
-            except OSError:
-                yield False
-                return
             else:
-                yield True  # closing the file releases it; the file stays: removing it would race
+                if not locked:
+                    tell(
+                        f"warning: {path.parent}: its file system has no locks: prepare one at a time"
+                    )
+                yield locked  # closing the file releases it, which stays: removing it would race
                 return
 
 

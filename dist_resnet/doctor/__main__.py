@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dist_resnet.base.cli import run_command
 from dist_resnet.base.errors import EXIT_DONE, EXIT_USER
+from dist_resnet.base.files import write_for_user
 from dist_resnet.base.launcher import environment_int, environment_world_size
 from dist_resnet.config.load import load_config
 from dist_resnet.distributed.group import gather_objects, start, stop
@@ -54,7 +55,7 @@ def _verdict(code: int) -> int:
     file = os.environ.get("DOCTOR_VERDICT")
     if file is None:
         return code
-    Path(file).write_text(f"{code}\n")
+    write_for_user(Path(file), f"{code}\n")
     return EXIT_DONE
 
 

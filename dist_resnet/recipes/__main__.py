@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from dist_resnet.base.cli import Parser, run_command
 from dist_resnet.base.errors import EXIT_DONE, UserError
+from dist_resnet.base.files import write_for_user
 from dist_resnet.base.paths import user_path
-from dist_resnet.bench.report import write
 from dist_resnet.recipes.curves import curve_chart
 from dist_resnet.recipes.kept import condense, read_kept, write_kept
 from dist_resnet.recipes.tables import with_runs
@@ -27,13 +27,13 @@ def main(arguments: Sequence[str]) -> int:
         for run in [condense(path, asked.group) for path in asked.runs]:
             print(write_kept(run, asked.folder))
     elif asked.action == "plot":
-        write(asked.file, curve_chart(read_kept(asked.folder, asked.group)))
+        write_for_user(asked.file, curve_chart(read_kept(asked.folder, asked.group)))
     else:
         try:
             text = asked.file.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"{asked.file}: {error.strerror}") from None
-        write(asked.file, with_runs(text, asked.file.parent))
+        write_for_user(asked.file, with_runs(text, asked.file.parent))
     return EXIT_DONE
 
 

@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dist_resnet.base.errors import UserError
-from dist_resnet.config.effects import changes_trajectory
+from dist_resnet.base.files import write_for_user
+from dist_resnet.config.effects import changes_result
 from dist_resnet.config.load import flatten, load_config, to_dict
 from dist_resnet.report.record import RunRecord, read_record
 
 SCHEMA = 1
-# Beside the keys that alter the weights: how and when these are evaluated, how they round, when a
-# run ends.
-_ALSO = (
-    "eval.every_epochs", "eval.flip_tta", "train.early_stop", "train.max_steps", "train.step_mode",
-)  # fmt: skip
 _CURVES = ("train/top1", "val/top1", "val/loss")
 
 Kept = dict[str, Any]
@@ -72,7 +68,7 @@ def changed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in config.items()
-        if (changes_trajectory(key) or key in _ALSO) and value != defaults[key]
+        if (changes_result(key) or key == "train.step_mode") and value != defaults[key]
     }
 
 
@@ -95,9 +91,9 @@ def write_kept(kept: Kept, folder: Path) -> Path:
         raise UserError(f"{path} holds another run; give one of them another run.name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    write_for_user(path, f"{{\n{lines}\n}}\n")
     return path
 
 

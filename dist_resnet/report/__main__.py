@@ -16,8 +16,9 @@ from pathlib import Path
 
 from dist_resnet.base.cli import Parser, run_command
 from dist_resnet.base.errors import EXIT_DONE, UserError
-from dist_resnet.base.files import check_writable, write_atomically
+from dist_resnet.base.files import check_writable, write_for_user
 from dist_resnet.base.paths import user_path
+from dist_resnet.base.terminal import say
 from dist_resnet.report.record import read_records
 from dist_resnet.report.text import BLOCKS, render_text
 
@@ -32,19 +33,11 @@ def main(arguments: Sequence[str]) -> int:
     from dist_resnet.report.page import render_page
 
     output = asked.output or Path("report.html")
-    try:  # before the model is evaluated, which takes a while
-        check_writable(output)
-    except IsADirectoryError:
-        raise UserError(f"{output}: is a folder; name a file") from None
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
+    check_writable(output)  # before the model is evaluated, which takes a while
     print("report: evaluating the checkpoints that are here ...", file=sys.stderr)
-    page = render_page(records).encode("utf-8", "backslashreplace")
-    try:
-        write_atomically(output, page, durable=False)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
-    print(f"{output}: {len(records)} run{'s' * (len(records) > 1)}, {len(page):,} bytes")
+    page = render_page(records)
+    write_for_user(output, page)
+    say(f"{output}: {len(records)} run{'s' * (len(records) > 1)}, {len(page):,} characters")
     return EXIT_DONE
 
 

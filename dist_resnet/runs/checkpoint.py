@@ -159,7 +159,8 @@ class CheckpointStore:
                 except UserError as error:
                     if not path.exists():
                         break  # a run that goes on has written a newer one: look again
-                    if set_aside:
+                    # One that cannot be read now may be whole.
+                    if set_aside and not isinstance(error.__context__, OSError):
                         with contextlib.suppress(OSError):
                             path.rename(path.with_suffix(".pt.corrupt"))
                     report(f"{error}; using the one before it")
@@ -177,6 +178,23 @@ class CheckpointStore:
     def newest_path(self) -> Path | None:
         """The file of the highest step, not read."""
         return next(iter(self._named("step")), None)
+
+    def best(self) -> tuple[Path, Checkpoint] | None:
+        """The checkpoint of the best evaluation, or None where there is none.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        for look in range(_LOOKS):
+            path = self.best_path()
+            if path is None:
+                return None
+            try:
+                return path, read_checkpoint(path)
+            except UserError:
+                if path.exists() or look == _LOOKS - 1:  # else a better one has taken its place
+                    raise
+        return None
 
     def best_path(self) -> Path | None:
         """The file of the best evaluation, not read."""

@@ -29,13 +29,10 @@ def find_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, Checkpoi
             raise UserError(f"{path}: is no run folder, which alone has a {checkpoint} checkpoint")
         return path, read_checkpoint(path)
     store = CheckpointStore(path / "checkpoints", keep=1)
-    if checkpoint == "best":
-        best = store.best_path()
-        found = None if best is None else (best, read_checkpoint(best))
-    else:
-        found = store.newest(say_on_stderr, set_aside=False)
+    best = checkpoint == "best"
+    found = store.best() if best else store.newest(say_on_stderr, set_aside=False)
     if found is None:
-        kind = "best " if checkpoint == "best" else ""
+        kind = "best " if best else ""
         raise UserError(f"{path}: holds no {kind}checkpoint; name a run folder or a .pt file")
     return found
 

@@ -5,7 +5,8 @@
 FILE is a sweep file such as configs/sweep.yaml, which `wandb agent` reads too; ARGUMENTs (files,
 key=value) are added to every training. One run folder a combination. Started again, it continues
 where it was stopped or killed and leaves out what has finished; at the end it prints a table. A
-training that fails is a row with its reason, and the exit code is 1; --retry-failed tries it again.
+training that fails or is impossible is a row with its reason, and the exit code is 1;
+--retry-failed tries it again.
 """
 
 import ctypes
@@ -21,6 +22,8 @@ from dist_resnet.base.cli import run_command
 from dist_resnet.base.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED, UserError
 from dist_resnet.base.paths import user_path
 from dist_resnet.base.terminal import forgive
+from dist_resnet.config.effects import changes_result
+from dist_resnet.config.load import load_config, to_dict, trajectory_differences
 from dist_resnet.runs.folder import RunFolder
 from dist_resnet.sweep.grid import Grid, Trial, read_grid
 
@@ -42,6 +45,9 @@ def main(arguments: Sequence[str]) -> int:
     for number, trial in enumerate(grid.trials, 1):
         title = f"sweep: {number} of {len(grid.trials)}, {trial.folder}"
         before = _outcome(trial)
+        if trial.impossible:
+            print(f"{title}: {trial.impossible}", flush=True)
+            continue
         if before in ("done", "diverged") or (before == "failed" and not retry):
             hint = f": {_reason(trial)}; to try again: --retry-failed" if before == "failed" else ""
             print(f"{title}: {before} already{hint}", flush=True)
@@ -92,11 +98,11 @@ def table(grid: Grid) -> str:
     keys = list(grid.trials[0].values)
     rows: list[tuple[float, list[str]]] = []
     for trial in grid.trials:
-        value = _figure(trial, grid.metric)
+        state = _outcome(trial)
+        value = _figure(trial, grid.metric) if state == "done" else None
         order = float("inf") if value is None else -value if grid.maximize else value
         shown = "-" if value is None else f"{value:.4f}"
         settings = [str(trial.values[key]) for key in keys]
-        state = _outcome(trial)
         reason = _reason(trial) if state == "failed" else ""
         rows.append((order, [*settings, shown, state, str(trial.folder), reason]))
     rows.sort(key=lambda row: row[0])
@@ -123,18 +129,51 @@ def _written(trial: Trial) -> int:
 def _outcome(trial: Trial) -> str:
     """done, diverged, failed, preempted, running (or killed meanwhile), or not started."""
     status = _status(trial)
+    if trial.impossible:
+        return "failed"
+    if _has_ended(trial):
+        diverged = status.get("exit_code") == EXIT_DIVERGED
+        return "failed" if _another(trial) else "diverged" if diverged else "done"
     if RunFolder(trial.folder).refusal():
         return "failed"
-    if status.get("exit_code") == EXIT_DIVERGED:
-        return "diverged"
     state = str(status.get("state", "not started"))
-    return "killed" if state == "done" and not RunFolder(trial.folder).has_summary() else state
+    return "killed" if state == "done" else state
+
+
+def _has_ended(trial: Trial) -> bool:
+    """Whether the folder has a whole run, whatever another command was refused there since."""
+    folder, status = RunFolder(trial.folder), _status(trial)
+    done = status.get("state") == "done" and folder.has_summary()
+    return done or status.get("exit_code") == EXIT_DIVERGED
+
+
+def _another(trial: Trial) -> str:
+    """What is another in the folder's run, extended since; empty: it is this training."""
+    try:
+        found = to_dict(load_config([str(trial.folder / "config.yaml")]))
+    except UserError as error:
+        return str(error)
+    wanted = {
+        name: {k: found[name][k] if v == "auto" else v for k, v in section.items()}
+        if isinstance(section, dict)
+        else section
+        for name, section in to_dict(trial.config).items()
+    }
+    differing = trajectory_differences(
+        wanted, found, lambda key: changes_result(key) or key in trial.values
+    )
+    if not differing:
+        return ""
+    return f"{trial.folder} holds another run since: {'; '.join(differing)}; move it away"
 
 
 def _reason(trial: Trial) -> str:
     """Why it failed, on one line."""
+    reason = trial.impossible
+    if not reason and _has_ended(trial):
+        reason = _another(trial)
     told = RunFolder(trial.folder).refusal() or _status(trial)
-    return " ".join(str(told.get("reason", "")).split())[:200]
+    return " ".join((reason or str(told.get("reason", ""))).split())[:200]
 
 
 def _figure(trial: Trial, metric: str) -> float | None:

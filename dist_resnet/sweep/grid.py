@@ -10,8 +10,10 @@ from typing import Any
 
 from dist_resnet.base.errors import UserError, first_line
 from dist_resnet.base.paths import user_path
+from dist_resnet.config.checks import check
 from dist_resnet.config.effects import changes_figures
 from dist_resnet.config.load import load_config, trajectory_hash
+from dist_resnet.config.schema import Config
 from dist_resnet.config.values import read_yaml, texts
 
 TRAINER = "dist_resnet.train"
@@ -28,6 +30,9 @@ class Trial:
     folder: Path
     """Its run folder."""
     command: list[str]
+    config: Config
+    impossible: str
+    """Why there is no such training; mostly empty."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ def read_grid(path: Path, extra: Sequence[str]) -> Grid:
         extra: further arguments of every training, files and key=value.
 
     Raises:
-        UserError: unreadable, not a grid, or a combination is no possible configuration.
+        UserError: unreadable, not a grid, mistyped, or no combination is possible.
     """
     try:
         content = texts(read_yaml(path.read_text(encoding="utf-8")))
@@ -70,6 +75,8 @@ def read_grid(path: Path, extra: Sequence[str]) -> Grid:
         for values in itertools.product(*choices.values())
     ]
     _refuse_shared_folders(path, trials)
+    if all(trial.impossible for trial in trials):
+        raise UserError(trials[0].impossible)
     return Grid(str(metric.get("name")), metric["goal"] == "maximize", trials)
 
 
@@ -108,9 +115,10 @@ def _trial(stem: str, values: dict[str, Any], command: list[str], extra: Sequenc
     for word in command:
         full += pairs if word == _ARGUMENTS else [word]
     full = [sys.executable if word == _INTERPRETER else word for word in full] + [*extra]
-    # Refused here, before the first of them starts, and named by all that decides its figures: the
-    # same command finds its runs again, another one does not take them for its own.
-    config = load_config(full[full.index(TRAINER) + 1 :])
+    # What is mistyped is refused before the first of them starts; an impossible combination is a
+    # row, as a grid cannot leave it out. Named by all that decides its figures: the same command
+    # finds its runs again, another one does not take them for its own.
+    config = load_config(full[full.index(TRAINER) + 1 :], checked=False)
     if config.run.name is not None:
         raise UserError(f"run.name={config.run.name}: a sweep names its runs itself; leave it out")
     short = "-".join(f"{key.split('.')[-1]}{_word(value)}" for key, value in values.items())
@@ -119,7 +127,15 @@ def _trial(stem: str, values: dict[str, Any], command: list[str], extra: Sequenc
     name = f"{readable}-{digits}"
     group = config.wandb.group or stem
     full += [f"run.name={name}", f"wandb.group={group}"]
-    return Trial(values, user_path(config.run.dir) / name, full)
+    return Trial(values, user_path(config.run.dir) / name, full, config, _impossible(config))
+
+
+def _impossible(config: Config) -> str:
+    try:
+        check(config)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _word(value: Any) -> str:

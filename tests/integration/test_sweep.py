@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 import yaml
 
 from dist_resnet.base.errors import UserError
+from dist_resnet.config.load import to_yaml
 from dist_resnet.data.dataset import Dataset
+from dist_resnet.runs.folder import RunFolder
 from dist_resnet.sweep.__main__ import main
-from dist_resnet.sweep.grid import read_grid
+from dist_resnet.sweep.grid import Trial, read_grid
 from tests.helpers.jobs import ROOT, kill_tree, wait_for_step
 
 SWEEP = ROOT / "configs" / "sweep.yaml"
@@ -236,6 +239,51 @@ def test_an_impossible_trial_is_a_row_and_the_others_run(
     assert text.count("done already") == 2
 
 
+def _finish(file: Path, arguments: list[str]) -> list[Trial]:
+    """Leave in the folders of a grid's possible trials what trainings leave at their end."""
+    trials = read_grid(file, arguments).trials
+    for number, trial in enumerate(trials):
+        if not trial.impossible:
+            trial.folder.mkdir(parents=True)
+            (trial.folder / "config.yaml").write_text(to_yaml(trial.config))
+            (trial.folder / "summary.json").write_text(json.dumps({"val/top1": 0.5 + number / 100}))
+            RunFolder(trial.folder).set_status("done", 3, exit_code=0)
+    return trials
+
+
+def test_a_folder_in_which_another_run_has_ended_since_is_not_the_trials(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, extra = _small(tmp_path), [f"run.dir={tmp_path / 'runs'}", "train.max_steps=3"]
+    first, _ = _finish(file, extra)
+    assert main([str(file), "--", *extra]) == 0
+    RunFolder(first.folder).refuse("another command, with optim.lr=7", 2)
+    assert main([str(file), "--", *extra]) == 0
+    assert "optim.lr=7" not in capsys.readouterr().out
+    # run.extend=true train.max_steps=9, by hand
+    longer = replace(first.config, train=replace(first.config.train, max_steps=9))
+    (first.folder / "config.yaml").write_text(to_yaml(longer))
+    assert main([str(file), "--", *extra]) == 1
+    text = capsys.readouterr().out
+    assert "failed already" in text
+    row = next(line for line in text.splitlines() if line.startswith("0.02 "))
+    assert row.split()[1:3] == ["-", "failed"]
+    assert "train.max_steps: 3 -> 9" in row
+
+
+def test_a_combination_that_is_impossible_is_a_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swept = {"train.epochs": {"values": [1, 5]}, "schedule.warmup_epochs": {"values": [0, 2]}}
+    file, extra = _small(tmp_path, parameters=swept), [f"run.dir={tmp_path / 'runs'}"]
+    _finish(file, extra)
+    assert main([str(file), "--", *extra]) == 1
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert [row[3] for row in rows] == ["done", "done", "done", "failed"]
+    assert rows[3][:3] == ["2", "1", "-"]
+    assert "schedule.warmup_epochs=2.0:" in rows[3]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -245,7 +293,7 @@ def test_an_impossible_trial_is_a_row_and_the_others_run(
         ({"parameters": {}}, "must name parameters"),
         ({"parameters": {"seed": {"min": 1, "max": 3}}}, "seed: needs values"),
         ({"parameters": {"optim": {"parameters": {"lrr": {"values": [1]}}}}}, "optim.lr"),
-        ({"parameters": {"seed": {"values": [0, -1]}}}, "seed=-1"),
+        ({"parameters": {"seed": {"values": [-2, -1]}}}, "seed=-2"),
     ],
 )
 def test_what_is_no_grid_is_refused_before_anything_starts(

@@ -303,23 +303,43 @@ def test_all_damaged_is_the_users_to_decide(tmp_path: Path) -> None:
         assert "run.overwrite=true" in str(caught.value)
 
 
-def test_a_reader_looks_again_where_a_run_goes_on(
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    store = _store(tmp_path, keep=2)
+    paths = [store.save(checkpoint_of(step), best=False) for step in (1, 2)]
+    read = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path == paths[1]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    step, said = _newest(store)
+    assert step == 1
+    assert "cannot be read: Input/output error" in said[0]
+    assert all(path.exists() for path in paths)
+
+
+@pytest.mark.parametrize("kind", ["newest", "best"])
+def test_a_reader_looks_again_where_a_run_goes_on(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = _store(tmp_path, keep=1)
-    store.save(checkpoint_of(1), best=False)
+    store.save(checkpoint_of(1), best=True)
     steps = iter((2, 3))
 
     def too_late(path: Path) -> Checkpoint:
         """A newer checkpoint is saved, and this one deleted, between listing and reading."""
         for step in steps:
-            store.save(checkpoint_of(step), best=False)
+            store.save(checkpoint_of(step), best=True)
             break
         return read_checkpoint(path)
 
     monkeypatch.setattr("dist_resnet.runs.checkpoint.read_checkpoint", too_late)
     said: list[str] = []
-    found = store.newest(said.append, set_aside=False)
+    found = store.best() if kind == "best" else store.newest(said.append, set_aside=False)
     assert found is not None
     assert int(found[0].name.split("-")[1]) == 3
     assert said == []

@@ -1,10 +1,12 @@
 """Preparing data sets: content and statistics, damage, kills, races, full disks, the commands."""
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,15 +195,25 @@ def test_the_same_content_is_kept_and_other_content_replaces(folder: Path, capsy
     assert _names(folder.parent) - LEFT_OVER == {"x"}
 
 
+@pytest.mark.parametrize("missing", [["flock"], ["flock", "lockf"]])
 def test_without_atomic_exchange_and_without_locks(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    missing: list[str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def no_locks(*_: Any) -> None:
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(prepare_module.ctypes, "CDLL", lambda _: object())
-    monkeypatch.setattr(prepare_module.fcntl, "flock", no_locks)
+    for name in missing:
+        monkeypatch.setattr(fcntl, name, no_locks)
+    left = folder.parent / ".x.tmp-1"  # by one that was killed, or is at work: only a lock tells
+    left.mkdir()
     prepare(_images(1), folder, "synthetic", "x")
+    assert ("has no locks" in capsys.readouterr().err) == ("lockf" in missing)
+    assert left.exists() == ("lockf" in missing)
+    shutil.rmtree(left, ignore_errors=True)
     assert Dataset.load(folder).fingerprint == fingerprint(_images(1))
     assert _names(folder.parent) - LEFT_OVER == {"x"}
 

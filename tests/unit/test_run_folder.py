@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from dist_resnet import evaluate
 from dist_resnet.base import files as storage
 from dist_resnet.base.errors import UserError
-from dist_resnet.base.files import check_writable, write_atomically
+from dist_resnet.base.files import check_writable, write_atomically, write_for_user
+from dist_resnet.recipes import __main__ as recipes
 from dist_resnet.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -248,7 +250,7 @@ def test_what_is_no_regular_file_is_written_into(tmp_path: Path) -> None:
         check_writable(device)
         write_atomically(device, content)
         assert device.is_char_device()
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(UserError, match="is a folder; name a file"):
         check_writable(tmp_path)
     with pytest.raises(IsADirectoryError):
         write_atomically(tmp_path, b"x")
@@ -265,6 +267,53 @@ def test_an_own_descriptor_is_appended_to(tmp_path: Path) -> None:
             write_atomically(path, b"content\n")
     assert log.read_text() == "before\ncontent\ncontent\n"
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "recipes"])
+def test_every_command_writes_for_its_user_so(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, readme = tmp_path / "log", tmp_path / "README.md"
+    log.write_text("before\n")
+    readme.write_text("a page\n")
+    with log.open("a") as file:
+        name = f"/proc/self/fd/{file.fileno()}"
+        if command == "evaluate":
+            figures = {"val/top1": 0.5, "classes": {}}
+            monkeypatch.setattr(evaluate, "evaluate_checkpoint", lambda *_: figures)
+            evaluate.main(["run", "--json", name])
+        else:
+            (tmp_path / "link").symlink_to(readme)
+            recipes.main(["tables", str(tmp_path / "link")])
+            write_for_user(Path(name), readme.read_text())
+    assert log.read_text().startswith("before\n")
+    assert len(log.read_text()) > len("before\n")
+    assert (tmp_path / "link").is_symlink() == (command == "recipes")
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", lambda *_: pytest.fail("worked first"))
+    for place, why in ((tmp_path, "is a folder"), (tmp_path / "no" / "x.json", "No such file")):
+        with pytest.raises(UserError, match=why):
+            evaluate.main(["run", "--json", str(place)])
+
+
+def test_a_file_that_is_mounted_alone_is_written_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    path = tmp_path / "report.html"
+    path.write_text("something longer than what follows")
+    monkeypatch.setattr("os.replace", busy)
+    write_for_user(path, "caf\udce9")
+    assert path.read_text() == "caf\\udce9"
+    with pytest.raises(UserError, match=r"new\.html: cannot be written: Device"):
+        write_for_user(tmp_path / "new.html", "x")
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path) -> None:
