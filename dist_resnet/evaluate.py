@@ -16,11 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from dist_resnet.base.cli import run_command
 from dist_resnet.base.errors import EXIT_DONE, UserError
-<<<<<<< HEAD
-from dist_resnet.base.home import ensure_home
-=======
 from dist_resnet.base.files import check_writable, write_for_user
->>>>>>> 420cecb8e26497ca26d5226711dc9d98beb28244
+from dist_resnet.base.home import ensure_home
 from dist_resnet.base.launcher import environment_rank
 from dist_resnet.base.paths import user_path
 from dist_resnet.training.api import callable_module, threads_kept

@@ -137,9 +137,7 @@ def _lock(path: Path) -> Iterator[bool]:
                 time.sleep(0.1)
             else:
                 if not locked:
-                    tell(
-                        f"warning: {path.parent}: its file system has no locks: prepare one at a time"
-                    )
+                    tell(f"warning: {path.parent}: no locks on its file system: one at a time")
                 yield locked  # closing the file releases it, which stays: removing it would race
                 return
 

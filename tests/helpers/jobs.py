@@ -17,6 +17,7 @@ import torch
 
 from dist_resnet.runs.checkpoint import CheckpointStore
 from dist_resnet.step.precision import choose_precision
+from tests.preloaded import Command
 
 ROOT = Path(__file__).parents[2]
 BF16 = pytest.param(
@@ -26,6 +27,7 @@ BF16 = pytest.param(
         reason="whole runs in bf16 take minutes where the processor emulates it",
     ),
 )
+Job = subprocess.Popen[bytes] | Command
 HELD = 12
 """The step at which `launch_held` waits."""
 
@@ -53,13 +55,19 @@ def command(
     ]
 
 
-def launch(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+def launch(arguments: list[str], log: Path) -> Job:
+    """Start a command; a Python module is forked off a process that has imported torch.
+
+    Where the environment says what is loaded first of all, it is started anew.
+    """
     # As the launchers set them: without the first no restart works with gloo.
     environment = os.environ | {
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
+    if arguments[:2] == [sys.executable, "-m"] and "LD_PRELOAD" not in environment:
+        return Command(arguments[2], arguments[3:], log, environment)
     with log.open("ab") as out:
         return subprocess.Popen(
             arguments, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=environment
@@ -87,7 +95,7 @@ def run_job(
 
 def launch_held(
     ranks: int, settings: list[str], log: Path, restarts: int = 0, file: Path | None = None
-) -> subprocess.Popen[bytes]:
+) -> Job:
     """A training whose last rank waits at step HELD: until it is asked to stop, or `file` is there.
 
     No race with a fast machine: it cannot end before what the test does to it.
@@ -96,7 +104,7 @@ def launch_held(
     return launch(command(ranks, restarts, [*held, *settings], "tests.helpers.faulty_train"), log)
 
 
-def workers(agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def workers(agent: Job) -> list[psutil.Process]:
     try:
         children = psutil.Process(agent.pid).children()
         modules = ("dist_resnet.train", "tests.helpers.faulty_train")
@@ -105,7 +113,7 @@ def workers(agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
         return []
 
 
-def kill_tree(agent: subprocess.Popen[bytes]) -> None:
+def kill_tree(agent: Job) -> None:
     try:
         tree = [*psutil.Process(agent.pid).children(recursive=True), psutil.Process(agent.pid)]
     except psutil.NoSuchProcess:
@@ -125,7 +133,7 @@ def current_step(run: Path) -> int:
         return 0
 
 
-def wait_for_step(run: Path, step: int, agent: subprocess.Popen[bytes], seconds: float) -> None:
+def wait_for_step(run: Path, step: int, agent: Job, seconds: float) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and agent.poll() is None and current_step(run) < step:
         time.sleep(0.01)

@@ -345,7 +345,8 @@ def test_a_whole_step(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     states = []
     for mode, usable in (("fused", True), ("eager", False)):
         monkeypatch.setattr(support, "usable", lambda device, usable=usable: usable)
-        step: TrainStep = train_step(small_config(f"train.step_mode={mode}", *RECIPES[recipe]), 2)
+        small = "model.name=m6", "model.widths=[4,4,8]", f"train.step_mode={mode}"
+        step: TrainStep = train_step(small_config(*small, *RECIPES[recipe]), 2)
         assert isinstance(step.replica_pass, KernelPass) == usable
         for number in range(2):
             step(batch_of(number, 2))

@@ -1,7 +1,6 @@
-"""Run a function on real ranks: one spawned process each, joined by gloo, as under torchrun."""
+"""Run a function on real ranks: one process each, joined by gloo, as under torchrun."""
 
 import datetime
-import multiprocessing as mp
 import os
 import pickle
 import time
@@ -14,6 +13,7 @@ import torch
 from torch.distributed import TCPStore
 
 from dist_resnet.distributed import group as distributed
+from tests.preloaded import forks
 
 SECONDS = 60.0
 
@@ -31,7 +31,7 @@ def run_ranks(
     picklable. Raises RankFailed with the traceback of the first rank that fails, or after
     `seconds`; no process is left behind either way.
     """
-    context = mp.get_context("spawn")
+    context = forks()
     # As torchrun's agent does: the parent serves the meeting point, so no port is ever guessed.
     store = TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False,
@@ -41,7 +41,9 @@ def run_ranks(
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
-            target=_main, args=(rank, world_size, store.port, sender, function, args), daemon=True
+            target=_main,
+            args=(dict(os.environ), rank, world_size, store.port, sender, function, args),
+            daemon=True,
         )
         process.start()
         sender.close()
@@ -82,6 +84,7 @@ def _collect(pipes: list[Connection], seconds: float) -> list[Any]:
 
 
 def _main(
+    environment: dict[str, str],
     rank: int,
     world_size: int,
     port: int,
@@ -89,7 +92,9 @@ def _main(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    os.environ.clear()
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),

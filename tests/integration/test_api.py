@@ -26,6 +26,7 @@ def settings(tiny: Dataset, tmp_path: Path) -> dict[str, Any]:
             "root": str(tiny.folder.parent),
             "dataset": tiny.folder.name,
             "batch_size_per_replica": 8,
+            "loader": "resident",
         },
         "run": {"dir": str(tmp_path), "name": "job"},
         "model": {"widths": [4, 4, 4]},

@@ -31,6 +31,12 @@ def call(
     return result.returncode, result.stdout + result.stderr
 
 
+def forked(folder: Path, *arguments: str, module: str = "dist_resnet.train") -> tuple[int, str]:
+    """As `call`, in a process that need not import torch."""
+    outcome = run_job(0, list(arguments), folder, module=module)
+    return outcome.code, outcome.output
+
+
 def refused(output: tuple[int, str], *texts: str) -> None:
     code, text = output
     lines = text.strip().splitlines()
@@ -95,24 +101,24 @@ def test_damaged_beton(tmp_path: Path, digits: Dataset, damage: str) -> None:
         content[len(content) // 3] ^= 4
     beton.write_bytes(content)
     arguments = ["data.dataset=digits", f"data.root={folder.parent}", f"run.dir={tmp_path}"]
-    refused(call("dist_resnet.train", *arguments), "train.beton", "data.prepare digits")
+    refused(forked(tmp_path, *arguments), "train.beton", "data.prepare digits")
 
 
 def test_smaller_than_one_batch(tmp_path: Path, tiny: Dataset) -> None:
     arguments = ["data.dataset=tiny", f"data.root={tiny.folder.parent}", f"run.dir={tmp_path}"]
     size = "data.batch_size_per_replica=54"
-    refused(call("dist_resnet.train", *arguments, size), size, "53")
+    refused(forked(tmp_path, *arguments, size), size, "53")
 
 
 def test_val_split_larger_than_the_set(tmp_path: Path, tiny: Dataset) -> None:
     arguments = ["data.dataset=tiny", f"data.root={tiny.folder.parent}", f"run.dir={tmp_path}"]
-    refused(call("dist_resnet.train", *arguments, "data.val_split=53"), "data.val_split=53")
+    refused(forked(tmp_path, *arguments, "data.val_split=53"), "data.val_split=53")
 
 
 def test_class_weights_of_other_classes_begin_no_run(tmp_path: Path, tiny: Dataset) -> None:
     arguments = ["data.dataset=tiny", f"data.root={tiny.folder.parent}", f"run.dir={tmp_path}"]
     weights = "optim.class_weights=[1,2]", "run.name=job", "wandb.mode=offline"
-    refused(call("dist_resnet.train", *arguments, *weights), "2 numbers", "5 classes: class0")
+    refused(forked(tmp_path, *arguments, *weights), "2 numbers", "5 classes: class0")
     assert {path.name for path in (tmp_path / "job").iterdir()} <= {"status.json", ".lock", "lock"}
 
 
@@ -152,7 +158,7 @@ def test_a_training_leaves_the_run_folder_of_the_contract(tmp_path: Path, digits
     assert "optim.lr: 0.05 -> 0.1" in changed.output
 
     figures = []
-    for ranks in (0, 2, 3):
+    for ranks in (0, 3):
         file = tmp_path / f"{ranks}.json"
         job = run_job(ranks, [str(run), "--json", str(file)], tmp_path, 100, "dist_resnet.evaluate")
         assert job.code == 0, job.output
@@ -164,7 +170,10 @@ def test_a_training_leaves_the_run_folder_of_the_contract(tmp_path: Path, digits
 
 
 def test_evaluate_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
+    def evaluated(path: Path) -> tuple[int, str]:
+        return forked(tmp_path, str(path), module="dist_resnet.evaluate")
+
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    refused(call("dist_resnet.evaluate", str(tmp_path / "text.pt")), "text.pt")
-    refused(call("dist_resnet.evaluate", str(tmp_path / "none.pt")), "none.pt")
-    refused(call("dist_resnet.evaluate", str(tmp_path)), "no checkpoint")
+    refused(evaluated(tmp_path / "text.pt"), "text.pt")
+    refused(evaluated(tmp_path / "none.pt"), "none.pt")
+    refused(evaluated(tmp_path), "no checkpoint")

@@ -28,7 +28,7 @@ class Runs:
             f"data.root={tiny.folder.parent}", f"data.dataset={tiny.folder.name}",
             f"run.dir={folder}", "run.name=job", "model.widths=[4,4,4]", "log.every_steps=1",
             "data.batch_size_per_replica=8", "parallel.device=cpu", "wandb.mode=disabled",
-            "parallel.threads=1", "train.epochs=3",
+            "parallel.threads=1", "train.epochs=3", "data.loader=resident",
         ]  # fmt: skip
 
     def __call__(self, *settings: str) -> int:

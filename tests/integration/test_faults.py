@@ -41,6 +41,8 @@ def settings(folder: Path, digits: Dataset, name: str, *extra: str) -> list[str]
         f"train.max_steps={STEPS}",
         "checkpoint.every_steps=5",
         "log.every_steps=5",
+        "model.widths=[4,4,4]",
+        "data.loader=resident",
         "wandb.mode=disabled",
         "parallel.threads=1",
         *extra,
@@ -194,7 +196,9 @@ def test_full_disk_costs_no_older_checkpoint(
     small_disk: Path, tmp_path: Path, digits: Dataset
 ) -> None:
     ballast, go_on = small_disk / "ballast", tmp_path / "go on"
-    job = launch_held(0, settings(small_disk, digits, "job"), tmp_path / "log", file=go_on)
+    large = "model.widths=[16,32,64]"
+    keys = settings(small_disk, digits, "job", large)
+    job = launch_held(0, keys, tmp_path / "log", file=go_on)
     wait_for_step(small_disk / "job", 10, job, 100)  # the checkpoint of step 5 is there
     with ballast.open("wb") as file:  # until nothing more fits
         try:
@@ -214,7 +218,7 @@ def test_full_disk_costs_no_older_checkpoint(
     assert store.newest(print) is not None
     assert not list(store.folder.glob(".tmp*"))
     ballast.unlink()
-    outcome = run_job(0, settings(small_disk, digits, "job", "checkpoint.keep=1"), tmp_path)
+    outcome = run_job(0, [*keys, "checkpoint.keep=1"], tmp_path)
     assert outcome.code == 0, outcome.output
 
 

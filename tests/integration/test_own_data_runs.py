@@ -54,6 +54,7 @@ def _keys(folder: Path, name: str, source: str, *more: str) -> list[str]:
         "data.root=data", f"run.dir={folder}", f"run.name={name}", f"data.dataset=my_{source}",
         f"data.source=own_shapes:{source}", "wandb.mode=disabled", "precision.dtype=fp32",
         "parallel.replicas=2", "parallel.reduction=exact", "model.widths=[8,8,16]",
+        "data.loader=resident",
         "train.epochs=6", "log.every_steps=5", "data.batch_size_per_replica=16",
         "augment.flip=false", "augment.crop_padding=1", "model.dropout=0", "optim.lr=0.1",
         *more,
@@ -118,10 +119,10 @@ def _is_used(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loader", ["ffcv", "resident"])
-def test_images_that_are_no_squares_train_too(folder: Path, loader: str) -> None:
+@pytest.mark.parametrize(("loader", "ranks"), [("ffcv", 2), ("resident", 0)])
+def test_images_that_are_no_squares_train_too(folder: Path, loader: str, ranks: int) -> None:
     more = f"data.loader={loader}", "augment.cutout=6", "data.val_split=50"
-    done = run_job(2, _keys(folder, "wide", "wide", *more), folder)
+    done = run_job(ranks, _keys(folder, "wide", "wide", *more), folder)
     assert done.code == 0, done.output
     assert find_weights(folder / "wide")[1].image_size == [20, 24]
     summary = json.loads((folder / "wide" / "summary.json").read_text())

@@ -86,6 +86,7 @@ def settings(digits: Dataset, name: str, *extra: str) -> list[str]:
         "log.every_steps=5",
         "wandb.mode=disabled",
         "precision.dtype=fp32",
+        "data.loader=resident",
         *extra,
     ]
 

@@ -23,7 +23,8 @@ def settings(folder: Path, digits: Dataset, name: str, *extra: str) -> list[str]
         f"run.dir={folder}", f"run.name={name}", f"data.root={digits.folder.parent}",
         "data.dataset=digits", "data.batch_size_per_replica=16", "train.max_steps=20",
         "checkpoint.every_steps=5", "log.every_steps=50", "wandb.mode=disabled",
-        "parallel.replicas=2", "parallel.reduction=exact", "parallel.threads=1", *extra,
+        "parallel.replicas=2", "parallel.reduction=exact", "parallel.threads=1",
+        "model.widths=[4,4,4]", "data.loader=resident", *extra,
     ]  # fmt: skip
 
 
@@ -32,7 +33,7 @@ def settings(folder: Path, digits: Dataset, name: str, *extra: str) -> list[str]
 def test_killed_on_one_rank_and_continued_on_two(
     name: str, tmp_path: Path, digits: Dataset
 ) -> None:
-    whole = run_job(2, settings(tmp_path, digits, "whole", *OWN[name]), tmp_path)
+    whole = run_job(0, settings(tmp_path, digits, "whole", *OWN[name]), tmp_path)
     assert whole.code == 0, whole.output
     keys = settings(tmp_path, digits, "killed", *OWN[name])
     job = launch_held(0, keys, tmp_path / "held.log")

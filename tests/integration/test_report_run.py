@@ -30,7 +30,8 @@ def job(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> tuple[Path
     folder = tmp_path_factory.mktemp("report")
     keys = [
         f"run.dir={folder}", "run.name=job", f"data.root={digits.folder.parent}",
-        "data.dataset=digits", "model.widths=[8,10,12]", "train.epochs=1", "train.max_steps=20",
+        "data.dataset=digits", "data.loader=resident", "model.widths=[8,10,12]", "train.epochs=1",
+        "train.max_steps=20",
         f"augment.crop_padding={PADDING}", "augment.flip=false", "augment.mixup_alpha=1.0",
         "wandb.mode=disabled", "precision.dtype=fp32", "parallel.threads=1", "parallel.replicas=2",
     ]  # fmt: skip

@@ -16,9 +16,13 @@ from dist_resnet.runs.trained import load
 
 def _settings(data: Dataset, folder: Path, name: str) -> dict[str, Any]:
     return {
-        "data": {"root": str(data.folder.parent), "dataset": data.folder.name},
+        "data": {
+            "root": str(data.folder.parent),
+            "dataset": data.folder.name,
+            "loader": "resident",
+        },
         "run": {"dir": str(folder), "name": name},
-        "model": {"widths": [8, 8, 16], "dropout": 0},
+        "model": {"name": "m6", "widths": [4, 8, 8], "dropout": 0},
         "augment": {"mixup_alpha": 0, "flip": False},
         "parallel": {"device": "cpu", "threads": 1},
         "wandb": {"mode": "disabled"},

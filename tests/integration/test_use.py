@@ -35,6 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Path:
         "train.epochs=1",
         "train.ema_decay=0.9",
         "augment.flip=false",
+        "data.loader=resident",
         "wandb.mode=disabled",
         "precision.dtype=fp32",
         "parallel.threads=1",

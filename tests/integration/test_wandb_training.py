@@ -35,8 +35,9 @@ class Trained:
 def _train(data: Dataset, folder: Path, name: str, *pairs: str, ranks: int = 2) -> Outcome:
     settings = [
         f"data.root={data.folder.parent}", f"data.dataset={data.folder.name}",
-        "data.batch_size_per_replica=4", "model.widths=[8,8,8]", "train.epochs=2",
-        "eval.flip_tta=true", "log.every_steps=2", "parallel.device=cpu", "parallel.threads=1",
+        "data.batch_size_per_replica=4", "model.widths=[8,8,8]", "data.loader=resident",
+        "train.epochs=2", "eval.flip_tta=true", "log.every_steps=2", "parallel.device=cpu",
+        "parallel.threads=1",
         f"run.dir={folder}", f"run.name={name}", *pairs,
     ]  # fmt: skip
     return run_job(ranks, settings, folder)

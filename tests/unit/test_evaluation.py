@@ -60,7 +60,7 @@ def _warmed_up() -> ResNet:
     model = resnet(ModelConfig(widths=[8, 8, 16]), CLASSES, 3)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for _ in range(60):
+        for _ in range(10):
             model(torch.randn(32, 3, SIDE, SIDE, generator=generator))
     return model
 

@@ -17,16 +17,12 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from dist_resnet.base.errors import UserError
+from dist_resnet.data.beton import read_back
+from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.decoding import Decoder, Reading
 from dist_resnet.data.images import ImageSet
 from dist_resnet.data.sources import folder
 from dist_resnet.data.sources.folder import Tolerance
-
-CIFAR_ROOT = Path(
-    os.environ.get(
-        "DIST_RESNET_CIFAR10", Path(__file__).resolve().parents[3] / "shared" / "cifar10"
-    )
-)
 
 
 def load_folder(train: Path, test: Path, resize: int | None = None, **options: Any) -> ImageSet:
@@ -373,16 +369,14 @@ def test_a_disguised_format_never_reaches_another_program(tmp_path: Path, good: 
 
 
 @pytest.mark.slow
-def test_real_cifar10_is_in_the_original_order_of_classes() -> None:
-    train, test = (CIFAR_ROOT / f"cifar10-{part}.tar.xz" for part in ("train", "test"))
-    if not train.is_file():
-        pytest.skip(f"no CIFAR-10 archives in {CIFAR_ROOT}; set DIST_RESNET_CIFAR10")
-    image_set = load_folder(train, test)
+def test_real_cifar10_is_in_the_original_order_of_classes(cifar10: Dataset) -> None:
+    """Prepared by `load_folder`, once for all tests."""
+    train, test = read_back(cifar10.train_path), read_back(cifar10.test_path)
     names = "airplane automobile bird cat deer dog frog horse ship truck"
-    assert " ".join(image_set.classes) == names
-    assert np.bincount(image_set.train.labels).tolist() == [5000] * 10
-    assert np.bincount(image_set.test.labels).tolist() == [1000] * 10
-    flat = np.asarray(image_set.train.images).reshape(-1, 3)
+    assert " ".join(cifar10.classes) == names
+    assert np.bincount(train.labels).tolist() == [5000] * 10
+    assert np.bincount(test.labels).tolist() == [1000] * 10
+    flat = np.asarray(train.images[:]).reshape(-1, 3)
     np.testing.assert_allclose(flat.mean(0), (125.307, 122.950, 113.865), atol=1e-3)
     np.testing.assert_allclose(flat.std(0), (62.993, 62.089, 66.705), atol=1e-3)
 

@@ -29,6 +29,9 @@ KERNELS = {
     "sum_rows", "_draw", "_augment", "_loss", "_update", "_account",
 }  # fmt: skip
 
+# Products of matrices, whose instructions are others in each generation.
+PRODUCTS = {"convolve", "weight_gradient"}
+
 
 def _source(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """What Triton would compile for a launch with these arguments."""
@@ -142,6 +145,8 @@ def test_kernels_compile_and_fit(
     _launch_all(torch.float16 if old else torch.bfloat16, 32 if old else 128)
     assert {source.fn.__name__ for source in launches} == KERNELS
     for source in {source.hash(): source for source in launches}.values():
+        if capability > 80 and source.fn.__name__ not in PRODUCTS:
+            continue  # compiled for 7.5 and 8.0, in either of the two types
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
         name, cubin = source.fn.__name__, compiled.asm["cubin"]
         shared, spilled = compiled.metadata.shared, _spilled(cubin)

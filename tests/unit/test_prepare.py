@@ -269,7 +269,9 @@ def _start(output: Path, *options: str) -> subprocess.Popen[str]:
 )
 def test_kill_nine_leaves_what_was_there(folder: Path, stage: str) -> None:
     shared = set(os.listdir("/dev/shm"))
-    with _start(folder.parent, "--num-train", "30000", "--seed", "7") as process:
+    with _start(
+        folder.parent, "--num-train", "9000", "--num-test", "9000", "--seed", "7"
+    ) as process:
         deadline = time.monotonic() + 60
         while not list(folder.parent.glob(f".x.tmp-*/built/{stage}")):
             assert process.poll() is None
@@ -301,12 +303,13 @@ def test_interruption_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
 
 
 def test_two_at_once_with_different_content(tmp_path: Path) -> None:
-    processes = [_start(tmp_path, "--num-train", "5000", "--seed", str(seed)) for seed in (1, 2)]
+    size = ("--num-train", "5000", "--num-test", "10")
+    processes = [_start(tmp_path, *size, "--seed", str(seed)) for seed in (1, 2)]
     results = [(*process.communicate(timeout=100), process.returncode) for process in processes]
     assert [code for *_, code in results] == [0, 0], results
     assert sum("waiting for another process" in err for _, err, _ in results) == 1
     dataset = Dataset.load(tmp_path / "x")
-    possible = [load_synthetic(train=5000, test=10_000, seed=seed) for seed in (1, 2)]
+    possible = [load_synthetic(train=5000, test=10, seed=seed) for seed in (1, 2)]
     assert dataset.fingerprint in {fingerprint(image_set) for image_set in possible}
     assert _names(tmp_path) - LEFT_OVER == {"x"}
 
