@@ -19,7 +19,8 @@ from dist_resnet.base.errors import EXIT_DONE
 from dist_resnet.base.home import ensure_home
 from dist_resnet.base.launcher import environment_rank
 from dist_resnet.base.terminal import forgive
-from dist_resnet.config.load import describe_keys, load_config, named_keys, to_yaml
+from dist_resnet.config.keys import describe_keys
+from dist_resnet.config.load import load_config, named_keys, to_yaml
 from dist_resnet.config.schema import Config
 from dist_resnet.training.api import as_argument, callable_module, threads_kept
 

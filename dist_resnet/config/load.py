@@ -15,8 +15,7 @@ from dist_resnet.base.errors import UserError, first_line
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.checks import check
 from dist_resnet.config.effects import changes_trajectory
-from dist_resnet.config.keys import choices_of, key_kinds, key_sections, nearest
-from dist_resnet.config.keys import describe_keys as describe_keys
+from dist_resnet.config.keys import choices_of, describe_keys, key_kinds, key_sections, nearest
 from dist_resnet.config.schema import Config
 from dist_resnet.config.values import Text, as_tree, read_value, read_yaml, shown, texts
 

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dist_resnet.base.errors import Diverged, UserError
-from dist_resnet.config.load import describe_keys, load_config, stored_config, to_dict, to_yaml
+from dist_resnet.config.keys import describe_keys
+from dist_resnet.config.load import load_config, stored_config, to_dict, to_yaml
 from dist_resnet.config.plan import rates
 from dist_resnet.config.schema import Config
 from dist_resnet.data.dataset import Dataset

@@ -13,8 +13,8 @@ import yaml
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.paths import PACKAGE
 from dist_resnet.config.effects import changes_trajectory
+from dist_resnet.config.keys import describe_keys
 from dist_resnet.config.load import (
-    describe_keys,
     flatten,
     load_config,
     stored_config,

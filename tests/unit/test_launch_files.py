@@ -52,7 +52,8 @@ def test_what_a_launcher_reads_is_explained() -> None:
 
 @pytest.mark.parametrize("path", sorted(LAUNCH.iterdir()), ids=lambda p: p.name)
 def test_no_secret_and_no_setting_that_does_not_exist(path: Path) -> None:
-    from dist_resnet.config.load import describe_keys, load_config
+    from dist_resnet.config.keys import describe_keys
+    from dist_resnet.config.load import load_config
 
     text = path.read_text()
     assert not re.search(
