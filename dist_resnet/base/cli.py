@@ -9,7 +9,8 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from dist_resnet.base import signals
 from dist_resnet.base.errors import (
@@ -23,6 +24,7 @@ from dist_resnet.base.errors import (
     first_line,
     one_line,
 )
+from dist_resnet.base.files import check_writable, write_atomically
 from dist_resnet.base.home import ensure_home
 from dist_resnet.base.launcher import environment_int
 from dist_resnet.base.terminal import open_standard_streams, say
@@ -33,11 +35,52 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors as everywhere in this package: one line, exit code 2."""
+    """A command line as every command has it: its text as it stands, an error as one line.
+
+    Args:
+        prog: the command, such as `python -m dist_resnet.report`.
+        description: the text of its --help, usually the module's.
+    """
+
+    def __init__(
+        self, prog: str | None = None, description: str | None = None, **options: Any
+    ) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        shared: dict[str, Any] = {"formatter_class": form, "allow_abbrev": False}
+        super().__init__(prog, description=description, **shared | options)
 
     def error(self, message: str) -> NoReturn:
-        name = self.prog.removeprefix("python -m dist_resnet.")
+        name = self.prog.removeprefix("python -m ").removeprefix("dist_resnet.")
         raise UserError(f"{name}: {message}; see --help")
+
+    def print_help(self, file: Any = None) -> None:
+        """From one process only, where torchrun started several."""
+        if environment_int("RANK", 0) == 0:
+            super().print_help(file)
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write the file that a command was asked for.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    content = text.encode("utf-8", "backslashreplace")
+    _as_output(path, lambda: write_atomically(path, content, durable=False))
+
+
+def check_output(path: Path) -> None:
+    """Refuse what `write_output` would, before what is to be written is made."""
+    _as_output(path, lambda: check_writable(path))
+
+
+def _as_output(path: Path, action: Callable[[], None]) -> None:
+    try:
+        action()
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; name a file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def run_command(action: Callable[[], int]) -> NoReturn:
