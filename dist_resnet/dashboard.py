@@ -1,10 +1,5 @@
 """Put this project's workspace on W&B: python -m dist_resnet.dashboard --entity NAME [options]
 
-  --entity NAME     W&B user or team
-  --project NAME    W&B project (default: dist_resnet)
-  --name NAME       name of the workspace (default: dist_resnet)
-  --dry-run         print the workspace as JSON and send nothing; needs neither network nor account
-
 Every run of the project shows in it. Needs the extra `dashboard` (wandb-workspaces).
 """
 
@@ -15,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from dist_resnet.base.cli import run_command
+from dist_resnet.base.cli import Parser, run_command
 from dist_resnet.base.errors import EXIT_DONE, UserError, one_line
 from dist_resnet.config.schema import WandbConfig
 from dist_resnet.tracking.wandb_reach import wanted_mode
@@ -92,13 +87,6 @@ SECTIONS = (
         ),
     ),
 )
-# The position of a row; an axis, not a curve.
-AXES = ("step", "epoch", "seconds")
-
-
-def covers(metric: str, key: str) -> bool:
-    """Whether a panel's `metric`, which may end in *, shows what is logged as `key`."""
-    return key.startswith(metric[:-1]) if metric.endswith("*") else key == metric
 
 
 def as_json() -> str:
@@ -108,23 +96,32 @@ def as_json() -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, then print or save; the exit code."""
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return EXIT_DONE
-    options = _parse(arguments)
-    if "dry-run" in options:
+    parser = Parser("python -m dist_resnet.dashboard", __doc__)
+    parser.add_argument("--entity", metavar="NAME", help="W&B user or team")
+    for option, of, default in (
+        ("--project", "W&B project", WandbConfig.project),
+        ("--name", "name of the workspace", "dist_resnet"),
+    ):
+        about = f"{of}; default: {default}"
+        parser.add_argument(option, metavar="NAME", default=default, help=about)
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="print the workspace as JSON and send nothing; needs neither network nor account",
+    )  # fmt: skip
+    asked = parser.parse_args(arguments)
+    if asked.dry_run:
         print(as_json())
         return EXIT_DONE
-    if "entity" not in options:
+    if not (asked.entity and asked.project and asked.name):
         raise UserError("--entity NAME: name the W&B user or team whose project it is")
-    mode, asked = wanted_mode("auto")
+    mode, told = wanted_mode("auto")
     if mode in ("offline", "disabled"):
-        raise UserError(f"W&B is switched off: {asked}; undo that, or --dry-run")
-    print(save(options["entity"], options.get("project", WandbConfig.project), options.get("name")))
+        raise UserError(f"W&B is switched off: {told}; undo that, or --dry-run")
+    print(save(asked.entity, asked.project, asked.name))
     return EXIT_DONE
 
 
-def save(entity: str, project: str, name: str | None) -> str:
+def save(entity: str, project: str, name: str) -> str:
     """Save the workspace on the server that wandb is configured for; its address.
 
     Raises:
@@ -141,7 +138,7 @@ def save(entity: str, project: str, name: str | None) -> str:
     workspace = workspaces.Workspace(
         entity=entity,
         project=project,
-        name=name or "dist_resnet",
+        name=name,
         sections=[
             workspaces.Section(
                 name=section.name,
@@ -175,21 +172,6 @@ def _panel(reports: Any, panel: Panel) -> Any:
         patterns = [re.escape(metric.removesuffix("*")) for metric in panel.metrics]
         shown = {"metric_regex": f"^({'|'.join(patterns)}).*"}
     return reports.LinePlot(title=panel.title, x="step", log_y=panel.log_y, **shown)
-
-
-def _parse(arguments: Sequence[str]) -> dict[str, str]:
-    options, rest = {}, list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if word == "--dry-run":
-            options["dry-run"] = ""
-        elif word in ("--entity", "--project", "--name"):
-            if not rest or not rest[0]:
-                raise UserError(f"{word}: needs a name")
-            options[word[2:]] = rest.pop(0)
-        else:
-            raise UserError(f"{word}: unknown; see python -m dist_resnet.dashboard --help")
-    return options
 
 
 if __name__ == "__main__":

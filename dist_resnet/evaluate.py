@@ -14,12 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_resnet.base.cli import run_command
+from dist_resnet.base.cli import Parser, run_command
 from dist_resnet.base.errors import EXIT_DONE, UserError
 from dist_resnet.base.files import check_writable, write_for_user
 from dist_resnet.base.home import ensure_home
 from dist_resnet.base.launcher import environment_rank
 from dist_resnet.base.paths import user_path
+from dist_resnet.base.tables import columns
 from dist_resnet.training.api import callable_module, threads_kept
 
 if TYPE_CHECKING:
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, evaluate, print; the exit code."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        if environment_rank() == 0:
-            print(__doc__)
-        return EXIT_DONE
     path, output, pairs = _parse(arguments)
     if output is not None and environment_rank() == 0:
         check_writable(output)
@@ -137,18 +134,15 @@ def evaluate(path: str | Path, *pairs: str, **settings: Any) -> dict[str, Any]:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Path, Path | None, list[str]]:
-    rest, output = list(arguments), None
-    if "--json" in rest:
-        at = rest.index("--json")
-        if at + 1 == len(rest):
-            raise UserError("--json: needs the name of a file")
-        output = user_path(rest[at + 1])
-        del rest[at : at + 2]
-    pairs = [argument for argument in rest if "=" in argument and not user_path(argument).exists()]
-    paths = [argument for argument in rest if argument not in pairs]
-    if len(paths) != 1 or paths[0].startswith("-"):
+    parser = Parser("python -m dist_resnet.evaluate", __doc__)
+    parser.add_argument("words", nargs="+", metavar="CHECKPOINT_OR_RUN, key=value")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write all figures to FILE")
+    asked = parser.parse_intermixed_args(arguments)
+    pairs = [word for word in asked.words if "=" in word and not user_path(word).exists()]
+    paths = [word for word in asked.words if word not in pairs]
+    if len(paths) != 1:
         raise UserError("name one checkpoint or run folder, then key=value pairs; see --help")
-    return user_path(paths[0]), output, pairs
+    return user_path(paths[0]), asked.json, pairs
 
 
 def _table(figures: dict[str, Any]) -> str:
@@ -157,11 +151,13 @@ def _table(figures: dict[str, Any]) -> str:
         if key not in ("classes", "confusion"):
             shown = f"{value:.6f}" if isinstance(value, float) else str(value)
             lines.append(f"{key:32} {shown}")
-    lines.append(f"{'class':32} precision   recall       f1   images")
-    for name, score in figures["classes"].items():
-        shares = "  ".join(f"{score[key]:7.4f}" for key in ("precision", "recall", "f1"))
-        lines.append(f"{name:32}   {shares}  {score['images']:7}")
-    return "\n".join(lines)
+    keys = ("precision", "recall", "f1")
+    head = ["class", *keys, "images"]
+    scores = [
+        [name, *(f"{score[key]:.4f}" for key in keys), str(score["images"])]
+        for name, score in figures["classes"].items()
+    ]
+    return "\n".join([*lines, *columns([head, *scores], right=range(1, len(head)))])
 
 
 callable_module(__name__, evaluate)

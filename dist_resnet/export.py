@@ -84,12 +84,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m dist_resnet.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("python -m dist_resnet.export", __doc__)
     parser.add_argument("model", type=user_path, metavar="CHECKPOINT_OR_RUN")
     parser.add_argument("--format", choices=sorted(_WRITERS), required=True)
     parser.add_argument("--output", type=user_path, default="export", metavar="DIR")

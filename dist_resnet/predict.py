@@ -1,9 +1,5 @@
 """Classify images: python -m dist_resnet.predict CHECKPOINT_OR_RUN IMAGE_OR_FOLDER ...
 
-    --top K    classes shown for each image (default 3)
-    --json     one JSON object a line instead of a table
-    --bits N   of greyscale images stored with 16 (default: as the model's training images)
-
 IMAGE is a file that Pillow reads, a folder (all images below it, hidden files and litter left out,
 as data.prepare does) or - (one image on standard input). Images of another size are resized as
 the training images were. What is no image is told on standard error and the rest goes on; the exit
@@ -68,18 +64,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m dist_resnet.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s CHECKPOINT_OR_RUN IMAGE_OR_FOLDER ... [--top K] [--json] [--bits N]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", type=user_path, help=argparse.SUPPRESS)
-    parser.add_argument("images", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--top", type=int, default=3, help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--bits", type=int, help=argparse.SUPPRESS)
+    parser = Parser("python -m dist_resnet.predict", __doc__)
+    parser.add_argument("model", type=user_path, metavar="CHECKPOINT_OR_RUN")
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
+    parser.add_argument("--top", type=int, default=3, metavar="K", help="classes shown; default 3")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line, no table")
+    parser.add_argument(
+        "--bits", type=int, metavar="N",
+        help="of greyscale images stored with 16; default: as the model's training images",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.top < 1:
         raise UserError(f"--top {options.top}: must be at least 1")

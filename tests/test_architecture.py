@@ -23,13 +23,12 @@ FOLDERS = (
 # At the top: what is run as `python -m dist_resnet.NAME`.
 COMMANDS = {
     "train", "evaluate", "predict", "export", "dashboard", "sweep", "report", "bench", "doctor",
-    "recipes",
 }  # fmt: skip
 DOORS = {
     "torch.distributed": {"distributed.group"},
     "omegaconf": {"config.load"},
     # The last is measured against, not used.
-    "ffcv": {"data.beton", "data.ffcv_loader", "data.ffcv_import", "bench.ffcv_pipeline"},
+    "ffcv": {"data.beton", "data.ffcv_loader", "data.ffcv_import", "bench.other_loaders"},
     "wandb": {"tracking.wandb_session"},
     "wandb_workspaces": {"dashboard"},
 }
@@ -287,7 +286,7 @@ def test_no_rank_is_asked_for_in_the_loop() -> None:
 
 def test_no_path_of_one_machine() -> None:
     pattern = re.compile("/(?:wo" + "rk|ho" + "me|Users|tm" + "p/w)/")
-    for folder in ("dist_resnet", "tests", "configs", "launch"):
+    for folder in ("dist_resnet", "tools", "tests", "configs", "launch"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".yaml", ".sh", ".sbatch", ".toml"):
                 found = pattern.search(path.read_text())

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dist_resnet.base import signals
 from dist_resnet.base.errors import (
@@ -34,11 +34,28 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors as everywhere in this package: one line, exit code 2."""
+    """A command line as every command has it: its text as it stands, an error as one line.
+
+    Args:
+        prog: the command, such as `python -m dist_resnet.report`.
+        description: the text of its --help, usually the module's.
+    """
+
+    def __init__(
+        self, prog: str | None = None, description: str | None = None, **options: Any
+    ) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        shared: dict[str, Any] = {"formatter_class": form, "allow_abbrev": False}
+        super().__init__(prog, description=description, **shared | options)
 
     def error(self, message: str) -> NoReturn:
-        name = self.prog.removeprefix("python -m dist_resnet.")
+        name = self.prog.removeprefix("python -m ").removeprefix("dist_resnet.")
         raise UserError(f"{name}: {message}; see --help")
+
+    def print_help(self, file: Any = None) -> None:
+        """From one process only, where torchrun started several."""
+        if environment_int("RANK", 0) == 0:
+            super().print_help(file)
 
 
 def run_command(action: Callable[[], int]) -> NoReturn:

@@ -3,7 +3,7 @@
   loader    images/s of our loaders with device augmentation, beside torchvision's and FFCV's own
   step      one training step in every mode, its share of the machine's limits, where time goes
   train     end to end, beside the loop everyone writes; one process and two ranks
-  scaling   one rank and two, the all-reduce, and what follows for 8, 64 and 1,024 replicas
+  scaling   one rank and two, and their all-reduce
   startup   seconds from the command to the first step
   peers     overhead a step of other frameworks (those that are installed), and their images/s
 
@@ -12,6 +12,7 @@ key=value are those of the trainer (--help of dist_resnet.train lists them), suc
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 
@@ -31,8 +32,6 @@ _QUICK = ("data.dataset=digits", "model.widths=[8,10,12]", "data.batch_size_per_
 def main(arguments: Sequence[str]) -> int:
     """Parse, measure, show; the exit code."""
     asked = _parser().parse_intermixed_args(arguments)
-    if asked.name not in NAMES:
-        raise UserError(f"bench: {asked.name!r} is none of {', '.join(NAMES)}")
     if under_torchrun():
         raise UserError("bench: start it without torchrun; it starts its own ranks")
     if asked.rounds is not None and asked.rounds < 1:
@@ -41,15 +40,14 @@ def main(arguments: Sequence[str]) -> int:
     config = load_config(pairs)
 
     from dist_resnet.bench.load import LIMIT, LoadMeter, check_idle
-    from dist_resnet.bench.plot import bar_chart
-    from dist_resnet.bench.report import Settings, gather_facts, write_json
+    from dist_resnet.bench.report import Settings, gather_facts
 
     for path in (asked.json, asked.plot):
         if path is not None:
             check_writable(path)  # before what takes minutes
     before = check_idle(asked.force, 0.2 if asked.quick else 3.0)
     rounds = asked.rounds or (2 if asked.quick else NAMES[asked.name])
-    settings = Settings(config, pairs, rounds, asked.quick, asked.full, asked.step_us)
+    settings = Settings(config, pairs, rounds, asked.quick, asked.full)
     facts = gather_facts(config, arguments)
     meter = LoadMeter()
     report = importlib.import_module(f"dist_resnet.bench.{asked.name}").run(settings)
@@ -60,20 +58,15 @@ def main(arguments: Sequence[str]) -> int:
     if asked.quick:
         report.notes.append("--quick: these figures mean nothing")
     if asked.json is not None:
-        write_json(asked.json, report)
+        write_for_user(asked.json, json.dumps(report.as_dict(), indent=2) + "\n")
     if asked.plot is not None:
-        write_for_user(asked.plot, bar_chart(report))
-    print(report.tables())
+        write_for_user(asked.plot, report.drawn())
     return EXIT_DONE
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m dist_resnet.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("name", help=" | ".join(NAMES))
+    parser = Parser("python -m dist_resnet.bench", __doc__)
+    parser.add_argument("name", choices=NAMES, metavar="NAME")
     parser.add_argument("pairs", nargs="*", metavar="key=value", help="the trainer's keys")
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write everything to FILE")
     parser.add_argument("--plot", type=user_path, metavar="FILE.svg", help="draw the main table")
@@ -81,9 +74,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="seconds, for tests; digits")
     parser.add_argument("--full", action="store_true", help="also what takes long")
     parser.add_argument("--force", action="store_true", help="on a loaded machine: warn only")
-    parser.add_argument(
-        "--step-us", type=float, metavar="T", help="scaling: predict for a step of T microseconds"
-    )
     return parser
 
 

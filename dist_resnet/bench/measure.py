@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dist_resnet.base.errors import one_line
+from dist_resnet.base.tables import quartiles
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -35,41 +38,18 @@ class Timing:
 
     @property
     def speeds(self) -> list[float]:
-        """Images per second of each round."""
-        return [self.images / seconds for seconds in self.seconds]
+        """Images per second of each round; empty: nothing was measured."""
+        return [] if self.failure else [self.images / seconds for seconds in self.seconds]
 
     @property
     def images_per_second(self) -> float | None:
         """Median over the rounds; None: nothing was measured."""
-        return statistics.median(self.speeds) if self.seconds and not self.failure else None
+        return statistics.median(self.speeds) if self.speeds else None
 
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles."""
-
-    median: float
-    lower: float
-    upper: float
-    count: int
-
-
-def spread(values: Sequence[float]) -> Spread | None:
-    """Median and quartiles (interpolated, ends included) of `values`; None: there are none."""
-    if not values:
-        return None
-    if len(values) == 1:
-        return Spread(values[0], values[0], values[0], 1)
-    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, lower, upper, len(values))
-
-
-def paired_ratio(timing: Timing, reference: Timing) -> Spread | None:
-    """How many times as fast `timing` is as `reference`: over the ratios of each round."""
-    if timing.failure or reference.failure:
-        return None
-    pairs = zip(timing.speeds, reference.speeds, strict=False)
-    return spread([own / other for own, other in pairs])
+    def ratios(self, reference: "Timing") -> list[float]:
+        """How many times as fast it was as `reference`, in each round."""
+        pairs = zip(self.speeds, reference.speeds, strict=False)
+        return [own / other for own, other in pairs]
 
 
 def measure(
@@ -109,12 +89,6 @@ def _attempt(candidate: Candidate, timing: Timing, clock: Callable[[], float]) -
         timing.seconds.append(clock() - start)
 
 
-def one_line(error: BaseException) -> str:
-    """An exception as at most 200 characters on one line."""
-    text = " ".join(str(error).split())
-    return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:200]
-
-
 def calibrate(work: Callable[[int], None], seconds: float, least: int = 1) -> int:
     """How often `work` has to be done to take about `seconds`, at least `least` times.
 
@@ -133,21 +107,22 @@ def calibrate(work: Callable[[int], None], seconds: float, least: int = 1) -> in
         count *= 4
 
 
+def figure(key: str, values: Sequence[float]) -> dict[str, Any]:
+    """Part of a table's row: the median of `values` and their quartiles; or that there are none."""
+    if not values:
+        return {"failure": "not measured"}
+    lower, median, upper = quartiles(values)
+    return {key: median, f"{key}_quartiles": [lower, upper]}
+
+
 def speed_row(timing: Timing, reference: Timing | None = None, **labels: Any) -> dict[str, Any]:
     """One row of a table of speeds: medians, quartiles, and the paired ratio to `reference`."""
-    row: dict[str, Any] = {**labels, "name": timing.name}
-    if timing.failure or not timing.seconds:
+    row = {**labels, "name": timing.name}
+    if not timing.speeds:
         return row | {"failure": timing.failure or "not measured"}
-    speeds = spread(timing.speeds)
-    assert speeds is not None
-    row |= {
-        "images_per_second": speeds.median,
-        "images_per_second_quartiles": [speeds.lower, speeds.upper],
-        "rounds": speeds.count,
-    }
-    if reference is not None and (ratio := paired_ratio(timing, reference)):
-        row |= {"ratio": ratio.median, "ratio_quartiles": [ratio.lower, ratio.upper]}
-        row["ratio_to"] = reference.name
+    row |= figure("images_per_second", timing.speeds) | {"rounds": len(timing.speeds)}
+    if reference is not None and (ratios := timing.ratios(reference)):
+        row |= figure("ratio", ratios) | {"ratio_to": reference.name}
     return row
 
 

@@ -1,21 +1,26 @@
 """Ours as it runs: `loop.Trainer` over real batches, recording to metrics.jsonl and W&B."""
 
+import itertools
 import tempfile
-import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from dist_resnet.bench.gate import Finished, Gate
+import torch
+from torch import Tensor
+
+from dist_resnet.augment import Normalisation
+from dist_resnet.bench.workers import Gate, in_turns
 from dist_resnet.config.plan import Plan, make_plan, rates
-from dist_resnet.config.schema import Config
+from dist_resnet.config.schema import AugmentConfig, Config
 from dist_resnet.data.stream import Batch, open_loader, training_batches
 from dist_resnet.distributed.group import World, broadcast_object, on_rank_zero
 from dist_resnet.runs.folder import RunFolder
 from dist_resnet.step.captured import as_configured
-from dist_resnet.step.state import build_state
+from dist_resnet.step.precision import choose_dtype
+from dist_resnet.step.state import TrainState, build_state
 from dist_resnet.step.train_step import TrainStep
 from dist_resnet.tracking.tracker import NullTracker
 from dist_resnet.training.evaluation import Evaluator
@@ -24,38 +29,50 @@ from dist_resnet.training.outputs import Outputs, open_outputs
 from dist_resnet.training.session import Session, open_session, with_replicas
 from dist_resnet.training.stopwatch import Stopwatch
 
-_KEPT_BATCHES = 8  # of the step fed from memory
-
-
-class MemoryFedStep(TrainStep):
-    """The same step on images that are augmented already, with choices drawn before."""
-
-    def hold(self, choices: Any) -> None:
-        """Use these choices in every step."""
-        self.replica_pass.inputs = lambda images, samples, key, turn=None: (images, choices)  # type: ignore[method-assign]
-
 
 def train(config: Config, world: World, gate: Gate, steps: int, from_memory: bool = False) -> None:
-    """Train, `steps` steps a turn. The facts of a turn are its steps' milliseconds.
+    """Train, `steps` steps a turn.
 
     Args:
         from_memory: no loader, augmentation, logging or W&B: the same few batches, over and over.
     """
     config = quiet(with_replicas(config, world.size))
+    if from_memory:
+        config = unaugmented(config)
     session = open_session(config, world)
     plan = make_plan(config, len(session.train_indices), world.size)
-    step = make_step(config, session, plan, MemoryFedStep if from_memory else TrainStep)
-    batches = open_batches(session, plan)
-    if isinstance(step, MemoryFedStep):
-        batches = repeat(kept_batches(step, batches))
+    step, batches = make_step(session, plan), open_batches(session, plan)
+    draw = itertools.cycle(kept(batches)).__next__ if from_memory else batches.__next__
     with _outputs(config, session, plan, from_memory) as outputs:
         try:
-            fit_on(step, plan, world, lambda: next(batches), steps, gate, outputs)
+            fit(step, plan, world, draw, steps, gate, outputs)
         finally:
             batches.close()
 
 
-def fit_on(
+def train_on(
+    config: Config,
+    world: World,
+    gate: Gate,
+    steps: int,
+    pixels: Tensor,
+    labels: Tensor,
+    classes: int,
+) -> None:
+    """As `train` from memory, on batches (B, N, S, S, 3) of uint8 and their labels (B, N)."""
+    config = unaugmented(quiet(with_replicas(config, world.size)))
+    device, size = world.device, (pixels.shape[2], pixels.shape[3])
+    precision, _ = choose_dtype(config.precision, device)
+    plan = make_plan(config, 50_000, world.size)
+    state = build_state(config, classes, precision, device, size)
+    statistics = Normalisation.of((0, 0, 0), (255, 255, 255), size[1], device)
+    step = new_step(config, state, plan, precision, statistics, size)
+    samples = torch.arange(pixels.shape[1], device=device)
+    batches = [Batch(x, y, samples) for x, y in zip(pixels, labels, strict=True)]
+    fit(step, plan, world, itertools.cycle(batches).__next__, steps, gate)
+
+
+def fit(
     step: TrainStep,
     plan: Plan,
     world: World,
@@ -75,7 +92,7 @@ def fit_on(
         plan=plan,
         state=step.state,
         train_step=as_configured(step, outputs.tracker.message),
-        batches=_timed(draw, steps, gate),
+        batches=cast(Generator[Batch, None, None], in_turns(draw, steps, gate)),
         evaluate=cast(Evaluator, None),  # `quiet` asks for no evaluation
         classes=(),
         tracker=outputs.tracker,
@@ -94,19 +111,32 @@ def quiet(config: Config) -> Config:
     )
 
 
-def make_step(config: Config, session: Session, plan: Plan, kind: type[TrainStep]) -> TrainStep:
-    """A step of class `kind`, from the state that a run starts from."""
-    classes, device = len(session.dataset.classes), session.world.device
-    return kind(
-        config,
-        build_state(config, classes, session.precision, device, session.image_size),
-        rates(config, plan),
-        plan.replicas,
-        session.precision,
-        session.normalisation(),
-        session.image_size,
+def unaugmented(config: Config) -> Config:
+    """`config` whose step does nothing with an image but normalise it."""
+    return replace(config, augment=AugmentConfig(crop_padding=0, flip=False, mixup_alpha=0))
+
+
+def make_step(session: Session, plan: Plan) -> TrainStep:
+    """A step from the state that a run starts from."""
+    config, classes = session.config, len(session.dataset.classes)
+    device, precision, size = session.world.device, session.precision, session.image_size
+    state = build_state(config, classes, precision, device, size)
+    return new_step(config, state, plan, precision, session.normalisation(), size)
+
+
+def new_step(
+    config: Config,
+    state: TrainState,
+    plan: Plan,
+    precision: torch.dtype,
+    statistics: Normalisation,
+    size: tuple[int, int],
+) -> TrainStep:
+    """`TrainStep`, with what follows from the plan."""
+    return TrainStep(
+        config, state, rates(config, plan), plan.replicas, precision, statistics, size,
         plan.steps_per_epoch,
-    )
+    )  # fmt: skip
 
 
 def open_batches(session: Session, plan: Plan) -> Generator[Batch, None, None]:
@@ -119,35 +149,14 @@ def open_batches(session: Session, plan: Plan) -> Generator[Batch, None, None]:
     )
 
 
-def kept_batches(step: MemoryFedStep, batches: Generator[Batch, None, None]) -> list[Batch]:
-    """A few batches, augmented once; from here on `step` uses the choices of the first."""
-    kept, choices = [], None
-    for number in range(_KEPT_BATCHES):
-        batch = next(batches)
-        key, turn = step.keys[number], step.turn(number)
-        inputs, drawn = step.replica_pass.inputs(batch.images, batch.samples, key, turn)
-        choices = choices or drawn
-        kept.append(Batch(inputs.clone(), batch.labels.clone(), batch.samples.clone()))
+def kept(batches: Generator[Batch, None, None], count: int = 8) -> list[Batch]:
+    """The first few batches, copied out of the loader's buffers, which is closed."""
+    found = [
+        Batch(batch.images.clone(), batch.labels.clone(), batch.samples.clone())
+        for batch in itertools.islice(batches, count)
+    ]
     batches.close()
-    step.hold(choices)
-    return kept
-
-
-def repeat(kept: list[Batch]) -> Generator[Batch, None, None]:
-    while True:
-        yield from kept
-
-
-def _timed(draw: Callable[[], Batch], steps: int, gate: Gate) -> Generator[Batch, None, None]:
-    """Batches in turns, the time from one to the next kept for the gate."""
-    milliseconds: list[float] = []
-    while gate(step_ms=milliseconds):
-        milliseconds = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            yield draw()
-            milliseconds.append(1000 * (time.perf_counter() - start))
-    raise Finished
+    return found
 
 
 @contextmanager
@@ -159,7 +168,8 @@ def _outputs(config: Config, session: Session, plan: Plan, silent: bool) -> Iter
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         folder = RunFolder(Path(broadcast_object(place)) / "bench")
         on_rank_zero(folder.open)
-        outputs = open_outputs(config, session, plan, 0, folder, None, {"code": {}, "init": None})
+        origin: dict[str, Any] = {"code": {}, "init": None}
+        outputs = open_outputs(config, session, plan, 0, folder, None, origin)
         try:
             yield outputs
         finally:

@@ -1,8 +1,8 @@
 """Where a step's time goes: the real step, its parts wrapped in timers; and its operators."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -24,60 +24,46 @@ _GROUPS: dict[str, tuple[str, ...]] = {
 }
 
 
-class _Clock:
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self._cuda = device.type == "cuda"
-
-    def now(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def wrap(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = self.now()
-            result = function(*args, **kwargs)
-            self.seconds[part] = self.seconds.get(part, 0.0) + self.now() - start
-            return result
-
-        return timed
+def now() -> float:
+    """Seconds, once the device has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-@contextmanager
-def _timers(step: TrainStep, clock: _Clock) -> Iterator[None]:
-    """Timers around what `step` calls, taken away afterwards."""
-    with ExitStack() as stack:
+def _timed(part: str, function: Callable[..., Any], seconds: dict[str, float]) -> Any:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = now()
+        result = function(*args, **kwargs)
+        seconds[part] = seconds.get(part, 0.0) + now() - start
+        return result
 
-        def put(owner: Any, name: str, part: str) -> None:
-            wrapped = clock.wrap(part, getattr(owner, name))
-            stack.enter_context(mock.patch.object(owner, name, wrapped))
-
-        put(step.replica_pass, "inputs", "choices and augmentation")
-        put(step.replica_pass, "objective", "loss")
-        put(step, "forward", "forward")
-        put(step, "update", "optimizer and totals")
-        put(step.reduction, "add", "reduction")
-        put(step.reduction, "finish", "reduction")
-        put(torch.autograd, "grad", "backward")
-        put(torch.autograd, "backward", "backward")
-        yield
+    return timed
 
 
 def parts_of_step(step: TrainStep, draw: Callable[[], Batch], steps: int) -> list[dict[str, Any]]:
     """Milliseconds a step in each part, over `steps` steps, and its share of the whole."""
-    clock = _Clock(step.device)
-    with _timers(step, clock):
+    seconds: dict[str, float] = {}
+    with ExitStack() as stack:
+        for owner, name, part in (
+            (step.replica_pass, "inputs", "choices and augmentation"),
+            (step.replica_pass, "objective", "loss"),
+            (step, "forward", "forward"),
+            (step, "update", "optimizer and totals"),
+            (step.reduction, "add", "reduction"),
+            (step.reduction, "finish", "reduction"),
+            (torch.autograd, "grad", "backward"),
+            (torch.autograd, "backward", "backward"),
+        ):
+            timer = _timed(part, getattr(owner, name), seconds)
+            stack.enter_context(mock.patch.object(owner, name, timer))
         step(draw())
-        clock.seconds.clear()
-        start = clock.now()
+        seconds.clear()
+        draw, start = _timed("data", draw, seconds), now()
         for _ in range(steps):
-            before = clock.now()
-            batch = draw()
-            clock.seconds["data"] = clock.seconds.get("data", 0.0) + clock.now() - before
-            step(batch)
-        total = clock.now() - start
-    parts = clock.seconds | {"the rest: host, statistics": total - sum(clock.seconds.values())}
+            step(draw())
+        total = now() - start
+    parts = seconds | {"the rest: host, statistics": total - sum(seconds.values())}
     rows = [
         {"name": name, "ms_per_step": 1000 * s / steps, "percent": 100 * s / total}
         for name, s in sorted(parts.items(), key=lambda item: -item[1])

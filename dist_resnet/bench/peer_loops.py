@@ -4,6 +4,7 @@ Nothing else in this package imports a framework, and nothing needs one.
 """
 
 import importlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_resnet.bench.gate import Finished, Gate, in_turns
-from dist_resnet.bench.reference_loop import as_torch_makes_it
+from dist_resnet.bench.our_loop import train_on
+from dist_resnet.bench.peers import DENSE
+from dist_resnet.bench.reference_loop import as_torch_makes_it, torch_sgd
+from dist_resnet.bench.workers import Gate, in_turns
 from dist_resnet.config.schema import Config
 from dist_resnet.distributed.group import World
 from dist_resnet.step.precision import choose_dtype
 from dist_resnet.training.session import choose_threads, sharing_cores
 
-FEATURES, CLASSES, KEPT = 32, 10, 8
+SIDE, CLASSES, KEPT = 4, 10, 8
 _LIGHTNING = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
 _ACCELERATE = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _COMPOSER = {torch.float32: "fp32", torch.bfloat16: "amp_bf16", torch.float16: "amp_fp16"}
@@ -47,60 +50,37 @@ class Setup:
         return "gpu" if self.world.device.type == "cuda" else "cpu"
 
 
-def train(config: Config, world: World, gate: Gate, framework: str, steps: int, tiny: bool) -> None:
-    """Train under `framework`, `steps` steps a turn, until the gate closes.
+def dense(num_classes: int) -> nn.Module:
+    """One dense layer, on images of SIDE x SIDE."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, num_classes))
+
+
+def train(config: Config, world: World, gate: Gate, framework: str, steps: int) -> None:
+    """Train the configured model under `framework`, `steps` steps a turn, until the gate closes.
 
     Raises:
         Finished: it has.
     """
     torch.set_num_threads(choose_threads(config, sharing_cores(world)))
-    if framework == "ours":
-        from dist_resnet.bench.tiny import train_ours
-
-        train_ours(config, world, gate, steps, tiny)
-    setup = _setup(config, world, gate, steps, tiny)
-    loops: dict[str, Callable[[Setup], None]] = {
-        "bare loop": _bare,
-        "Fabric": _fabric,
-        "Lightning": _lightning,
-        "Accelerate": _accelerate,
-        "Composer": _composer,
-        "timm": _timm,
-    }
-    loops[framework](setup)
-    raise Finished
-
-
-def _setup(config: Config, world: World, gate: Gate, steps: int, tiny: bool) -> Setup:
+    side = SIDE if config.model.name == DENSE else 32
     generator = torch.Generator().manual_seed(config.seed + world.rank)
     size = config.data.batch_size_per_replica
-    shape = (size, FEATURES) if tiny else (size, 3, 32, 32)
-    images = [torch.randn(shape, generator=generator).to(world.device) for _ in range(KEPT)]
-    labels = [
-        torch.randint(CLASSES, (size,), generator=generator).to(world.device) for _ in range(KEPT)
-    ]
-    model: nn.Module
-    if tiny:
-        model = nn.Linear(FEATURES, CLASSES)
-    else:
-        model = as_torch_makes_it(config, CLASSES)
-    model = model.to(world.device)
-    if not tiny and config.precision.channels_last:
+    pixels = torch.randint(256, (KEPT, size, side, side, 3), generator=generator).byte()
+    labels = torch.randint(CLASSES, (KEPT, size), generator=generator)
+    pixels, labels = pixels.to(world.device), labels.to(world.device)
+    if framework == "ours":
+        train_on(config, world, gate, steps, pixels, labels, CLASSES)
+        return
+    model = as_torch_makes_it(config, CLASSES).to(world.device)
+    images = pixels.permute(0, 1, 4, 2, 3).float() / 255
+    if config.precision.channels_last and config.model.name != DENSE:
         model = model.to(memory_format=torch.channels_last)
-        images = [image.to(memory_format=torch.channels_last) for image in images]
-    optim = config.optim
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=1e-3, momentum=optim.momentum, weight_decay=optim.weight_decay
-    )
-    position = 0
-
-    def draw() -> tuple[Tensor, Tensor]:
-        nonlocal position
-        position += 1
-        return images[position % KEPT], labels[position % KEPT]
-
+    else:
+        images = images.contiguous()
+    draw = itertools.cycle(list(zip(images, labels, strict=True))).__next__
     precision, _ = choose_dtype(config.precision, world.device)
-    return Setup(model, optimizer, draw, steps, world, precision, gate)
+    optimizer = torch_sgd(config, model)
+    _LOOPS[framework](Setup(model, optimizer, draw, steps, world, precision, gate))
 
 
 def _bare(setup: Setup) -> None:
@@ -203,11 +183,7 @@ def _composer(setup: Setup) -> None:
         def loss(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
             return F.cross_entropy(outputs, batch[1])
 
-    def batches() -> Iterator[Any]:
-        yield from setup.batches()
-        raise Finished  # or it would start another epoch
-
-    loader = torch.utils.data.DataLoader(_Stream(batches), batch_size=None)
+    loader = torch.utils.data.DataLoader(_Stream(setup.batches), batch_size=None)
     trainer = composer.Trainer(
         model=Model(),
         train_dataloader=loader,
@@ -240,3 +216,13 @@ def _timm(setup: Setup) -> None:
         setup.optimizer.step()
         setup.optimizer.zero_grad()
         losses.update(loss.item(), len(labels))
+
+
+_LOOPS: dict[str, Callable[[Setup], None]] = {
+    "bare loop": _bare,
+    "Fabric": _fabric,
+    "Lightning": _lightning,
+    "Accelerate": _accelerate,
+    "Composer": _composer,
+    "timm": _timm,
+}

@@ -5,7 +5,8 @@ layers and the recipe (mixup, dropout, weight decay) are ours, so that the same 
 Here DDP itself is the subject, so this module imports torch.nn.parallel, which no other does.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
-from dist_resnet.bench.gate import Finished, Gate, in_turns
-from dist_resnet.bench.torchvision_loader import ArrayDataset, torch_loader
+from dist_resnet.bench.other_loaders import ArrayDataset, torch_loader
+from dist_resnet.bench.workers import Gate, in_turns
 from dist_resnet.config.schema import Config
 from dist_resnet.distributed.group import World
 from dist_resnet.models.build import build_model
@@ -49,14 +50,7 @@ class ReferenceLoop:
         if world.size > 1:
             self.model = DistributedDataParallel(self.model)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
-        optim = config.optim
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=optim.lr,
-            momentum=optim.momentum,
-            weight_decay=optim.weight_decay,
-            nesterov=optim.nesterov,
-        )
+        self.optimizer = torch_sgd(config, self.model)
         self.random = np.random.default_rng(config.seed)
         self.running_loss, self.correct, self.seen = 0.0, 0, 0
 
@@ -96,6 +90,14 @@ def as_torch_makes_it(config: Config, classes: int) -> nn.Module:
     return model
 
 
+def torch_sgd(config: Config, model: nn.Module) -> torch.optim.SGD:
+    """The configured optimizer, as torch has it."""
+    optim = config.optim
+    return torch.optim.SGD(
+        model.parameters(), optim.lr, optim.momentum, 0, optim.weight_decay, optim.nesterov
+    )
+
+
 def train(config: Config, world: World, gate: Gate, steps: int, workers: int, tuned: bool) -> None:
     """Train on the prepared data set, `steps` steps a turn.
 
@@ -109,32 +111,17 @@ def train(config: Config, world: World, gate: Gate, steps: int, workers: int, tu
     session = open_session(config, world)
     precision = session.precision if tuned else torch.float32
     loop = ReferenceLoop(config, len(session.dataset.classes), world, precision, tuned)
-    augment = config.augment
-    data = ArrayDataset(session.dataset, augment.crop_padding, bool(augment.flip))
+    data = ArrayDataset(session.dataset, config.augment.crop_padding, bool(config.augment.flip))
     sampler: Any = DistributedSampler(data) if world.size > 1 else None
-    loader = torch_loader(
-        data,
-        config.data.batch_size_per_replica,
-        workers,
-        sampler,
-        pin_memory=world.device.type == "cuda",
-    )
-    loop.model.train()
-    for images, labels in in_turns(_endless(loader, sampler), steps, gate):
-        loop.step(images, labels)
-    raise Finished
-
-
-def _endless(loader: Any, sampler: Any) -> Callable[[], tuple[Tensor, Tensor]]:
-    """The next batch, epoch after epoch."""
+    size = config.data.batch_size_per_replica
+    loader = torch_loader(data, size, workers, sampler, world.device)
 
     def epochs() -> Iterator[tuple[Tensor, Tensor]]:
-        epoch = 0
-        while True:
+        for epoch in itertools.count():
             if sampler is not None:
                 sampler.set_epoch(epoch)
             yield from loader
-            epoch += 1
 
-    batches = epochs()
-    return lambda: next(batches)
+    loop.model.train()
+    for images, labels in in_turns(epochs().__next__, steps, gate):
+        loop.step(images, labels)

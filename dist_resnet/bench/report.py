@@ -1,6 +1,5 @@
 """What a benchmark found: tables on the terminal, JSON, and facts about how it was measured."""
 
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -8,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dist_resnet.base.files import write_for_user
+from dist_resnet.base.chart import Bar, bars_file
+from dist_resnet.base.tables import columns, number
 from dist_resnet.config.schema import Config
 
 SCHEMA = 1
@@ -26,8 +26,6 @@ class Settings:
     """Seconds instead of minutes: for tests, its figures mean nothing."""
     full: bool = False
     """Also what takes long."""
-    step_microseconds: float | None = None
-    """scaling: predict for this step time instead of the one measured."""
 
 
 @dataclass
@@ -49,23 +47,35 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """For the JSON file."""
-        return {
-            "kind": f"bench/{self.kind}",
-            "schema": SCHEMA,
-            "facts": self.facts,
-            "settings": self.settings,
-            "rows": self.rows,
-            "notes": self.notes,
-        }
+        kept = {"facts": self.facts, "settings": self.settings, "rows": self.rows}
+        return {"kind": f"bench/{self.kind}", "schema": SCHEMA, **kept, "notes": self.notes}
 
     def tables(self) -> str:
         """All rows for the terminal, each table under its name, then the notes."""
-        names = list(dict.fromkeys(row["table"] for row in self.rows))
+        names = dict.fromkeys(row["table"] for row in self.rows)
         blocks = [
-            f"{name}\n{render([row for row in self.rows if row['table'] == name])}"
+            "\n".join([name, *_lines([row for row in self.rows if row["table"] == name])])
             for name in names
         ]
         return "\n\n".join([*blocks, "\n".join(f"- {note}" for note in self.notes)]).rstrip()
+
+    def drawn(self) -> str:
+        """An SVG file of the plotted table: ours in another colour, quartiles as whiskers."""
+        table, key = self.plot
+        bars = [
+            Bar(
+                " · ".join(str(row[k]) for k in ("name", "batch", "ranks") if k in row),
+                row[key],
+                row.get(f"{key}_quartiles"),
+                str(row["name"]).startswith("ours"),
+            )
+            for row in self.rows
+            if row["table"] == table and row.get(key) is not None
+        ]
+        hardware = self.facts.get("hardware", {})
+        where = hardware.get("gpu") or f"{hardware.get('cores')} cores of {hardware.get('cpu')}"
+        note = f"{table}, median and quartiles; {where}; {str(self.facts.get('commit'))[:7]}"
+        return bars_file(f"{self.kind}: {key.replace('_', ' ')}", note, bars)
 
 
 def gather_facts(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
@@ -77,15 +87,11 @@ def gather_facts(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
     from dist_resnet.training.session import choose_threads
 
     device = torch.device("cuda" if cuda_count(config.parallel.device) else "cpu")
+    found = hardware(device, choose_threads(config, 1)) | {"cores": len(os.sched_getaffinity(0))}
+    command = f"python -m dist_resnet.bench {shlex.join(map(_without_path, arguments))}"
     return {
-        "command": f"python -m dist_resnet.bench {shlex.join(map(_without_path, arguments))}",
-        "commit": git_commit(),
-        "versions": versions(),
-        "hardware": {
-            **hardware(device, choose_threads(config, 1)),
-            "cores": len(os.sched_getaffinity(0)),
-        },
-    }
+        "command": command, "commit": git_commit(), "versions": versions(), "hardware": found
+    }  # fmt: skip
 
 
 def _without_path(argument: str) -> str:
@@ -94,38 +100,26 @@ def _without_path(argument: str) -> str:
     return f"{key}{sign}{Path(value).name}" if "/" in value else argument
 
 
-def write_json(path: Path, report: Report) -> None:
-    write_for_user(path, json.dumps(report.as_dict(), indent=2) + "\n")
-
-
 def cells_of(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Names of the columns, then each row's texts, quartiles beside their value."""
-    keys = _columns(rows)
+    keys = _keys(rows)
     head = [key.replace("_", " ") for key in keys]
     return [head, *([_cell(row, key) for key in keys] for row in rows)]
 
 
-def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
-    return [
-        key
-        for key in dict.fromkeys(key for row in rows for key in row)
-        if key != "table" and not key.endswith("_quartiles")
-    ]
+def _keys(rows: Sequence[dict[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [key for key in keys if key != "table" and not key.endswith("_quartiles")]
 
 
-def render(rows: Sequence[dict[str, Any]]) -> str:
-    """A table for the terminal."""
-    keys, cells = _columns(rows), cells_of(rows)
-    widths = [max(len(line[column]) for line in cells) for column in range(len(keys))]
-    numeric = [all(isinstance(row.get(key, 0), int | float | None) for row in rows) for key in keys]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, numeric, strict=True)
-        ).rstrip()
-        for line in cells
+def _lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    head, *cells = cells_of(rows)
+    right = [
+        place
+        for place, key in enumerate(_keys(rows))
+        if all(isinstance(row.get(key, 0), int | float | None) for row in rows)
     ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return columns([head, ["-" * len(name) for name in head], *cells], right)
 
 
 def _cell(row: dict[str, Any], key: str) -> str:
@@ -137,10 +131,3 @@ def _cell(row: dict[str, Any], key: str) -> str:
         text = f"{value:,}"
     around = row.get(f"{key}_quartiles")
     return f"{text} [{number(around[0])}, {number(around[1])}]" if around else text
-
-
-def number(value: float) -> str:
-    """Four significant digits, with thousands separated, never an exponent for what is readable."""
-    if value == 0 or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"

@@ -3,8 +3,8 @@
 Shapes: as the model sees them, batches of one replica.
 """
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from dist_resnet.bench.parts import now
 
 _MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
 
@@ -26,20 +28,6 @@ class Work:
     """Every operation's tensors read and written once: the traffic of a step without fusion."""
     saved_bytes: int
     """Output of the convolutions: what backward needs again."""
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """Best of a few repetitions, in this process, with its threads."""
-
-    matmul_flops: float
-    """Per second, of a large matrix product."""
-    conv_flops: float
-    """Per second, of a 3x3 convolution with 128 channels on 32x32 images."""
-    bytes_per_second: float
-    """Read and written, adding two buffers as large as the activations that a step keeps."""
-    model_convs_seconds: float
-    """The model's own convolutions, forward and backward, and nothing else, one batch."""
 
 
 class _Traffic(TorchDispatchMode):
@@ -63,81 +51,78 @@ def _bytes(tree: Any) -> int:
 
 def count_work(train: Callable[[], None], model: nn.Module) -> Work:
     """Count what `train`, one forward and backward pass of `model`, does."""
-    saved = 0
-
-    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        nonlocal saved
-        saved += output.numel() * output.element_size()
-
-    hooks = [
-        module.register_forward_hook(keep)
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d)
-    ]
+    outputs: list[Tensor] = []
     traffic, flops = _Traffic(), FlopCounterMode(display=False)
-    try:
-        with traffic:
-            train()
-        saved_once = saved
-        with flops:
-            train()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return Work(flops.get_total_flops(), traffic.total, saved_once)
+    with _at_convolutions(model, lambda module, inputs, output: outputs.append(output)), traffic:
+        train()
+    with flops:
+        train()
+    return Work(flops.get_total_flops(), traffic.total, _bytes(outputs))
 
 
-def measure_ceilings(
-    model: nn.Module, images: Tensor, dtype: torch.dtype, work: Work, seconds: float
-) -> Ceilings:
-    """Measure them, each for about `seconds`.
+def limits(
+    train: Callable[[], None],
+    model: nn.Module,
+    images: Tensor,
+    dtype: torch.dtype,
+    seconds: float,
+) -> dict[str, float]:
+    """What `train` computes and moves, and how fast this machine could, in this process.
+
+    Rates are the best of a few repetitions: of a large matrix product, of a 3x3 convolution with
+    128 channels on 32x32 images, of adding two buffers as large as the activations that a step
+    keeps, and of the model's own convolutions, forward and backward, and nothing else.
 
     Args:
         images: one batch as the model gets it, in the layout to be measured.
         dtype: of the activations.
+        seconds: for each.
     """
+    work = count_work(train, model)
     device = images.device
     side = _MATMUL_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    matmul = _best(lambda: a @ b, seconds, device)
     x = torch.randn(32, 128, 32, 32, device=device).to(dtype, memory_format=torch.channels_last)
     w = torch.randn(128, 128, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
-    conv = _best(lambda: torch.conv2d(x, w, padding=1), seconds, device)
     size = max(work.saved_bytes // 4, 1)
     left, right, out = (torch.ones(size, device=device) for _ in range(3))
-    add = _best(lambda: torch.add(left, right, out=out), seconds, device)
-    calls = _convolutions(model, images, dtype)
+    calls: list[Callable[[], Any]] = []
 
-    def all_convolutions() -> None:
-        for call in calls:
-            call()
+    def note(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        calls.append(_both_ways(module, torch.randn_like(inputs[0], dtype=dtype), not calls))
 
-    return Ceilings(
-        matmul_flops=2 * side**3 / matmul,
-        conv_flops=2 * 9 * 128 * 128 * 32 * 32 * 32 / conv,
-        bytes_per_second=12 * size / add,
-        model_convs_seconds=_best(all_convolutions, seconds, device),
-    )
-
-
-def _convolutions(model: nn.Module, images: Tensor, dtype: torch.dtype) -> list[Callable[[], Any]]:
-    """Calls that do each convolution of `model` forward and backward, on random values."""
-    shapes: list[tuple[nn.Conv2d, Tensor]] = []
-
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, nn.Conv2d)
-        shapes.append((module, torch.randn_like(inputs[0], dtype=dtype)))
-
-    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    hooks = [module.register_forward_pre_hook(keep) for module in convs]
-    with torch.no_grad(), torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+    mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with _at_convolutions(model, note), torch.no_grad(), mixed:
         model(images)
-    for hook in hooks:
-        hook.remove()
-    return [_both_ways(m, x, first=number == 0) for number, (m, x) in enumerate(shapes)]
+    matmul = 2 * side**3 / _best(lambda: a @ b, seconds)
+    conv = 2 * 9 * 128 * 128 * 32**3 / _best(lambda: torch.conv2d(x, w, padding=1), seconds)
+    bandwidth = 12 * size / _best(lambda: torch.add(left, right, out=out), seconds)
+    return {
+        "mflop_per_image": work.flops / len(images) / 1e6,
+        "mb_per_image": work.bytes_moved / len(images) / 1e6,
+        "matmul_gflops": matmul / 1e9,
+        "conv_gflops": conv / 1e9,
+        "gb_per_second": bandwidth / 1e9,
+        "compute_ms": 1e3 * work.flops / matmul,
+        "memory_ms": 1e3 * work.bytes_moved / bandwidth,
+        "convolutions_ms": 1e3 * _best(lambda: [call() for call in calls], seconds),
+    }
 
 
-def _both_ways(module: nn.Conv2d, x: Tensor, first: bool) -> Callable[[], Any]:
+@contextmanager
+def _at_convolutions(model: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    """While open, `hook` is called after every convolution of `model`."""
+    found = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    handles = [module.register_forward_hook(hook) for module in found]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _both_ways(module: Any, x: Tensor, first: bool) -> Callable[[], Any]:
+    """A call that does a convolution forward and backward, on random values."""
     weight = module.weight.detach().to(x.dtype)
     shared = (list(module.stride), list(module.padding), list(module.dilation))
     forward = (*shared, False, [0, 0], 1)
@@ -151,17 +136,13 @@ def _both_ways(module: nn.Conv2d, x: Tensor, first: bool) -> Callable[[], Any]:
     return call
 
 
-def _best(call: Callable[[], Any], seconds: float, device: torch.device) -> float:
+def _best(call: Callable[[], Any], seconds: float) -> float:
     """Shortest time of one call, among those that fit into `seconds`; at least three."""
     times: list[float] = []
     call()
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+    end = now() + seconds
+    while len(times) < 3 or now() < end:
+        start = now()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return min(times)

@@ -5,9 +5,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from dist_resnet.bench.jobs import launcher
-from dist_resnet.bench.measure import spread
+from dist_resnet.bench.measure import figure
 from dist_resnet.bench.report import Report, Settings
 
 TABLE = "seconds to the first step"
@@ -31,10 +31,8 @@ def run(settings: Settings) -> Report:
                 if round_number >= 0:
                     seconds[name].append(took)
     for name, values in seconds.items():
-        around = spread(values)
-        assert around is not None
-        row = {"name": name, "seconds": around.median, "rounds": settings.rounds}
-        report.add(TABLE, row | {"seconds_quartiles": [around.lower, around.upper]})
+        found = figure("seconds", values)
+        report.add(TABLE, {"name": name} | found | {"rounds": settings.rounds})
     report.notes.append(
         "until the first step's line is printed; the dataset is prepared and its checksums are"
         " verified, the C++ kernels are compiled already, W&B is offline"
@@ -47,7 +45,11 @@ def _training(ranks: int, pairs: Sequence[str], folder: str) -> list[str]:
         f"run.dir={folder}", "run.name=startup", "run.overwrite=true", "log.every_steps=1",
         "wandb.mode=offline",
     )  # fmt: skip
-    return [*launcher(ranks), "-m", "dist_resnet.train", *pairs, *own]
+    launcher = [sys.executable]
+    if ranks > 1:
+        torchrun = str(Path(sys.executable).with_name("torchrun"))
+        launcher = [torchrun, "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launcher, "-m", "dist_resnet.train", *pairs, *own]
 
 
 def _until_first_step(command: Sequence[str]) -> float:

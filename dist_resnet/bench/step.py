@@ -1,17 +1,11 @@
 """One training step in every mode, as a share of the machine's limits, and where its time goes."""
 
-from collections.abc import Callable
-from dataclasses import replace
+import functools
+import itertools
 from typing import Any
 
-from dist_resnet.base.errors import UserError
-from dist_resnet.bench.measure import (
-    Candidate,
-    Timing,
-    measure,
-    one_line,
-    speed_row,
-)
+from dist_resnet.base.errors import UserError, one_line
+from dist_resnet.bench.measure import Candidate, Timing, measure, speed_row
 from dist_resnet.bench.report import Report, Settings
 
 STEPS = 20  # a turn
@@ -38,7 +32,7 @@ def run(settings: Settings) -> Report:
         except Exception as error:  # a mode may be missing here; its row says why
             failed.append(Timing(name, 1, failure=one_line(error)))
         else:
-            candidates.append(Candidate(name, steps * batch, made.bind(steps)))
+            candidates.append(Candidate(name, steps * batch, functools.partial(made.run, steps)))
     timings = measure(candidates, settings.rounds)
     reference = next(iter(timings.values()), None)
     for timing in [*timings.values(), *failed]:
@@ -93,49 +87,36 @@ class _Made:
     """A trainer's step in one mode, with a few batches in memory."""
 
     def __init__(self, settings: Settings, mode: str, dtype: str, channels_last: bool) -> None:
-        from dist_resnet.bench.our_loop import make_step, quiet
+        from dist_resnet.bench.our_loop import kept, make_step, open_batches, quiet
         from dist_resnet.config.load import load_config
         from dist_resnet.config.plan import make_plan
         from dist_resnet.distributed.group import start
         from dist_resnet.step.captured import as_configured
-        from dist_resnet.step.train_step import TrainStep
         from dist_resnet.training.session import open_session
 
         layout = str(channels_last).lower()
         pairs = (f"train.step_mode={mode}", f"precision.dtype={dtype}", "parallel.replicas=1")
         config = quiet(load_config([*settings.pairs, *pairs, f"precision.channels_last={layout}"]))
-        world = start(config.parallel.device, config.parallel.timeout_seconds)
-        self.session = open_session(config, world)
-        plan = make_plan(config, len(self.session.train_indices), 1)
-        self.step = make_step(config, self.session, plan, TrainStep)
+        session = open_session(config, start(config.parallel.device, 600))
+        plan = make_plan(config, len(session.train_indices), 1)
+        self.step = make_step(session, plan)
         self.advance = as_configured(self.step, _refuse)
-        self.batches = _keep(self.session, plan)
-        self.position = 0
-
-    def draw(self) -> Any:
-        self.position += 1
-        return self.batches[self.position % len(self.batches)]
+        self.stream = functools.partial(open_batches, session, plan)
+        self.draw = itertools.cycle(kept(self.stream())).__next__
 
     def run(self, steps: int) -> None:
         """So many steps, and wait for the device."""
-        import torch
+        from dist_resnet.bench.parts import now
 
         for _ in range(steps):
             self.advance(self.draw())
-        if self.step.device.type == "cuda":
-            torch.cuda.synchronize()
+        now()
 
-    def bind(self, steps: int) -> Callable[[], None]:
-        return lambda: self.run(steps)
-
-    def limits(self, seconds: float) -> dict[str, Any]:
+    def limits(self, seconds: float) -> dict[str, float]:
         """What a step computes and moves, and how fast this machine could."""
-        import torch
-
-        from dist_resnet.bench.roofline import count_work, measure_ceilings
+        from dist_resnet.bench.roofline import limits
 
         step, batch = self.step, self.draw()
-        model, dtype = step.state.flat.model, step.precision
         key, turn = step.keys[0], step.turn(0)
         images, _ = step.replica_pass.inputs(batch.images, batch.samples, key, turn)
         if not step.config.precision.channels_last:
@@ -144,36 +125,11 @@ class _Made:
         def forward_and_backward() -> None:
             step.sum_over_group(batch.images, batch.labels, batch.samples, key, turn)
 
-        work = count_work(forward_and_backward, model)
-        found = measure_ceilings(model, images, dtype, work, seconds)
-        assert torch.is_grad_enabled()
-        return {
-            "mflop_per_image": work.flops / len(images) / 1e6,
-            "mb_per_image": work.bytes_moved / len(images) / 1e6,
-            "matmul_gflops": found.matmul_flops / 1e9,
-            "conv_gflops": found.conv_flops / 1e9,
-            "gb_per_second": found.bytes_per_second / 1e9,
-            "compute_ms": 1e3 * work.flops / found.matmul_flops,
-            "memory_ms": 1e3 * work.bytes_moved / found.bytes_per_second,
-            "convolutions_ms": 1e3 * found.model_convs_seconds,
-        }
+        return limits(forward_and_backward, step.state.flat.model, images, step.precision, seconds)
 
 
 def _refuse(reason: str) -> None:
     raise UserError(reason)
-
-
-def _keep(session: Any, plan: Any, count: int = 8) -> list[Any]:
-    """A few batches, copied out of the loader's buffers."""
-    from dist_resnet.bench.our_loop import open_batches
-
-    stream = open_batches(session, plan)
-    kept = []
-    for _ in range(count):
-        batch = next(stream)
-        kept.append(replace(batch, images=batch.images.clone(), labels=batch.labels.clone()))
-    stream.close()
-    return kept
 
 
 def _shares(timing: Timing, limit: dict[str, Any] | None, batch: int) -> dict[str, float]:
@@ -191,18 +147,14 @@ def _shares(timing: Timing, limit: dict[str, Any] | None, batch: int) -> dict[st
 
 def _add_parts(report: Report, settings: Settings) -> None:
     """Of the configured precision, layout and mode (a graph has no parts), with the real loader."""
-    from dist_resnet.bench.our_loop import open_batches
     from dist_resnet.bench.parts import operators_of_step, parts_of_step
-    from dist_resnet.config.plan import make_plan
 
     config = settings.config
     mode = config.train.step_mode if config.train.step_mode != "graph" else "eager"
     made = _Made(settings, mode, config.precision.dtype, config.precision.channels_last)
-    plan = make_plan(made.session.config, len(made.session.train_indices), 1)
-    stream = open_batches(made.session, plan)
-    steps = 3 if settings.quick else 50
+    stream, steps = made.stream(), 3 if settings.quick else 50
     try:
-        report.add("step by parts", *parts_of_step(made.step, lambda: next(stream), steps))
-        report.add("operators", *operators_of_step(made.step, lambda: next(stream), steps // 2 + 1))
+        report.add("step by parts", *parts_of_step(made.step, stream.__next__, steps))
+        report.add("operators", *operators_of_step(made.step, stream.__next__, steps // 2 + 1))
     finally:
         stream.close()

@@ -6,15 +6,9 @@ credit is taken for flags that anyone could set. Both do the recipe's mixup and 
 
 import os
 
-from dist_resnet.bench.jobs import Job, as_candidate, working
-from dist_resnet.bench.measure import (
-    Timing,
-    fastest,
-    measure,
-    paired_ratio,
-    speed_row,
-)
+from dist_resnet.bench.measure import Timing, fastest, figure, speed_row
 from dist_resnet.bench.report import Report, Settings
+from dist_resnet.bench.workers import Job, measure_jobs
 
 STEPS = 50  # a turn: the default interval between two logs, so every turn of ours logs once
 OURS, MEMORY = "ours", "ours, fed from memory"
@@ -35,22 +29,16 @@ def run(settings: Settings) -> Report:
         "model": settings.config.model.name,
         "loader": settings.config.data.loader,
     }
-    with working(jobs) as (workers, failures):
-        candidates = [
-            as_candidate(worker, steps * batch * worker.job.ranks) for worker in workers.values()
-        ]
-        timings = measure(candidates, settings.rounds)
-    timings |= {name: Timing(name, 1, failure=reason) for name, reason in failures.items()}
-    ranks = {job.name: job.ranks for job in jobs}
+    timings = measure_jobs(jobs, settings.rounds)
     reference = _best(timings, jobs, ranks=1, tuned=False)
-    for name in ranks:
-        report.add("end to end", speed_row(timings[name], reference, ranks=ranks[name]))
+    for job in jobs:
+        report.add("end to end", speed_row(timings[job.name], reference, ranks=job.ranks))
     _compare(report, timings, jobs)
     report.notes += [
         f"ratio: to {reference.name!r}, the faster of the plain one-process loops; medians and"
         " quartiles of the ratios of each round",
         "ours: loop.Trainer with loader, device augmentation, metrics.jsonl and W&B offline; fed"
-        " from memory: the same loop and step on images augmented before, nothing recorded",
+        " from memory: the same loop and step, which then normalises only; nothing recorded",
         "start-up, compilation, evaluation and checkpoints are not in these figures",
     ]
     return report
@@ -59,21 +47,21 @@ def run(settings: Settings) -> Report:
 def _jobs(settings: Settings, steps: int) -> list[Job]:
     """One process with all threads; two ranks that share them."""
     pairs = ("wandb.mode=offline", *settings.pairs)
-    cores = len(os.sched_getaffinity(0))
+    batch, cores = settings.config.data.batch_size_per_replica, len(os.sched_getaffinity(0))
     jobs = []
     for ranks in (1, 2):
-        suffix = "" if ranks == 1 else ", 2 ranks"
-        ddp = "" if ranks == 1 else ", 2 ranks DDP"
+        suffix, ddp = ("", "") if ranks == 1 else (", 2 ranks", ", 2 ranks DDP")
+        shared, turn = (ranks, pairs), steps * batch * ranks
         # Two ranks on two cores have none left for the DataLoader's workers.
-        many = (0, 2) if ranks == 1 or cores > 4 else (0,)
+        many = (0, 2) if (ranks == 1 or cores > 4) and not settings.quick else (0,)
         for tuned, name in ((False, f"{PLAIN}, fp32"), (True, TUNED)):
-            for workers in many if not settings.quick else (0,):
+            for workers in many:
                 options = {"steps": steps, "workers": workers, "tuned": tuned}
                 full = f"{name}{ddp}, {workers} workers"
-                jobs.append(Job(full, "reference", ranks, pairs, options))
+                jobs.append(Job(full, "reference_loop:train", turn, *shared, options))
         for memory, name in ((False, OURS), (True, MEMORY)):
             options = {"steps": steps, "from_memory": memory}
-            jobs.append(Job(name + suffix, "ours", ranks, pairs, options))
+            jobs.append(Job(name + suffix, "our_loop:train", turn, *shared, options))
     return jobs
 
 
@@ -96,22 +84,11 @@ def _compare(report: Report, timings: dict[str, Timing], jobs: list[Job]) -> Non
         ("ours, 2 ranks / plain loop, 1 process", timings[two], plain),
         ("ours, 2 ranks / DDP with bf16 and channels-last, 2 ranks", timings[two], ddp),
     ):
-        row: dict[str, object] = {"name": name}
-        if ratio := paired_ratio(own, other):
-            row |= {"ratio": ratio.median, "ratio_quartiles": [ratio.lower, ratio.upper]}
-        else:
-            row["failure"] = "not measured"
-        report.add("ratios", row)
+        report.add("ratios", {"name": name} | figure("ratio", own.ratios(other)))
     for name, own, memory in (
         ("1 process", timings[OURS], timings[MEMORY]),
         ("2 ranks", timings[two], timings[f"{MEMORY}, 2 ranks"]),
     ):
-        if ratio := paired_ratio(own, memory):
-            report.add(
-                "share of loader, augmentation, logging and W&B",
-                {
-                    "name": name,
-                    "percent": 100 * (1 - ratio.median),
-                    "percent_quartiles": [100 * (1 - ratio.upper), 100 * (1 - ratio.lower)],
-                },
-            )
+        shares = [100 * (1 - ratio) for ratio in own.ratios(memory)]
+        table = "share of loader, augmentation, logging and W&B"
+        report.add(table, {"name": name} | figure("percent", shares))

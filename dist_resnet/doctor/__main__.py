@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_resnet.base.cli import run_command
+from dist_resnet.base.cli import Parser, run_command
 from dist_resnet.base.errors import EXIT_DONE, EXIT_USER
 from dist_resnet.base.files import write_for_user
 from dist_resnet.base.launcher import environment_int, environment_world_size
@@ -23,10 +23,9 @@ from dist_resnet.doctor.node import node_findings
 
 def main(arguments: Sequence[str]) -> int:
     """Examine and print; the exit code."""
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return EXIT_DONE
-    config = load_config(arguments)
+    parser = Parser("python -m dist_resnet.doctor", __doc__)
+    parser.add_argument("words", nargs="*", metavar="FILE.yaml, key=value", help="as of a training")
+    config = load_config(parser.parse_args(arguments).words)
     several = environment_int("GROUP_WORLD_SIZE", 1) > 1
     good = True
     if environment_int("LOCAL_RANK", 0) == 0:

@@ -1,8 +1,5 @@
 """Report on runs: python -m dist_resnet.report RUN [RUN ...] [--output FILE.html] [--text]
 
-    --output FILE   the page, one self-contained file (default report.html); --out is the same
-    --text          figures, a curve and the diagnosis on the terminal; writes no file
-
 RUN is a run folder, also of a run that goes on: called again, the report shows its newest state.
 Several runs stand side by side, with the configuration keys in which they differ. Where a
 checkpoint and the dataset lie here, the page also shows the confusion matrix, the worst mistakes
@@ -37,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     print("report: evaluating the checkpoints that are here ...", file=sys.stderr)
     page = render_page(records)
     write_for_user(output, page)
-    say(f"{output}: {len(records)} run{'s' * (len(records) > 1)}, {len(page):,} characters")
+    say(f"{output}: {len(records)} run{'s' * (len(records) > 1)}")
     return EXIT_DONE
 
 
@@ -50,16 +47,15 @@ def _shows_blocks() -> bool:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m dist_resnet.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s RUN [RUN ...] [--output FILE.html] [--text]",
-        allow_abbrev=False,
+    parser = Parser("python -m dist_resnet.report", __doc__)
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN")
+    parser.add_argument(
+        "--output", "--out", type=user_path, metavar="FILE",
+        help="the page, one self-contained file; default: report.html",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text", action="store_true", help="print figures, a curve and the diagnosis; no file"
     )
-    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help=argparse.SUPPRESS)
-    parser.add_argument("--output", "--out", type=user_path, help=argparse.SUPPRESS)
-    parser.add_argument("--text", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if asked.text and asked.output is not None:
         raise UserError("report: --text prints and writes no file; leave --output away")

@@ -1,9 +1,10 @@
 """The figures of a run that both the page and the text show, whole, with how to round them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import quantiles
+from typing import Any, TypeGuard
 
+from dist_resnet.base.tables import quartiles
 from dist_resnet.report.record import RunRecord
 
 Value = float | int | str | None
@@ -26,6 +27,51 @@ class Figure:
             return "–" if self.value is None else format(self.value, self.form)
         except ValueError:
             return str(self.value)
+
+
+def result(run: RunRecord) -> str:
+    """What the run came to, in one line of plain words."""
+    done = run.summary
+    row = done or (run.evaluations[-1] if run.evaluations else {})
+    top1, images, gap = (row.get(key) for key in ("val/top1", "val/images", "gap/top1"))
+    epoch = row.get("epoch", run.last("epoch"))
+    seconds = done.get("wall_seconds") if done else run.last("seconds")
+    held_out = str(done.get("eval_set", "")).startswith("held-out")
+    name = "held-out" if held_out else "test"
+    parts = ["no evaluation yet"]
+    if _is_number(top1):
+        of = f"{images:,} " if _is_number(images) else ""
+        parts = [f"{100 * top1:.2f}% of {of}{name} images"]
+    if _is_number(epoch):
+        parts.append(f"{epoch:.4g} epoch{'s' * (epoch != 1)}")
+    if _is_number(gap):
+        parts.append(f"train minus {name} {100 * gap:+.1f}%")
+    if _is_number(seconds):
+        parts.append(f"{duration(seconds)}{_machine(done)}")
+    return ", ".join(parts) + ("" if done else " (so far)")
+
+
+def duration(seconds: float) -> str:
+    """12 s, 4 min, 1 h 20 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def _machine(summary: dict[str, Any]) -> str:
+    """On what: empty where the summary does not tell."""
+    hardware, ranks = summary.get("hardware"), summary.get("world_size")
+    if not isinstance(hardware, dict) or not isinstance(ranks, int):
+        return ""
+    if gpu := hardware.get("gpu"):
+        return f" on {ranks} x {gpu}"
+    threads = ranks * hardware.get("threads_per_rank", 1)
+    return f" on {threads} thread{'s' * (threads != 1)} of {hardware.get('cpu', 'a CPU')}"
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, float | int)
 
 
 def headline(run: RunRecord) -> list[Figure]:
@@ -83,22 +129,11 @@ def train_curve(run: RunRecord) -> list[tuple[float, float]]:
     ]
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A metric over all its windows."""
-
-    key: str
-    low: float
-    median: float
-    high: float
-    windows: int
-
-
-def speed(run: RunRecord) -> list[Spread]:
-    """Quartiles of everything logged below perf/, and of the seconds that an evaluation takes."""
+def speed(run: RunRecord) -> list[tuple[str, tuple[float, float, float], int]]:
+    """(key, quartiles, number of windows) of everything below perf/, and of the evaluations."""
     curves = {key: [value for _, value in run.curve(key)] for key in run.keys("perf/")}
     curves["evaluation, seconds"] = _evaluation_seconds(run)
-    return [_spread(key, values) for key, values in curves.items() if values]
+    return [(key, quartiles(values), len(values)) for key, values in curves.items() if values]
 
 
 def step_parts(run: RunRecord) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
@@ -124,13 +159,6 @@ def _evaluation_seconds(run: RunRecord) -> list[float]:
         elif seconds is not None:
             before = (row.get("step"), seconds)
     return found
-
-
-def _spread(key: str, values: Sequence[float]) -> Spread:
-    if len(values) == 1:
-        return Spread(key, values[0], values[0], values[0], 1)
-    low, middle, high = quantiles(values, n=4, method="inclusive")
-    return Spread(key, low, middle, high, len(values))
 
 
 def _best(run: RunRecord) -> tuple[Value, Value]:

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from dist_resnet.base.cli import run_command
+from dist_resnet.base.cli import Parser, run_command
 from dist_resnet.base.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED, UserError
 from dist_resnet.base.paths import user_path
+from dist_resnet.base.tables import columns
 from dist_resnet.base.terminal import forgive
 from dist_resnet.config.effects import changes_result
 from dist_resnet.config.load import load_config, to_dict, trajectory_differences
@@ -30,17 +31,13 @@ from dist_resnet.sweep.grid import Grid, Trial, read_grid
 
 def main(arguments: Sequence[str]) -> int:
     """Run every combination that is not done, then print the table; the exit code."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return EXIT_DONE
-    forgive()
+    parser = Parser("python -m dist_resnet.sweep", __doc__)
+    parser.add_argument("file", type=user_path, metavar="FILE")
+    parser.add_argument("--retry-failed", action="store_true", help="train those again")
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    words, extra = list(arguments[:end]), arguments[end + 1 :]
-    retry = "--retry-failed" in words
-    words = [word for word in words if word != "--retry-failed"]
-    if len(words) != 1 or words[0].startswith("-"):
-        raise UserError("write it as FILE -- ARGUMENT ...; see python -m dist_resnet.sweep --help")
-    grid = read_grid(user_path(words[0]), extra)
+    asked, extra = parser.parse_args(arguments[:end]), arguments[end + 1 :]
+    forgive()
+    grid = read_grid(asked.file, extra)
     runner = _Runner()
     for number, trial in enumerate(grid.trials, 1):
         title = f"sweep: {number} of {len(grid.trials)}, {trial.folder}"
@@ -48,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         if trial.impossible:
             print(f"{title}: {trial.impossible}", flush=True)
             continue
-        if before in ("done", "diverged") or (before == "failed" and not retry):
+        if before in ("done", "diverged") or (before == "failed" and not asked.retry_failed):
             hint = f": {_reason(trial)}; to try again: --retry-failed" if before == "failed" else ""
             print(f"{title}: {before} already{hint}", flush=True)
             continue
@@ -107,11 +104,7 @@ def table(grid: Grid) -> str:
         rows.append((order, [*settings, shown, state, str(trial.folder), reason]))
     rows.sort(key=lambda row: row[0])
     lines = [[*keys, grid.metric, "state", "run", ""], *(row for _, row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(f"{word:{width}}" for word, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return "\n".join(columns(lines))
 
 
 def _status(trial: Trial) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dist_resnet.bench.jobs import Job, JobFailed, Worker
+from dist_resnet.bench.workers import Job, JobFailed, Worker
 from dist_resnet.data.dataset import Dataset
 from tests.helpers.jobs import ROOT
 
@@ -23,6 +23,7 @@ def bench(name: str, data: Dataset, place: Path, *more: str) -> tuple[dict[str, 
     result = subprocess.run(
         [
             sys.executable, "-m", "dist_resnet.bench", name, "--quick", "--force",
+            "--rounds", "1",
             "--json", str(place / "a.json"), "--plot", str(place / "a.svg"),
             f"data.root={data.folder.parent}", "parallel.threads=1", *loader, *more,
         ],
@@ -107,11 +108,6 @@ def test_scaling(digits: Dataset, tmp_path: Path) -> None:
     # Five a turn; what warmed up is not counted.
     calls = [row["calls"] for row in rows(found, "all-reduce")]
     assert calls == [5 * found["settings"]["rounds"]] * 2
-    for row in rows(found, "predicted"):
-        assert row["images_per_second"] > 0
-        assert 0 < row["efficiency"] <= 1
-    many = [row for row in rows(found, "predicted") if row["name"] == "1,024 replicas"]
-    assert all("no recipe" in row["warning"] for row in many)
 
 
 @pytest.mark.slow
@@ -124,27 +120,21 @@ def test_peers(digits: Dataset, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_that_fails_says_why(digits: Dataset) -> None:
-    """Through torchrun's report, or it would be torchrun's exit code."""
-    pairs = (*PAIRS, f"data.root={digits.folder.parent}", "data.loader=resident")
-    options = {"framework": "Nothing", "steps": 1, "tiny": True}
-    worker = Worker(Job("bad", "peer", 2, pairs, options))
+def test_a_worker_that_fails_or_dies_says_so() -> None:
+    pairs = (*PAIRS, "parallel.threads=1")
+    jobs = [
+        Job(name, "peer_loops:train", 1, ranks, pairs, {"framework": name, "steps": 1})
+        for name, ranks in (("Nothing", 2), ("bare loop", 1))
+    ]
+    failing, dying = workers = [Worker(job) for job in jobs]
     try:
         with pytest.raises(JobFailed, match="Nothing"):
-            worker.wait_until_ready()
+            failing.finish()
+        dying.finish()
+        dying.run()
+        next(iter(dying._ranks.values())).kill()
+        with pytest.raises(JobFailed, match=r"died .*-9"):
+            dying.run()
     finally:
-        worker.close()
-
-
-@pytest.mark.slow
-def test_a_worker_that_dies_is_told_from_one_that_is_slow() -> None:
-    options = {"framework": "bare loop", "steps": 1, "tiny": True}
-    worker = Worker(Job("bare loop", "peer", 1, PAIRS, options))
-    try:
-        worker.wait_until_ready()
-        worker.run()
-        worker._process.kill()
-        with pytest.raises(JobFailed, match="died without a word"):
-            worker.run()
-    finally:
-        worker.close()
+        for worker in workers:
+            worker.close()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.recipes.kept import condense
 from tests.helpers.jobs import ROOT
+from tools.kept import condense
 
 KEPT = ROOT / "benchmarks" / "runs" / "digits-short.json"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_resnet.base.errors import UserError
-from dist_resnet.bench.readme import main, with_tables
+from tools.pages import filled, main
 
 ROOT = Path(__file__).parents[2]
 FACTS = {
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_block_is_its_table_and_where_it_comes_from(folder: Path) -> None:
-    made = with_tables(TEXT, folder)
+    made = filled(TEXT, folder)
     assert made == (
         "before\n<!-- bench b/x.json: speed -->\n"
         "`python -m dist_resnet.bench loader` at 0123456; 8 cores of Some CPU; python 3.11,"
@@ -42,7 +42,7 @@ def test_a_block_is_its_table_and_where_it_comes_from(folder: Path) -> None:
         "| ours | 1,234 [1,200, 1,300] | 3 |  |\n| other |  |  | not installed |\n"
         "<!-- end -->\nafter\n"
     )
-    assert with_tables(made, folder) == made
+    assert filled(made, folder) == made
     (folder / "README.md").write_text(TEXT)
     assert main([str(folder / "README.md")]) == 0
     assert (folder / "README.md").read_text() == made
@@ -50,10 +50,10 @@ def test_a_block_is_its_table_and_where_it_comes_from(folder: Path) -> None:
 
 def test_what_is_missing_is_named(folder: Path) -> None:
     with pytest.raises(UserError, match="has no table 'slow'"):
-        with_tables(TEXT.replace("speed", "slow"), folder)
+        filled(TEXT.replace("speed", "slow"), folder)
     with pytest.raises(UserError, match=r"y\.json: not a benchmark's JSON"):
-        with_tables(TEXT.replace("x.json", "y.json"), folder)
-    with pytest.raises(UserError, match="usage"):
+        filled(TEXT.replace("x.json", "y.json"), folder)
+    with pytest.raises(UserError, match="see --help"):
         main([])
     with pytest.raises(UserError, match=r"none\.md: No such file"):
         main([str(folder / "none.md")])

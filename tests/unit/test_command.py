@@ -1,5 +1,6 @@
 """How a command ends: its line, said once, and where torchrun looks for it."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from dist_resnet.base.errors import UserError
 from tests.helpers.jobs import ROOT
 
 # The patience of the ranks that are not their machine's first is for torchrun to end them in.
@@ -90,3 +92,31 @@ def test_what_one_rank_alone_may_have_it_says_itself(
 ) -> None:
     _, lines, _ = ended(error, tmp_path, rank=1)
     assert len(lines) == speaks
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["bench", "dashboard", "data.prepare", "doctor", "evaluate", "export", "predict", "report"]
+    + ["sweep"],
+)
+def test_every_command_reads_its_line_alike(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong word is one line that names the command; --help begins with how to write it."""
+    package = importlib.import_module(f"dist_resnet.{command}")
+    is_package = hasattr(package, "__path__")
+    module = importlib.import_module(f"dist_resnet.{command}.__main__") if is_package else package
+    if command == "data.prepare":
+        assert module.main(["--nonsense"]) == 2
+        said = capsys.readouterr().err.strip().removeprefix("dist_resnet: ")
+    else:
+        with pytest.raises(UserError) as caught:
+            module.main(["--nonsense"])
+        said = str(caught.value)
+    assert said.startswith(f"{command}: ")
+    assert said.endswith("; see --help")
+    assert "\n" not in said
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python -m dist_resnet.{command} ")

@@ -84,7 +84,7 @@ def missing_files(text: str, folder: Path) -> Iterator[str]:
 
 
 def missing_modules(text: str) -> Iterator[str]:
-    for name in re.findall(r"-m ((?:dist_resnet|tests)[\w.]*\w)", text):
+    for name in re.findall(r"-m ((?:dist_resnet|tests|tools)[\w.]*\w)", text):
         place = ROOT / name.replace(".", "/")
         if not (place.with_suffix(".py").exists() or (place / "__main__.py").exists()):
             yield name
@@ -136,7 +136,11 @@ def torchrun_options() -> frozenset[str]:
 def wrong_commands(text: str) -> Iterator[str]:
     """Settings and options of our modules and launchers that do not exist."""
     for words in lines(text):
-        ours = [n for n, word in enumerate(words) if word.startswith(("dist_resnet.", "tests."))]
+        ours = [
+            n
+            for n, word in enumerate(words)
+            if word.startswith(("dist_resnet.", "tests.", "tools."))
+        ]
         if words[0] == "torchrun":
             before = words[1 : ours[0]] if ours else words[1:]
             known = torchrun_options()
@@ -202,7 +206,7 @@ def test_the_pages_are_found_and_linked() -> None:
         ("```\npython -m dist_resnet.train optim.lr=-1\n```", "optim.lr"),
         ("```bash\npython -m dist_resnet.train configs/none.yaml\n```", "configs/none.yaml"),
         ("```\npython -m dist_resnet.train --print-conf\n```", "--print-conf"),
-        ("```\npython -m dist_resnet.bench scaling --steps-us 4\n```", "--steps-us"),
+        ("```\npython -m dist_resnet.bench scaling --round 4\n```", "--round"),
         ("```\npython -m dist_resnet.data.prepare digits --train x\n```", "--train"),
         ("```\npython -m dist_resnet.sweep a.yaml -- optim.lrr=1\n```", "optim.lr"),
         ("```\ntorchrun --nproc=2 -m dist_resnet.train\n```", "torchrun --nproc"),

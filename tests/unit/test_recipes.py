@@ -11,10 +11,9 @@ import pytest
 from dist_resnet.base.errors import UserError
 from dist_resnet.config.effects import changes_trajectory
 from dist_resnet.config.load import flatten, load_config, to_dict, to_yaml
-from dist_resnet.recipes.__main__ import main
-from dist_resnet.recipes.curves import curve_chart
-from dist_resnet.recipes.kept import condense, read_kept, write_kept
-from dist_resnet.recipes.tables import with_runs
+from tools import pages
+from tools.kept import condense, read_kept, write_kept
+from tools.recipes import main, top1_curves
 
 ROOT = Path(__file__).parents[2]
 SUMMARY = {
@@ -128,7 +127,7 @@ def test_a_table_has_a_row_for_each_setting_over_its_seeds(
     assert names == ["rates-a.json", "rates-b.json", "rates-c.json"]
     page = tmp_path / "page.md"
     page.write_text("x\n<!-- runs benchmarks/runs: rates -->\nold\n<!-- end -->\ny\n")
-    assert main(["tables", str(page)]) == 0
+    assert pages.main([str(page)]) == 0
     start = "torchrun --standalone --nproc_per_node=2 -m dist_resnet.train"
     assert page.read_text() == (
         "x\n<!-- runs benchmarks/runs: rates -->\n"
@@ -148,26 +147,18 @@ def test_a_table_has_a_row_for_each_setting_over_its_seeds(
 
 
 def test_a_chart_is_well_formed_and_ends_where_the_run_does(tmp_path: Path) -> None:
-    kept = condense(_run(tmp_path / "a <b>"), "g")
-    root = ElementTree.fromstring(curve_chart([kept]))
-    paths = [p.get("d", "") for p in root.iter("{http://www.w3.org/2000/svg}path")]
-    ends = [
-        tuple(map(float, d.split("L")[-1].split()))
-        for d in paths if "L" in d
-    ]  # fmt: skip
-    # The evaluation ends at 0.75, half way up from 0.5 to 1; training at 0.8, above it.
-    grid = {float(d.split()[1].split("H")[0]) for d in paths if "H" in d}
-    middle = (min(grid) + max(grid)) / 2
-    assert ends[0][1] == pytest.approx(middle, abs=0.1)
-    assert ends[1][1] < ends[0][1]
-    assert ends[0][0] == ends[1][0] == 628
-
-
-def test_the_page_shows_the_kept_runs() -> None:
-    page = ROOT / "docs" / "recipes.md"
-    text = page.read_text()
-    assert len(re.findall("<!-- runs ", text)) >= 1
-    assert with_runs(text, page.parent) == text
+    root = ElementTree.fromstring(top1_curves([condense(_run(tmp_path / "a <b>"), "g")]))
+    paths = [
+        (p.get("class"), p.get("d", "")) for p in root.iter("{http://www.w3.org/2000/svg}path")
+    ]
+    lines = [[tuple(map(float, p.split())) for p in re.split("[ML]", d)[1:]]
+             for kind, d in paths if kind.startswith("line") and "L" in d]  # fmt: skip
+    grid = [float(d.split()[1].split("H")[0]) for kind, d in paths if kind == "grid"]
+    # Marks are 0.1 apart: evaluation ends at 0.75, between the two topmost; training at 0.8.
+    evaluated, trained = (line[-1] for line in lines)
+    assert evaluated[1] == pytest.approx(sum(sorted(grid)[:2]) / 2, abs=0.1)
+    assert trained[1] == pytest.approx(min(grid), abs=0.1)
+    assert evaluated[0] == trained[0] == 406
 
 
 def test_kept_runs_were_made_by_committed_code() -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_resnet.base.chart import Series, curves, thin, ticks
 from dist_resnet.base.errors import UserError
 from dist_resnet.report.__main__ import main
-from dist_resnet.report.chart import Series, chart, thin, ticks
-from dist_resnet.report.images import png_uri
+from dist_resnet.report.page import png_uri
 from dist_resnet.report.text import sparkline
 from tests.helpers.report_page import Page, make_run, write_json
 
@@ -72,6 +72,37 @@ def test_a_running_runs_figures_are_the_newest_rows(tmp_path: Path) -> None:
         file.write('}\n{"step": 750, "epoch": 3.75, "val/top1": 0.2, "gap/top1": 0}\n')
     table = page_of(tmp_path / "r.html", tmp_path / "run").table(HEADLINE)
     assert [table.row(name)[0].value for name in ("step", "val/top1")] == ["750", "0.2"]
+
+
+def test_the_first_line_is_the_result_in_plain_words(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    file = tmp_path / "run" / "summary.json"
+    told = {
+        "val/top1": 0.92874, "val/images": 10000, "gap/top1": 0.021, "epoch": 150.0,
+        "wall_seconds": 4810.0, "world_size": 2, "eval_set": "test set",
+        "hardware": {"cpu": "Some CPU", "threads_per_rank": 1},
+    }  # fmt: skip
+    summary = json.loads(file.read_text()) | told
+    cases = {
+        "92.87% of 10,000 test images, 150 epochs, train minus test +2.1%, 1 h 20 min on 2 threads"
+        " of Some CPU": {},
+        "92.87% of 5,000 held-out images, 150 epochs, train minus held-out +2.1%, 4 min on 1 x GPU":
+        {"eval_set": "held-out training images", "val/images": 5000, "wall_seconds": 245.0,
+         "world_size": 1, "hardware": {"gpu": "GPU"}},
+        "150 epochs": {"val/top1": "x", "gap/top1": None, "wall_seconds": None, "hardware": 3},
+    }  # fmt: skip
+    for line, other in cases.items():
+        write_json(file, summary | other)
+        page = page_of(tmp_path / "r.html", tmp_path / "run")
+        assert page.texts["p"][0].removeprefix("no evaluation yet, ") == line
+        assert next(attrs.get("class") for tag, attrs in page.tags if tag == "p") == "result"
+        # Then the curves; the raw keys are further down.
+        ids = [str(attrs["id"]) for tag, attrs in page.tags if tag == "section"]
+        assert ids[0] == "curves"
+        assert ids.index("figures") > ids.index("classes")
+    file.unlink()
+    page = page_of(tmp_path / "r.html", tmp_path / "run")
+    assert page.texts["p"][0].endswith("3 epochs, train minus test -3.1%, 15 s (so far)")
 
 
 def test_speed_is_the_quartiles_of_the_rows(tmp_path: Path) -> None:
@@ -175,7 +206,7 @@ def test_a_hash_is_shortened_for_the_eye_only(tmp_path: Path) -> None:
 def test_no_curve_ends_above_the_highest_mark_or_below_the_lowest() -> None:
     for values in ((0.35, 0.989), (-0.21, -0.107), (2.0, 2.0), (3e-6, 0.0497)):
         points = list(enumerate(values))
-        drawn = Page(chart("t", "u", [Series("s", [(float(x), y) for x, y in points], 0)]))
+        drawn = Page(curves("t", [Series("s", [(float(x), y) for x, y in points], 0)]))
         d = {str(a.get("class", "")): str(a["d"]) for tag, a in drawn.tags if tag == "path"}
         line = next(d[kind] for kind in d if kind.startswith("line"))
         places = [float(pair.split()[1]) for pair in re.split("[ML]", line)[1:]]
@@ -245,20 +276,20 @@ def test_ticks_are_round_and_inside(low: float, high: float, expected: list[floa
 
 
 def test_a_curve_lies_where_its_figures_say() -> None:
-    drawn = Page(chart("t", "u", [Series("s", [(0.0, 0.0), (1.0, 1.0), (2.0, 0.5)], 0)]))
+    drawn = Page(curves("t", [Series("s", [(0.0, 0.0), (1.0, 1.0), (2.0, 0.5)], 0)]))
     (line,) = (a["d"] for tag, a in drawn.tags if str(a.get("class", "")).startswith("line"))
     places = [tuple(map(float, pair.split())) for pair in re.split("[ML]", str(line))[1:]]
     (x0, bottom), (x1, top), (x2, middle) = places
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.11)
     assert top < middle < bottom  # SVG counts downwards
     assert middle == pytest.approx((top + bottom) / 2, abs=0.11)
-    single = Page(chart("t", "u", [Series("s", [(0.0, 0.7)], 0)]))
+    single = Page(curves("t", [Series("s", [(0.0, 0.7)], 0)]))
     assert "circle" in [tag for tag, _ in single.tags]
-    assert "not logged" in chart("t", "u", [Series("s", [], 0)])
+    assert curves("t", [Series("s", [], 0)]) == ""
 
 
 def test_marks_are_written_out() -> None:
-    drawn = Page(chart("t", "u", [Series("s", [(0.0, -0.5), (1.0, 20_000.0)], 0)]))
+    drawn = Page(curves("t", [Series("s", [(0.0, -0.5), (1.0, 20_000.0)], 0)]))
     assert "20,000" in drawn.texts["text"]
     assert not any("e+" in text for text in drawn.texts["text"])
 

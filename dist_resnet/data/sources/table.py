@@ -6,9 +6,8 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from dist_resnet.base.errors import UserError
+from dist_resnet.base.cli import Parser
 from dist_resnet.base.paths import user_path
 from dist_resnet.data.images import ImageSet
 from dist_resnet.data.sources import from_arrow, from_callable, from_shards, from_torchvision
@@ -68,15 +67,10 @@ SOURCES = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m dist_resnet.data.prepare --help")
-
-
 def parser(about: str = "") -> argparse.ArgumentParser:
     """Its options; errors are UserErrors."""
-    parser = _Parser(prog="python -m dist_resnet.data.prepare", description=about)
-    common = _Parser(add_help=False)
+    parser = Parser("python -m dist_resnet.data.prepare", description=about)
+    common = Parser(add_help=False)
     common.add_argument("--output", type=user_path, default="data", help="default: data")
     common.add_argument("--name", type=set_name, help="of the data set; default: the source's")
     sources = parser.add_subparsers(dest="source", metavar="SOURCE", required=True)

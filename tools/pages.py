@@ -1,44 +1,79 @@
-"""Tables of kept runs: one row for each setting, over its seeds."""
+"""Fill the tables of this repository's pages: python -m tools.pages FILE.md ...
 
+Between `<!-- bench FILE: TABLE -->` and `<!-- end -->` stands that table of a benchmark's JSON,
+between `<!-- runs FOLDER: GROUP -->` and `<!-- end -->` the kept runs of a group, a row for each
+setting over its seeds. Paths start beside the page; above each table stands what made it.
+"""
+
+import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from dist_resnet.recipes.kept import Kept, read_kept
+from dist_resnet.base.cli import Parser, run_command
+from dist_resnet.base.errors import EXIT_DONE, UserError
+from dist_resnet.base.files import write_for_user
+from dist_resnet.base.paths import user_path
+from dist_resnet.bench.report import cells_of
+from tools.kept import Kept, read_kept
 
-_BLOCK = re.compile(r"(<!-- runs (\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (bench|runs) (\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 Row = dict[str, str]
 
 
-def with_runs(text: str, folder: Path) -> str:
-    """`text` with every block `<!-- runs FOLDER: GROUP -->` ... `<!-- end -->` made anew.
+def filled(text: str, folder: Path) -> str:
+    """`text` with every block made anew.
 
     Args:
-        folder: where the named folders lie.
+        folder: where the named files and folders lie.
 
     Raises:
-        UserError: a group without runs.
+        UserError: a file, a table or a group that does not exist.
     """
 
     def fill(match: re.Match[str]) -> str:
-        runs = read_kept(folder / match[2], match[3])
-        return f"{match[1]}{section(runs)}\n{match[4]}"
+        start, kind, place, name, end = match.groups()
+        if kind == "runs":
+            return f"{start}{of_runs(read_kept(folder / place, name))}\n{end}"
+        return f"{start}{of_benchmark(folder / place, name)}\n{end}"
 
     return _BLOCK.sub(fill, text)
 
 
-def section(runs: Sequence[Kept]) -> str:
+def of_benchmark(path: Path, name: str) -> str:
+    """A table of a benchmark's JSON, and what made it."""
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a benchmark's JSON: {error}") from None
+    rows = [row for row in report["rows"] if row["table"] == name]
+    if not rows:
+        raise UserError(f"{path}: has no table {name!r}")
+    facts = report["facts"]
+    hardware, versions = facts["hardware"], facts["versions"]
+    where = hardware.get("gpu") or f"{hardware['cores']} cores of {hardware['cpu']}"
+    used = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "ffcv", "wandb"))
+    source = f"`{facts['command']}` at {facts['commit'][:7]}; {where}; {used}; median [quartiles]:"
+    return f"{source}\n\n{_markdown(cells_of(rows))}"
+
+
+def of_runs(runs: Sequence[Kept]) -> str:
     """Where and how the runs of a group were made, their table, and what repeats each row."""
     rows = by_setting(runs)
     varying = _varying(runs)
     table = [_row(seeds, varying) for seeds in rows]
-    columns = list(dict.fromkeys(key for row in table for key in row))
-    lines = [columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in table)]
-    markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    head = list(dict.fromkeys(key for row in table for key in row))
+    markdown = _markdown([head, *([row.get(key, "") for key in head] for row in table)])
     commands = "\n".join(dict.fromkeys(seeds[0]["command"] for seeds in rows))
     return f"{_source(runs)}\n\n{markdown}\n\nRow by row, the first seed:\n\n```\n{commands}\n```"
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *rest = lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rest))
 
 
 def by_setting(runs: Sequence[Kept]) -> list[list[Kept]]:
@@ -109,3 +144,20 @@ def _source(runs: Sequence[Kept]) -> str:
         f" {', '.join(places)}; torch {', '.join(torch)}; at {', '.join(commits)}; percent, of the"
         " last epoch; mean ± standard deviation over seeds:"
     )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Rewrite the named pages; the exit code."""
+    parser = Parser("python -m tools.pages", __doc__)
+    parser.add_argument("pages", nargs="+", type=user_path, metavar="FILE.md")
+    for page in parser.parse_args(arguments).pages:
+        try:
+            text = page.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{page}: {error.strerror}") from None
+        write_for_user(page, filled(text, page.parent))
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,210 @@
+"""Worker processes that stand ready, and take their turn when told to.
+
+A training loop that is not ours cannot be called for fifty steps and then again: it owns its loop.
+But it asks for batches, and whoever gives them can let it wait. So every loop, ours and others',
+runs as its users run it, and stands still at its gate while another candidate is timed. Every
+candidate has processes of its own, so that none inherits another's threads, hooks or process group,
+and a failing one takes nothing with it.
+"""
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+from dist_resnet.base.cli import run_command
+from dist_resnet.base.errors import EXIT_DONE, DistResnetError, one_line
+from dist_resnet.bench.measure import Candidate, Timing, measure
+from dist_resnet.config.load import load_config
+
+T = TypeVar("T")
+Gate = Callable[[], bool]
+"""Called on all ranks alike, before the first turn and after each: tells that the turn is over and
+waits for the next; False: there is none."""
+
+_PATIENCE_SECONDS = 300.0  # for a start, or for one turn
+_CLOSE_SECONDS = 20.0
+# What torchrun would set for a rank; others' must not make a single process one.
+_RANK = ("RANK", "LOCAL_RANK")
+_RANKS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_PLACE = ("MASTER_ADDR", "MASTER_PORT")
+
+
+class Finished(Exception):
+    """Leaves a loop that would go on."""
+
+
+class JobFailed(Exception):
+    """Why a worker gave up, or that it died."""
+
+
+def in_turns(draw: Callable[[], T], steps: int, gate: Gate) -> Iterator[T]:
+    """What `draw` gives, `steps` times a turn.
+
+    Raises:
+        Finished: the gate has closed.
+    """
+    while gate():
+        for _ in range(steps):
+            yield draw()
+    raise Finished
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to start."""
+
+    name: str
+    task: str
+    """module:function of this package, called with the configuration, the world and the gate."""
+    images: int
+    """Processed in a turn by all ranks."""
+    ranks: int = 1
+    pairs: tuple[str, ...] = ()
+    """key=value pairs of its configuration."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What the task takes besides."""
+
+
+class Worker:
+    """A started job: one process a rank, each with a pipe."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        context = multiprocessing.get_context("spawn")
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        self._ranks: dict[Connection, Any] = {}
+        for rank in range(job.ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, job, rank, port))
+            process.start()
+            theirs.close()
+            self._ranks[ours] = process
+
+    def begin(self) -> None:
+        """Let it take a turn."""
+        for pipe, process in self._ranks.items():
+            try:
+                pipe.send(True)
+            except OSError:
+                raise JobFailed(_died(process)) from None
+
+    def finish(self) -> None:
+        """Wait until its turn is over; the first: until it is ready.
+
+        Raises:
+            JobFailed: it is not, nor will it be.
+        """
+        waiting = dict(self._ranks)
+        while waiting:
+            ready = wait(list(waiting), _PATIENCE_SECONDS)
+            if not ready:
+                raise JobFailed(f"no answer within {_PATIENCE_SECONDS:g} s")
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                process = waiting.pop(pipe)
+                try:
+                    failure = pipe.recv()
+                except (EOFError, OSError):
+                    failure = _died(process)
+                if failure is not None:
+                    raise JobFailed(failure)
+
+    def run(self) -> None:
+        """One whole turn."""
+        self.begin()
+        self.finish()
+
+    def close(self) -> None:
+        """End it; bounded in time."""
+        for pipe in self._ranks:
+            with contextlib.suppress(OSError):
+                pipe.send(False)
+            pipe.close()
+        for process in self._ranks.values():
+            for end in (process.terminate, process.kill):
+                process.join(_CLOSE_SECONDS)
+                if process.exitcode is None:
+                    end()
+            process.join()
+
+
+def _died(process: Any) -> str:
+    process.join(2)
+    return f"died without a word (exit code {process.exitcode})"
+
+
+def measure_jobs(jobs: Sequence[Job], rounds: int) -> dict[str, Timing]:
+    """Let all jobs take turns; those that cannot start have their failure."""
+    with working(jobs) as (workers, failed):
+        candidates = [Candidate(name, w.job.images, w.run) for name, w in workers.items()]
+        return measure(candidates, rounds) | failed
+
+
+@contextlib.contextmanager
+def working(jobs: Sequence[Job]) -> Iterator[tuple[dict[str, Worker], dict[str, Timing]]]:
+    """Start all jobs at once; those that are ready, and why the others are not, by name."""
+    workers: dict[str, Worker] = {}
+    failed: dict[str, Timing] = {}
+    try:
+        for job in jobs:
+            workers[job.name] = Worker(job)
+        for name, worker in workers.items():
+            try:
+                worker.finish()
+            except JobFailed as error:
+                failed[name] = Timing(name, 1, failure=str(error))
+        yield {name: w for name, w in workers.items() if name not in failed}, failed
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def _work(pipe: Connection, job: Job, rank: int, port: int) -> None:
+    """One rank of a worker, in its own process."""
+    for name in (*_RANK, *_RANKS, *_PLACE):
+        os.environ.pop(name, None)
+    if job.ranks > 1:  # as torchrun does, OMP_NUM_THREADS included
+        os.environ |= dict.fromkeys(_RANK, str(rank)) | dict.fromkeys(_RANKS, str(job.ranks))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ["TORCHELASTIC_RUN_ID"] = "none"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    silent = os.open(os.devnull, os.O_RDWR)
+    for descriptor in range(3):
+        os.dup2(silent, descriptor)
+    run_command(lambda: _run_task(pipe, job))
+
+
+def _run_task(pipe: Connection, job: Job) -> int:
+    try:
+        import torch
+
+        from dist_resnet.distributed.group import start, stop
+
+        config = load_config(job.pairs)
+        # A rank may stand at the gate for minutes, which to a process group looks like a hang.
+        world = start(config.parallel.device, timeout_seconds=24 * 3600)
+
+        def gate() -> bool:
+            if world.device.type == "cuda":
+                torch.cuda.synchronize()
+            pipe.send(None)
+            return bool(pipe.recv())
+
+        module, name = job.task.split(":")
+        task = getattr(importlib.import_module(f"dist_resnet.bench.{module}"), name)
+        with contextlib.suppress(Finished):
+            task(config, world, gate, **job.options)
+        stop()
+    except Exception as error:
+        said = str(error) if isinstance(error, DistResnetError) else one_line(error)
+        with contextlib.suppress(OSError):
+            pipe.send(said)
+        raise
+    return EXIT_DONE

@@ -1,0 +1,1 @@
+"""What writes this repository's own pages; no part of what is installed."""
