@@ -126,13 +126,13 @@ def _on_one_thread(epoch: Epoch) -> Epoch:
 
 def _ours(session: Any, kind: Any) -> Epoch:
     """What a step does with a batch before the model, and the stream that feeds it."""
-    from dist_resnet.bench.our_loop import make_step, open_batches, quiet
+    from dist_resnet.bench.our_loop import make_step, quiet
     from dist_resnet.config.plan import make_plan
 
     config = quiet(session.config)
     session = replace(session, config=replace(config, data=replace(config.data, loader=kind)))
     plan = make_plan(config, len(session.train_indices), 1)
-    step, stream, numbers = make_step(session, plan), open_batches(session, plan), itertools.count()
+    step, stream, numbers = make_step(session, plan), session.batches(plan), itertools.count()
 
     def epoch(batches: int) -> Iterator[Any]:
         for batch, number in zip(itertools.islice(stream, batches), numbers, strict=False):

@@ -15,12 +15,12 @@ from dist_resnet.augment import Normalisation
 from dist_resnet.bench.workers import Gate, in_turns
 from dist_resnet.config.plan import Plan, make_plan, rates
 from dist_resnet.config.schema import AugmentConfig, Config
-from dist_resnet.data.stream import Batch, open_loader, training_batches
+from dist_resnet.data.stream import Batch
 from dist_resnet.distributed.group import World, broadcast_object, on_rank_zero
 from dist_resnet.runs.folder import RunFolder
 from dist_resnet.step.captured import as_configured
 from dist_resnet.step.precision import choose_dtype
-from dist_resnet.step.state import TrainState, build_state
+from dist_resnet.step.state import build_state
 from dist_resnet.step.train_step import TrainStep
 from dist_resnet.tracking.tracker import NullTracker
 from dist_resnet.training.evaluation import Evaluator
@@ -41,7 +41,7 @@ def train(config: Config, world: World, gate: Gate, steps: int, from_memory: boo
         config = unaugmented(config)
     session = open_session(config, world)
     plan = make_plan(config, len(session.train_indices), world.size)
-    step, batches = make_step(session, plan), open_batches(session, plan)
+    step, batches = make_step(session, plan), session.batches(plan)
     draw = itertools.cycle(kept(batches)).__next__ if from_memory else batches.__next__
     with _outputs(config, session, plan, from_memory) as outputs:
         try:
@@ -66,7 +66,10 @@ def train_on(
     plan = make_plan(config, 50_000, world.size)
     state = build_state(config, classes, precision, device, size)
     statistics = Normalisation.of((0, 0, 0), (255, 255, 255), size[1], device)
-    step = new_step(config, state, plan, precision, statistics, size)
+    step = TrainStep(
+        config, state, rates(config, plan), plan.replicas, precision, statistics, size,
+        plan.steps_per_epoch,
+    )  # fmt: skip
     samples = torch.arange(pixels.shape[1], device=device)
     batches = [Batch(x, y, samples) for x, y in zip(pixels, labels, strict=True)]
     fit(step, plan, world, itertools.cycle(batches).__next__, steps, gate)
@@ -118,35 +121,9 @@ def unaugmented(config: Config) -> Config:
 
 def make_step(session: Session, plan: Plan) -> TrainStep:
     """A step from the state that a run starts from."""
-    config, classes = session.config, len(session.dataset.classes)
-    device, precision, size = session.world.device, session.precision, session.image_size
-    state = build_state(config, classes, precision, device, size)
-    return new_step(config, state, plan, precision, session.normalisation(), size)
-
-
-def new_step(
-    config: Config,
-    state: TrainState,
-    plan: Plan,
-    precision: torch.dtype,
-    statistics: Normalisation,
-    size: tuple[int, int],
-) -> TrainStep:
-    """`TrainStep`, with what follows from the plan."""
-    return TrainStep(
-        config, state, rates(config, plan), plan.replicas, precision, statistics, size,
-        plan.steps_per_epoch,
-    )  # fmt: skip
-
-
-def open_batches(session: Session, plan: Plan) -> Generator[Batch, None, None]:
-    """Ours, from the first step on."""
-    config, world = session.config, session.world
-    size = plan.batch_size_per_replica * plan.replicas_per_rank
-    loader = open_loader(config.data.loader, session.dataset.train_path, size, world.device)
-    return training_batches(
-        loader, config.seed, session.train_indices, plan, world.rank, 0, world.device
-    )
+    device, classes = session.world.device, len(session.dataset.classes)
+    state = build_state(session.config, classes, session.precision, device, session.image_size)
+    return session.train_step(plan, state)
 
 
 def kept(batches: Generator[Batch, None, None], count: int = 8) -> list[Batch]:

@@ -87,7 +87,7 @@ class _Made:
     """A trainer's step in one mode, with a few batches in memory."""
 
     def __init__(self, settings: Settings, mode: str, dtype: str, channels_last: bool) -> None:
-        from dist_resnet.bench.our_loop import kept, make_step, open_batches, quiet
+        from dist_resnet.bench.our_loop import kept, make_step, quiet
         from dist_resnet.config.load import load_config
         from dist_resnet.config.plan import make_plan
         from dist_resnet.distributed.group import start
@@ -101,7 +101,7 @@ class _Made:
         plan = make_plan(config, len(session.train_indices), 1)
         self.step = make_step(session, plan)
         self.advance = as_configured(self.step, _refuse)
-        self.stream = functools.partial(open_batches, session, plan)
+        self.stream = functools.partial(session.batches, plan)
         self.draw = itertools.cycle(kept(self.stream())).__next__
 
     def run(self, steps: int) -> None:

@@ -1,6 +1,6 @@
 """One run from start to end: open what it needs, train, close whatever happened."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ from dist_resnet.base.paths import user_path
 from dist_resnet.base.terminal import say
 from dist_resnet.config.code import code_of_run, plugins_of, told_of_code
 from dist_resnet.config.load import stored_config, to_dict
-from dist_resnet.config.plan import Plan, check_statistics, make_plan, rates
+from dist_resnet.config.plan import Plan, check_statistics, make_plan
 from dist_resnet.config.plugins import resolve
 from dist_resnet.config.schema import Config
-from dist_resnet.data.stream import Loader, open_loader, training_batches
+from dist_resnet.data.stream import Batch
 from dist_resnet.distributed.group import (
     World,
     broadcast_object,
@@ -39,7 +39,6 @@ from dist_resnet.runs.resume import (
 from dist_resnet.runs.summary import last_evaluation, summarise
 from dist_resnet.step.captured import as_configured
 from dist_resnet.step.state import TrainState
-from dist_resnet.step.train_step import TrainStep
 from dist_resnet.tracking.jsonl import read_rows
 from dist_resnet.training.ending import ending, exit_code, of_all_ranks, raise_told, tell_ending
 from dist_resnet.training.evaluation import Evaluator
@@ -144,31 +143,17 @@ def _trainer(
     saved: Checkpoint | None,
     teachers: list[FoundTeacher],
 ) -> Trainer:
-    world, data = session.world, session.dataset
-    size = plan.batch_size_per_replica * plan.replicas_per_rank
-
-    def open_loaders() -> tuple[Loader, Evaluator]:
-        loader = open_loader(config.data.loader, data.train_path, size, world.device)
+    def open_data() -> tuple[Generator[Batch, None, None], Evaluator]:
+        batches = session.batches(plan, state.step)
         evaluator = session.evaluator(session.normalisation())
-        data.check_not_replaced()
-        return loader, evaluator
+        session.dataset.check_not_replaced()
+        return batches, evaluator
 
-    loader, evaluator = on_every_rank(open_loaders)
-    batches = training_batches(
-        loader, config.seed, session.train_indices, plan, world.rank, state.step, world.device
+    batches, evaluator = on_every_rank(open_data)
+    distillation = on_every_rank(
+        lambda: build_distillation(teachers, session, session.normalisation())
     )
-    step = TrainStep(
-        config,
-        state,
-        rates(config, plan),
-        plan.replicas,
-        session.precision,
-        session.normalisation(),
-        session.image_size,
-        plan.steps_per_epoch,
-        on_every_rank(lambda: build_distillation(teachers, session, session.normalisation())),
-        on_every_rank(session.class_weights),
-    )
+    step = on_every_rank(lambda: session.train_step(plan, state, distillation))
     wandb = outputs.writer.wandb if outputs.writer is not None else None
     every = config.wandb.media_every_epochs
     # Rank 0 alone knows whether W&B has started, and finding mistakes takes all ranks.
@@ -180,11 +165,11 @@ def _trainer(
         train_step=as_configured(step, outputs.tracker.message),
         batches=batches,
         evaluate=evaluator,
-        classes=data.classes,
+        classes=session.dataset.classes,
         tracker=outputs.tracker,
-        watch=Stopwatch(saved.seconds if saved else 0.0, world.device),
+        watch=Stopwatch(saved.seconds if saved else 0.0, session.world.device),
         writer=outputs.writer,
-        gallery=Gallery(config, data, every, wandb) if pictures else None,
+        gallery=Gallery(config, session.dataset, every, wandb) if pictures else None,
     )
 
 

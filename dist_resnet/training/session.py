@@ -1,6 +1,7 @@
 """What training and evaluation start from: threads, precision, the dataset and its parts."""
 
 import os
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from dist_resnet.augment import Normalisation
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.launcher import environment_int, environment_rank
 from dist_resnet.base.paths import user_path
+from dist_resnet.config.plan import Plan, rates
 from dist_resnet.config.schema import Config
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.content import Channels
@@ -19,7 +21,7 @@ from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.normalisation import channel_scale
 from dist_resnet.data.order import split_indices
 from dist_resnet.data.prepare import check_source, prepare_builtin
-from dist_resnet.data.stream import open_loader
+from dist_resnet.data.stream import Batch, open_loader, training_batches
 from dist_resnet.distributed.group import (
     World,
     broadcast_object,
@@ -28,6 +30,7 @@ from dist_resnet.distributed.group import (
     on_rank_zero,
 )
 from dist_resnet.runs.checkpoint import Checkpoint
+from dist_resnet.step.distill import Distillation
 from dist_resnet.step.mode import choose_step_mode
 from dist_resnet.step.precision import (
     choose_dtype,
@@ -35,6 +38,8 @@ from dist_resnet.step.precision import (
     make_deterministic,
     set_up_cuda,
 )
+from dist_resnet.step.state import TrainState
+from dist_resnet.step.train_step import TrainStep
 from dist_resnet.training.evaluation import BATCH_SIZE, Evaluator
 
 
@@ -98,6 +103,32 @@ class Session:
                 f"{data.classes[int(counts.argmin())]} is trained on; give numbers, or such images"
             )
         return (len(labels) / (len(counts) * counts)).tolist()
+
+    def batches(self, plan: Plan, step: int = 0) -> Generator[Batch, None, None]:
+        """This rank's share of the batch of each step, from `step` on, without an end."""
+        size = plan.batch_size_per_replica * plan.replicas_per_rank
+        device, config = self.world.device, self.config
+        loader = open_loader(config.data.loader, self.dataset.train_path, size, device)
+        return training_batches(
+            loader, config.seed, self.train_indices, plan, self.world.rank, step, device
+        )
+
+    def train_step(
+        self, plan: Plan, state: TrainState, distillation: Distillation | None = None
+    ) -> TrainStep:
+        """What advances `state` by a batch of `batches`."""
+        return TrainStep(
+            self.config,
+            state,
+            rates(self.config, plan),
+            plan.replicas,
+            self.precision,
+            self.normalisation(),
+            self.image_size,
+            plan.steps_per_epoch,
+            distillation,
+            self.class_weights(),
+        )
 
     def evaluator(self, statistics: Normalisation) -> Evaluator:
         """Evaluates on the held-out images if there are any, else on the test set.
