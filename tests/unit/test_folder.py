@@ -20,7 +20,7 @@ from dist_resnet.base.errors import UserError
 from dist_resnet.data.decoding import Decoder, Reading
 from dist_resnet.data.images import ImageSet
 from dist_resnet.data.sources import folder
-from dist_resnet.data.sources.folder import Tolerance
+from dist_resnet.data.tolerance import Tolerance
 
 CIFAR_ROOT = Path(
     os.environ.get(
