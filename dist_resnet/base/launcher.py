@@ -8,30 +8,34 @@ PARENT = os.getppid()
 """Process that started this one, as seen when this module was first imported."""
 
 
-def environment_int(name: str, default: int) -> int:
+def environment_int(name: str, default: int, least: int = 0) -> int:
     """A number that torchrun sets; empty is as good as not set.
 
     Raises:
-        UserError: it is no whole number.
+        UserError: it is no whole number, or below `least`.
     """
     text = os.environ.get(name, "").strip()
     try:
         value = int(text) if text else default
     except ValueError:
-        value = -1
-    if value < 0:
-        raise UserError(f"{name}={text}: must be a whole number; torchrun sets it, or unset it")
+        value = least - 1
+    if value < least:
+        wanted = f"a whole number from {least} on"
+        raise UserError(f"{name}={text}: must be {wanted}; torchrun sets it, or unset it")
     return value
 
 
 def environment_rank() -> int:
     """This process's rank; 0 without torchrun."""
-    return environment_int("RANK", 0)
+    rank, size = environment_int("RANK", 0), environment_world_size()
+    if rank >= size:
+        raise UserError(f"RANK={rank}: must be below WORLD_SIZE={size}; torchrun sets them")
+    return rank
 
 
 def environment_world_size() -> int:
     """The number of processes; 1 without torchrun."""
-    return environment_int("WORLD_SIZE", 1)
+    return environment_int("WORLD_SIZE", 1, least=1)
 
 
 def under_torchrun() -> bool:

@@ -63,7 +63,7 @@ def start(device: str, timeout_seconds: int) -> World:
     rank, size = environment_rank(), environment_world_size()
     local_rank, local_size = (
         environment_int("LOCAL_RANK", 0),
-        environment_int("LOCAL_WORLD_SIZE", 1),
+        environment_int("LOCAL_WORLD_SIZE", 1, least=1),
     )
     place = _choose_device(device, local_rank, local_size)
     if under_torchrun():

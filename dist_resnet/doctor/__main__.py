@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     several = environment_int("GROUP_WORLD_SIZE", 1) > 1
     good = True
     if environment_int("LOCAL_RANK", 0) == 0:
-        local_size = environment_int("LOCAL_WORLD_SIZE", 1)
+        local_size = environment_int("LOCAL_WORLD_SIZE", 1, least=1)
         good = show(node_findings(config, local_size), several)
     if environment_world_size() == 1:
         how = "DOCTOR=1 launch/single_node.sh or multi_node.sh examines several together"

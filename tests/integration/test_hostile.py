@@ -177,6 +177,10 @@ ENVIRONMENTS = [
     ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
     ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK=1.5"),
     ({"LOCAL_WORLD_SIZE": " "}, ""),
+    ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+    ({"RANK": "1"}, "RANK=1: must be below WORLD_SIZE=1"),
+    ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK=5: must be below WORLD_SIZE=2"),
     ({"RANK": "", "WORLD_SIZE": ""}, ""),
     ({"TORCHELASTIC_RESTART_COUNT": "?"}, "TORCHELASTIC_RESTART_COUNT=?"),
 ]

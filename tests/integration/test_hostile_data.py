@@ -253,6 +253,42 @@ PREPARE = [
     Row("text called .tar", TARS, _with(_text("train.tar"), _text("test.tar")), ("train.tar",)),
 ]  # fmt: skip
 
+SHARDS = "prepare webdataset {here}/train.tar --test {here}/test.tar --output {here}/data --name x"
+
+
+def _shards(*damaged: str) -> Maker:
+    """train.tar and test.tar, each of four images a class, some of which are none."""
+
+    def make(here: Path) -> None:
+        image = _image(here / "image.png").read_bytes()
+        for split in ("train", "test"):
+            with tarfile.open(here / f"{split}.tar", "w") as tar:
+                for key in (f"{split}{i}" for i in range(8)):
+                    content = b"no image" if key in damaged else image
+                    for end, data in (("png", content), ("cls", b"ab"[int(key[-1]) % 2 :][:1])):
+                        info = tarfile.TarInfo(f"{key}.{end}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+
+    return make
+
+
+STREAMS = [
+    Row("all damaged items are named", SHARDS, _shards("train1", "train3", "test2"),
+        ("3 damaged images", "item 1 of train", "item 3 of train", "item 2 of test",
+         "--skip-damaged 2")),
+    Row("no item of a class is whole", SHARDS, _shards(*(f"train{i}" for i in (0, 2, 4, 6))),
+        ("4 damaged images", "item 6 of train")),
+    Row("more items are damaged than allowed", f"{SHARDS} --skip-damaged 1",
+        _shards("train1", "train3"), ("2 damaged", "--skip-damaged 2, not 1")),
+    Row("damaged items are left out", f"{SHARDS} --skip-damaged", _shards("train1", "test2"),
+        ("left out 1 damaged images of webdataset=", "7 training and 7 test images"), 0),
+    Row("all items are damaged", f"{SHARDS} --skip-damaged",
+        _shards(*(f"train{i}" for i in range(8))), ("gives no images for 'train'",)),
+    Row("a limit below zero for items", f"{SHARDS} --skip-damaged -1", _shards(),
+        ("--skip-damaged -1",)),
+]  # fmt: skip
+
 IMAGES = "predict {run} {here}"
 PREDICT = [
     Row("hidden fork", IMAGES, _with(_text("._1.png")), code=0),
@@ -416,7 +452,7 @@ def _arguments(row: Row, here: Path, run: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "row",
-    [*PREPARE, *PREDICT, *EXPORTS, *REPORTS, *EVALUATIONS],
+    [*PREPARE, *STREAMS, *PREDICT, *EXPORTS, *REPORTS, *EVALUATIONS],
     ids=lambda row: f"{row.command.split()[0]}: {row.name}",
 )
 def test_one_line_or_it_works(

@@ -94,6 +94,14 @@ def test_plain_parquet_files(tmp_path: Path, arrow: Any, rng: np.random.Generato
     assert "--label-column species" in named.source or named == dataset
 
 
+def test_what_a_file_system_leaves_is_no_parquet_file(tmp_path: Path) -> None:
+    names = ("train/0.parquet", "train/._0.parquet", "train/@eaDir/0.parquet", ".cache/1.parquet")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert from_arrow._files(str(tmp_path)) == {"train": [tmp_path / "train/0.parquet"]}
+
+
 def test_what_datasets_saves(tmp_path: Path, rng: np.random.Generator, arrow: Any) -> None:
     """By its own `save_to_disk`; a split called validation serves as the test set."""
     datasets = pytest.importorskip("datasets")

@@ -22,7 +22,7 @@ from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.decoding import Decoder, Reading
 from dist_resnet.data.images import ImageSet
 from dist_resnet.data.sources import folder
-from dist_resnet.data.sources.folder import Tolerance
+from dist_resnet.data.tolerance import Tolerance
 
 
 def load_folder(train: Path, test: Path, resize: int | None = None, **options: Any) -> ImageSet:

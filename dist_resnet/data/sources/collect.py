@@ -16,6 +16,12 @@ from dist_resnet.base.paths import printable
 from dist_resnet.config.plugins import calling
 from dist_resnet.data.decoding import AS_STORED, Decoder, Reading, target_size
 from dist_resnet.data.images import ImageSet, Split, StoredImages, progress, tell
+from dist_resnet.data.tolerance import STRICT, Tolerance
+
+
+class _Damaged(UserError):
+    """An image that may be left out."""
+
 
 MAX_CLASSES = 1 << 16
 _END = object()
@@ -36,7 +42,11 @@ class Feed:
 
 
 def collect(
-    feed: Feed, scratch: Path, resize: int | None = None, reading: Reading = AS_STORED
+    feed: Feed,
+    scratch: Path,
+    resize: int | None = None,
+    reading: Reading = AS_STORED,
+    tolerance: Tolerance = STRICT,
 ) -> ImageSet:
     """Read both splits, the training set first. Labels that are text are numbered by sorted name.
 
@@ -51,9 +61,13 @@ def collect(
         and 0 < len(set(named)) == len(named)
     ):  # fmt: skip
         raise UserError(f"{feed.key}={feed.name}: its classes must be a list of different names")
-    train = _Part(feed, "train", decoder, scratch, None, feed.classes)
-    classes = feed.classes or train.classes()
-    test = _Part(feed, "test", decoder, scratch, train.size, classes)
+    limit = tolerance.damaged
+    train = _Part(feed, "train", decoder, scratch, None, feed.classes, limit)
+    ruined = len(train.damaged) > limit  # the test set's are still to be listed
+    classes = None if ruined else feed.classes or train.classes()
+    test = _Part(feed, "test", decoder, scratch, train.size, classes, limit)
+    tolerance.judge({f"{feed.key}={feed.name}, {p.name}": p.damaged for p in (train, test)})
+    assert classes is not None
     names = tuple(map(printable, classes))
     if len(set(names)) < len(names) or "" in names:
         raise UserError(f"{feed.key}={feed.name}: two classes read alike, or one has no name")
@@ -76,10 +90,12 @@ class _Part:
         scratch: Path,
         size: tuple[int, ...] | None,
         classes: Sequence[str] | None,
+        limit: int,
     ) -> None:
         self.feed, self.name, self.decoder, self.size = feed, split, decoder, size
         self.path = scratch / split
         self.labels = array("q")
+        self.damaged: list[str] = []
         self.texts: dict[str, int] = {}  # of labels that are text: their numbers, as they come
         self._allowed = None if classes is None else dict.fromkeys(classes)
         with self.path.open("wb") as file:
@@ -87,10 +103,15 @@ class _Part:
                 where = self._where(number)
                 if not isinstance(item, tuple | list) or len(item) != 2:
                     raise UserError(f"{where}: is {_kind(item)}; give an (image, label) pair")
-                pixels = self._pixels(item[0], where)
+                try:
+                    pixels = self._pixels(item[0], where)
+                except _Damaged as error:
+                    self.damaged.append(str(error))
+                    continue
+                self._check_size(pixels, where)
                 self._add_label(item[1], where)
                 file.write(pixels.data)
-        if not self.labels:
+        if not self.labels and len(self.damaged) <= limit:
             raise UserError(f"{feed.key}={feed.name}: gives no images for {split!r}")
 
     def _where(self, number: int) -> str:
@@ -122,19 +143,22 @@ class _Part:
             number += 1
 
     def _pixels(self, given: Any, where: str) -> NDArray[np.uint8]:
-        if isinstance(given, bytes):
-            pixels = self.decoder(given, where)
-        elif isinstance(given, Image.Image):
-            pixels = self.decoder.convert(given, where)
-        else:
-            pixels = self.decoder.convert(Image.fromarray(_checked_array(given, where)), where)
+        image = given if isinstance(given, bytes | Image.Image) else _checked_array(given, where)
+        try:
+            if isinstance(image, bytes):
+                return self.decoder(image, where)
+            opened = image if isinstance(image, Image.Image) else Image.fromarray(image)
+            return self.decoder.convert(opened, where)
+        except UserError as error:
+            raise _Damaged(str(error)) from error
+
+    def _check_size(self, pixels: NDArray[np.uint8], where: str) -> None:
         self.size = self.size or pixels.shape[:2]
         if pixels.shape[:2] != self.size:
             raise UserError(
                 f"{where}: is {pixels.shape[1]}x{pixels.shape[0]} and those before it "
                 f"{self.size[1]}x{self.size[0]}; resize them alike, or prepare it with --resize N"
             )
-        return pixels
 
     def _add_label(self, given: Any, where: str) -> None:
         if isinstance(given, str) and self.feed.classes is not None:

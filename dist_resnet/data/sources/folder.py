@@ -22,24 +22,9 @@ from dist_resnet.base.errors import UserError
 from dist_resnet.data.decoding import AS_STORED, Decoder, Reading, decodable, target_size
 from dist_resnet.data.images import ImageSet, Split, StoredImages, progress, tell
 from dist_resnet.data.sources.members import Parts, explained, members
+from dist_resnet.data.tolerance import STRICT, Tolerance
 
 SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
-_NAMED = 5  # damaged files in the one line of an error; if there are more, each has its own before
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """What may be wrong with a data set.
-
-    `damaged`: so many images of each of the two sets may be left out. `missing`: a class may have
-    no test images.
-    """
-
-    damaged: int = 0
-    missing: bool = False
-
-
-STRICT = Tolerance()
 
 
 @dataclass
@@ -73,7 +58,7 @@ def load_folder(
     size = target_size(resize)
     first = _read(train, scratch / "train", Decoder(size, reading), size)
     second = _read(test, scratch / "test", Decoder(size, reading), first.size)
-    _judge((first, second), tolerance.damaged)
+    tolerance.judge({str(found.path): found.damaged for found in (first, second)})
     classes = _classes(first, None, tolerance)
     found = _classes(second, classes, tolerance)
     missing = [
@@ -124,27 +109,6 @@ def _check_size(found: _Found, image: NDArray[np.uint8], where: str) -> None:
             f"{where}: is {image.shape[1]}x{image.shape[0]} and those before it "
             f"{size[1]}x{size[0]}; give --resize N to make all of them NxN"
         )
-
-
-def _judge(both: Sequence[_Found], limit: int) -> None:
-    """Refuse more than `limit` damaged images in one of the sets, or say what is left out."""
-    damaged = [line for found in both for line in found.damaged]
-    most = max(len(found.damaged) for found in both)
-    if most <= limit or len(damaged) > _NAMED:
-        for line in damaged:
-            tell(f"damaged: {line}")
-    if most <= limit:
-        for found in both:
-            if found.damaged:
-                tell(f"left out {len(found.damaged):,} damaged images of {found.path}")
-        return
-    count = f"{len(damaged):,} damaged images: " if len(damaged) > 1 else ""
-    more = f"; and {len(damaged) - _NAMED:,} more" if len(damaged) > _NAMED else ""
-    allowed = f", not {limit:,}" if limit else ""
-    raise UserError(
-        f"{count}{'; '.join(damaged[:_NAMED])}{more}; "
-        f"or leave out so many of each set: --skip-damaged {most}{allowed}"
-    )
 
 
 def _level(found: _Found, known: Sequence[str]) -> int:

@@ -13,8 +13,9 @@ from dist_resnet.base.errors import UserError
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.plugins import calling
 from dist_resnet.data.images import ImageSet
-from dist_resnet.data.sources.arguments import add_reading, reading_of
+from dist_resnet.data.sources.arguments import add_reading, choices
 from dist_resnet.data.sources.collect import Feed, collect
+from dist_resnet.data.sources.members import is_litter
 
 Files = dict[str, list[Path]]  # by split
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev")
@@ -58,7 +59,7 @@ def load(options: argparse.Namespace, workspace: Path) -> ImageSet:
 
     names = _features(schema).get(label, {}).get("names")
     feed = Feed("huggingface", options.what, pairs, names)
-    return collect(feed, workspace, options.resize, reading_of(options))
+    return collect(feed, workspace, **choices(options))
 
 
 def _import(name: str) -> Any:
@@ -93,7 +94,11 @@ def _files(text: str) -> Files:
     if (path / "state.json").is_file():
         return {"": _saved(path)}
     if path.is_dir():
-        listed = sorted(path.rglob("*.parquet"))
+        listed = sorted(
+            file
+            for file in path.rglob("*.parquet")
+            if not any(map(is_litter, file.relative_to(path).parts))
+        )
     else:
         listed = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path))))
     if not listed:

@@ -7,7 +7,7 @@ from pathlib import Path
 from dist_resnet.base.errors import UserError
 from dist_resnet.config.plugins import resolve, signature
 from dist_resnet.data.images import ImageSet
-from dist_resnet.data.sources.arguments import add_reading, reading_of
+from dist_resnet.data.sources.arguments import add_reading, choices
 from dist_resnet.data.sources.collect import Feed, collect
 
 KEY = "data.source"
@@ -35,4 +35,4 @@ def load(options: argparse.Namespace, workspace: Path) -> ImageSet:
                 f"{KEY}={name}: is called with the split alone; give {parameter.name} a default"
             )
     feed = Feed(KEY, name, function, getattr(function, "classes", None))
-    return collect(feed, workspace, options.resize, reading_of(options))
+    return collect(feed, workspace, **choices(options))

@@ -13,7 +13,7 @@ from dist_resnet.base.errors import UserError
 from dist_resnet.base.paths import user_path
 from dist_resnet.data.decoding import decodable
 from dist_resnet.data.images import ImageSet
-from dist_resnet.data.sources.arguments import add_reading, reading_of
+from dist_resnet.data.sources.arguments import add_reading, choices
 from dist_resnet.data.sources.collect import Feed, collect
 from dist_resnet.data.sources.members import explained, members
 
@@ -43,7 +43,7 @@ def load(options: argparse.Namespace, workspace: Path) -> ImageSet:
         options.what,
         lambda split: itertools.chain.from_iterable(map(_samples, shards[split])),
     )
-    return collect(feed, workspace, options.resize, reading_of(options))
+    return collect(feed, workspace, **choices(options))
 
 
 def expand(pattern: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from dist_resnet.base.errors import UserError, one_line
 from dist_resnet.config.keys import nearest
 from dist_resnet.data.images import ImageSet
-from dist_resnet.data.sources.arguments import add_input, add_reading, reading_of
+from dist_resnet.data.sources.arguments import add_input, add_reading, choices
 from dist_resnet.data.sources.collect import Feed, collect
 from dist_resnet.data.sources.embedded import patience, quiet
 
@@ -38,7 +38,7 @@ def load(options: argparse.Namespace, workspace: Path) -> ImageSet:
         return (data[number] for number in range(len(data)))
 
     feed = Feed("torchvision", options.what, pairs, classes and list(map(str, classes)))
-    return collect(feed, workspace, options.resize, reading_of(options))
+    return collect(feed, workspace, **choices(options))
 
 
 def _find(name: str) -> Any:

@@ -90,7 +90,8 @@ def read_limited(file: IO[bytes], where: str) -> bytes:
     return data
 
 
-def _is_litter(name: str) -> bool:
+def is_litter(name: str) -> bool:
+    """Whether a file or folder is no part of a data set, wherever it lies."""
     return name.startswith(".") or name.lower() in LITTER
 
 
@@ -102,7 +103,7 @@ def _directory(folder: Path, above: Parts, depth: int) -> Iterator[Member]:
     texts = (os.fsencode(name).decode("utf-8", "surrogateescape") for name in names)
     before = None
     for text, name in sorted(zip(map(printable, texts), names, strict=True)):
-        if _is_litter(text):
+        if is_litter(text):
             continue
         if text == before:
             raise UserError(f"{folder}: two names read {text!r}; rename one of them")
@@ -130,7 +131,7 @@ def _safe_parts(name: str) -> Parts | None:
     if name.startswith("/") or ".." in parts or "\0" in name:
         raise UserError(f"archive member {name!r}: leads out of the archive; pack it again")
     texts = tuple(map(printable, parts))
-    return None if any(map(_is_litter, texts)) else texts
+    return None if any(map(is_litter, texts)) else texts
 
 
 def _check_size(name: str, size: int) -> None:

@@ -16,9 +16,8 @@ from dist_resnet.data.sources.arguments import (
     add_folder,
     add_input,
     add_synthetic,
-    reading_of,
+    choices,
     set_name,
-    tolerance_of,
 )
 from dist_resnet.data.sources.embedded import CIFAR, load_cifar, load_digits, load_synthetic
 from dist_resnet.data.sources.folder import load_folder
@@ -41,8 +40,7 @@ def _cifar(options: argparse.Namespace, workspace: Path) -> ImageSet:
 
 
 def _folder(options: argparse.Namespace, workspace: Path) -> ImageSet:
-    reading, tolerance = reading_of(options), tolerance_of(options)
-    return load_folder(options.train, options.test, workspace, options.resize, reading, tolerance)
+    return load_folder(options.train, options.test, workspace, **choices(options))
 
 
 def _synthetic(options: argparse.Namespace, workspace: Path) -> ImageSet:
@@ -97,4 +95,7 @@ def recorded_source(options: argparse.Namespace) -> str:
     for key in ("input", "test", "image_column", "label_column", "resize", "fit"):
         if (value := getattr(options, key, None)) is not None:
             words += [f"--{key.replace('_', '-')}", str(value)]
-    return shlex.join(words + (["--bits", str(options.bits)] if options.bits != 16 else []))
+    for key, usual in (("bits", 16), ("skip_damaged", 0)):
+        if (value := getattr(options, key)) != usual:
+            words += [f"--{key.replace('_', '-')}", str(value)]
+    return shlex.join(words)
