@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from dist_resnet.base import signals
 from dist_resnet.base.errors import (
+    EXIT_DONE,
     EXIT_PREEMPTED,
     EXIT_USER,
     DistResnetError,
@@ -29,11 +30,18 @@ from dist_resnet.base.terminal import open_standard_streams, say
 
 # torchrun ends all ranks as soon as one has left: the others let the node's first speak first.
 _PATIENCE_SECONDS = 10.0
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # and EIO of no file: a terminal that has closed
+
+
+class _Shown(SystemExit):
+    """The help that was asked for stands on the screen."""
 
 
 class Parser(argparse.ArgumentParser):
     """Errors as everywhere in this package: one line, exit code 2."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        raise _Shown(status)
 
     def error(self, message: str) -> NoReturn:
         name = self.prog.removeprefix("python -m dist_resnet.")
@@ -52,10 +60,14 @@ def run_command(action: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         code = EXIT_PREEMPTED
         say("dist_resnet: interrupted", sys.stderr)
+    except _Shown:
+        code = EXIT_DONE
+    except SystemExit as error:  # of somebody's code that we call; 0 would look like success
+        code = _say_once(DistResnetError(f"ended by a call of sys.exit({error.code!r})"))
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         code = 1
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in _NO_ROOM and (error.errno != errno.EIO or error.filename):
             _tell_torchrun(one_line(error))
             raise
         place = error.filename or "the output"

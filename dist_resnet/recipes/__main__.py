@@ -15,6 +15,7 @@ from dist_resnet.base.cli import Parser, run_command
 from dist_resnet.base.errors import EXIT_DONE, UserError
 from dist_resnet.base.files import write_for_user
 from dist_resnet.base.paths import user_path
+from dist_resnet.base.terminal import forgive
 from dist_resnet.recipes.curves import curve_chart
 from dist_resnet.recipes.kept import condense, read_kept, write_kept
 from dist_resnet.recipes.tables import with_runs
@@ -23,6 +24,7 @@ from dist_resnet.recipes.tables import with_runs
 def main(arguments: Sequence[str]) -> int:
     """Do what is asked; the exit code."""
     asked = _parser().parse_args(arguments)
+    forgive()
     if asked.action == "keep":
         for run in [condense(path, asked.group) for path in asked.runs]:
             print(write_kept(run, asked.folder))

@@ -43,6 +43,8 @@ def ended(error: str, folder: Path, rank: int = 0) -> tuple[int, list[str], Path
         ("PeerLost('rank 0: lost contact')", 1, "rank 0: lost contact"),
         ("OutOfMemory('GPU 0 is full')", 2, "GPU 0 is full"),
         (FULL, 2, "CUDA out of memory. Tried to allocate 2 GiB.; free the GPU"),
+        ("SystemExit(0)", 1, "ended by a call of sys.exit(0)"),  # in somebody's net, say
+        ("OSError(5, 'Input/output error')", 2, "the output: cannot be written: Input/output"),
         ("ZeroDivisionError('by zero')", 1, "ZeroDivisionError: by zero"),
     ],
 )
@@ -54,6 +56,8 @@ def test_torchruns_report_gives_the_line_once(
     if not error.startswith("Zero"):  # a bug, which shows its traceback
         assert len(lines) == 1
         assert line in lines[0]
+    if error.startswith("OSError"):  # the terminal, of which torchrun has its own view
+        return
     report = str(ChildFailedError("train", {0: ProcessFailure(0, 7, code, str(file))}))
     _, root = report.split("Root Cause")
     assert root.count(line) == 1
@@ -84,3 +88,10 @@ def test_what_one_rank_alone_may_have_it_says_itself(
 ) -> None:
     _, lines, _ = ended(error, tmp_path, rank=1)
     assert len(lines) == speaks
+
+
+def test_help_is_no_failure() -> None:
+    command = [sys.executable, "-m", "dist_resnet.recipes", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage:" in done.stdout

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from dist_resnet.base.cli import Parser
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.paths import user_path
 from dist_resnet.data.images import ImageSet
@@ -68,7 +69,7 @@ SOURCES = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see python -m dist_resnet.data.prepare --help")
 
