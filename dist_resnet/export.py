@@ -24,6 +24,7 @@ from dist_resnet.base.cli import Parser, run_command
 from dist_resnet.base.errors import EXIT_DONE, UserError, one_line
 from dist_resnet.base.files import write_atomically
 from dist_resnet.base.paths import user_path
+from dist_resnet.base.terminal import forgive
 from dist_resnet.runs.card import check_place, write_card
 from dist_resnet.runs.trained import Classifier, load
 from dist_resnet.runs.weights import CHECKPOINTS
@@ -37,6 +38,7 @@ _INSTALL = "pip install 'dist-resnet[export]'"
 def main(arguments: Sequence[str]) -> int:
     """Export, compare, write."""
     options = _parse(arguments)
+    forgive()  # the result is a file
     # torch.export stores channels-last weights with a warning.
     model = load(options.model, options.checkpoint).to(memory_format=torch.contiguous_format)
     images, origin = _images(model, options.images)

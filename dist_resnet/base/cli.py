@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from dist_resnet.base import signals
 from dist_resnet.base.errors import (
+    EXIT_DONE,
     EXIT_PREEMPTED,
     EXIT_USER,
     DistResnetError,
@@ -30,7 +31,11 @@ from dist_resnet.base.terminal import open_standard_streams, say
 
 # torchrun ends all ranks as soon as one has left: the others let the node's first speak first.
 _PATIENCE_SECONDS = 10.0
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # and EIO of no file: a terminal that has closed
+
+
+class _Shown(SystemExit):
+    """The help that was asked for stands on the screen."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +52,9 @@ class Parser(argparse.ArgumentParser):
         form = argparse.RawDescriptionHelpFormatter
         shared: dict[str, Any] = {"formatter_class": form, "allow_abbrev": False}
         super().__init__(prog, description=description, **shared | options)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        raise _Shown(status)
 
     def error(self, message: str) -> NoReturn:
         name = self.prog.removeprefix("python -m ").removeprefix("dist_resnet.")
@@ -70,13 +78,17 @@ def run_command(action: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         code = EXIT_PREEMPTED
         say("dist_resnet: interrupted", sys.stderr)
+    except _Shown:
+        code = EXIT_DONE
+    except SystemExit as error:  # of somebody's code that we call; 0 would look like success
+        code = _say_once(DistResnetError(f"ended by a call of sys.exit({error.code!r})"))
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         code = 1
     except UnicodeEncodeError as error:  # a file's name, in a locale that is neither C nor UTF-8
         name = str(error.object)[:200]
         code = _say_once(UserError(f"{name}: no name for a file here; set LC_ALL=C.UTF-8"))
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in _NO_ROOM and (error.errno != errno.EIO or error.filename):
             _tell_torchrun(one_line(error))
             raise
         place = error.filename or "the output"

@@ -17,6 +17,13 @@ _SIGNALS = (
     signal.SIGXCPU,
 )  # fmt: skip
 
+# What else ends a process where nobody handles it: timers, a failing power supply, numbers that a
+# batch system or a container's configuration chooses.
+_OTHERS = (
+    signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGPWR, signal.SIGSTKFLT,
+    *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
+)  # fmt: skip
+
 # Schedulers deliver one request several times within milliseconds (the parent's death once for each
 # of its threads); only a later signal means "at once".
 _REPEAT_SECONDS = 1.0
@@ -30,14 +37,16 @@ def install() -> None:
     """Take over the signals; until `defer` they end the process at once, nothing being unsaved."""
     if threading.current_thread() is not threading.main_thread():
         return  # which alone may: a notebook's kernel or a server has its own
-    for number in _SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+    for number in (*_SIGNALS, *_OTHERS):
+        now = signal.getsignal(number)
+        ignored = number == signal.SIGHUP and now == signal.SIG_IGN  # nohup
+        if now == signal.SIG_DFL or (number in _SIGNALS and not ignored):
             signal.signal(number, _on_signal)
 
 
 def reset() -> None:
     """Give the signals back: from now on they end the process."""
-    for number in _SIGNALS:
+    for number in (*_SIGNALS, *_OTHERS):
         if signal.getsignal(number) == _on_signal:
             signal.signal(number, signal.SIG_DFL)
 
@@ -51,7 +60,8 @@ def borrowed() -> Iterator[None]:
     """
     global _received, _deferred
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in _SIGNALS} if main else {}
+    taken = (*_SIGNALS, *_OTHERS, signal.SIGPIPE) if main else ()
+    before = {number: signal.getsignal(number) for number in taken}
     try:
         yield
     except Preempted as error:
@@ -61,13 +71,16 @@ def borrowed() -> Iterator[None]:
     finally:
         _received, _deferred = 0, False
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # a library's, not Python's
+                signal.signal(number, handler)
 
 
 def defer() -> None:
     """From now on a first signal only asks; the training loop answers at the next step border."""
     global _deferred
     _deferred = True
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a plug-in may have made it end the process
 
 
 def request() -> None:
@@ -83,7 +96,9 @@ def received() -> int:
 
 def received_name() -> str:
     """Its name, such as SIGTERM; empty: none."""
-    return signal.Signals(_received).name if _received else ""
+    if _received in (*_SIGNALS, *_OTHERS[:6]):
+        return signal.Signals(_received).name
+    return f"signal {_received}" if _received else ""
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

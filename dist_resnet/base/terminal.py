@@ -46,9 +46,13 @@ def forgive() -> None:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Show one line (default: on stdout), if that can be done."""
+    """Show one line (default: on stdout), if that can be done; what it cannot hold is escaped."""
+    stream = stream or sys.stdout
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=stream or sys.stdout, flush=True)
+        try:
+            print(text, file=stream, flush=True)
+        except UnicodeEncodeError:
+            print(text.encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
 
 
 def shows_live_line(stream: TextIO) -> bool:

@@ -21,6 +21,7 @@ from dist_resnet.base.errors import EXIT_DONE, UserError
 from dist_resnet.base.files import check_writable, write_for_user
 from dist_resnet.base.launcher import under_torchrun
 from dist_resnet.base.paths import user_path
+from dist_resnet.base.terminal import forgive
 from dist_resnet.config.load import load_config
 
 NAMES = {"loader": 7, "step": 7, "train": 6, "scaling": 8, "peers": 7, "startup": 5}
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     for path in (asked.json, asked.plot):
         if path is not None:
             check_writable(path)  # before what takes minutes
+            forgive()
     before = check_idle(asked.force, 0.2 if asked.quick else 3.0)
     rounds = asked.rounds or (2 if asked.quick else NAMES[asked.name])
     settings = Settings(config, pairs, rounds, asked.quick, asked.full)

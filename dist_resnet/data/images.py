@@ -1,6 +1,5 @@
 """Images and labels: as sources yield and writers take them, in memory or wherever they lie."""
 
-import contextlib
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dist_resnet.base.errors import UserError
-from dist_resnet.base.terminal import shows_live_line
+from dist_resnet.base.terminal import say, shows_live_line
 from dist_resnet.data.decoding import AS_STORED, Reading
 
 T = TypeVar("T")
@@ -157,10 +156,4 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterato
 
 def tell(text: str, stream: TextIO | None = None) -> None:
     """A line for people, on stderr by default; if nobody reads it any more, the work goes on."""
-    stream = stream or sys.stderr
-    try:
-        print(text, file=stream, flush=True)
-    except OSError:
-        # What stands in its buffer must not fail once more as the process ends.
-        with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), stream.fileno())
+    say(text, stream or sys.stderr)

@@ -26,6 +26,7 @@ import numpy as np
 from dist_resnet.base.cli import run_command
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.files import lock, sync_folder
+from dist_resnet.base.terminal import forgive
 from dist_resnet.data.beton import read_back, write_beton
 from dist_resnet.data.content import fingerprint
 from dist_resnet.data.dataset import DESCRIPTION, TEST, TRAIN, Dataset, describe
@@ -137,7 +138,7 @@ def _lock(path: Path) -> Iterator[bool]:
                 time.sleep(0.1)
             else:
                 if not locked:
-                    tell(f"warning: {path.parent}: no locks on its file system: one at a time")
+                    tell(f"warning: {path.parent}: has no locks: prepare one set at a time")
                 yield locked  # closing the file releases it, which stays: removing it would race
                 return
 
@@ -227,5 +228,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    forgive()
     signal.signal(signal.SIGTERM, _terminate)  # so that the workspace is removed
     run_command(main)

@@ -15,7 +15,7 @@ from dist_resnet.base.cli import Parser, run_command
 from dist_resnet.base.errors import EXIT_DONE, UserError
 from dist_resnet.base.files import check_writable, write_for_user
 from dist_resnet.base.paths import user_path
-from dist_resnet.base.terminal import say
+from dist_resnet.base.terminal import forgive
 from dist_resnet.report.record import read_records
 from dist_resnet.report.text import BLOCKS, render_text
 
@@ -30,11 +30,12 @@ def main(arguments: Sequence[str]) -> int:
     from dist_resnet.report.page import render_page
 
     output = asked.output or Path("report.html")
+    forgive()
     check_writable(output)  # before the model is evaluated, which takes a while
     print("report: evaluating the checkpoints that are here ...", file=sys.stderr)
     page = render_page(records)
     write_for_user(output, page)
-    say(f"{output}: {len(records)} run{'s' * (len(records) > 1)}")
+    print(f"{output}: {len(records)} run{'s' * (len(records) > 1)}")
     return EXIT_DONE
 
 

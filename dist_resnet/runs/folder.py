@@ -26,6 +26,9 @@ _CONTENTS = (
     "status.json",
     "summary.json",
 )
+# What a training leaves in its two folders, be it finished, set aside or unfinished.
+_CHECKPOINTS = ("step-*", "best-*", ".tmp.*")
+_WANDB = ("run-*", "offline-run-*", "latest-run", "debug*.log", "run_id", "media", ".tmp.*")
 
 
 class RunFolder:
@@ -39,14 +42,21 @@ class RunFolder:
         """Whether what lies here is to be deleted when the run begins."""
         self.begun = False
         """Whether the status is of this process's run."""
+        self.ended = False
+        """Whether the status is the last one."""
         self._lock: int | None = None
 
     def open(self) -> None:
         """Create the folder and take its lock, which the kernel releases when the process dies.
 
         Raises:
-            UserError: not writable, or another job trains in it.
+            UserError: not writable, somebody's own, or another job trains in it.
         """
+        if foreign := self._foreign():
+            raise UserError(
+                f"{self.path}: holds {foreign}, which no training has left there; "
+                "choose another run.name, or move it away"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -87,14 +97,22 @@ class RunFolder:
         try:
             for name in _CONTENTS:
                 (self.path / name).unlink(missing_ok=True)
-            for folder in (self.checkpoints, self.path / "wandb"):
-                if folder.is_symlink():  # to a larger disk, say: it stays
-                    for inside in folder.iterdir():
-                        shutil.rmtree(inside) if inside.is_dir() else inside.unlink()
-                elif folder.exists():
-                    shutil.rmtree(folder)
+            for folder, names in ((self.checkpoints, _CHECKPOINTS), (self.path / "wandb", _WANDB)):
+                for inside in [path for name in names for path in folder.glob(name)]:
+                    real = inside.is_dir() and not inside.is_symlink()
+                    shutil.rmtree(inside) if real else inside.unlink()
+                # A link, to a larger disk, say, stays, and so does what is somebody's own.
+                if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+                    folder.rmdir()
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be deleted: {error.strerror}") from None
+
+    def _foreign(self) -> str:
+        """A file of somebody's own that a run would replace or delete; mostly empty."""
+        if (self.path / ".lock").exists() or self.status().get("state"):
+            return ""
+        names = (name for name in (*_CONTENTS, "wandb") if not name.startswith("."))
+        return next((name for name in names if os.path.lexists(self.path / name)), "")
 
     def is_of_job(self, job: str) -> bool:
         """Whether torchrun's job `job` has begun or continued this run already."""
@@ -119,6 +137,8 @@ class RunFolder:
         self, state: str, step: int, reason: str = "", exit_code: int | None = None
     ) -> None:
         """Publish what launchers read. A full disk is reported, not raised: training goes on."""
+        if self.ended:
+            return
         values: dict[str, Any] = {"state": state, "step": step, "reason": reason}
         if exit_code is not None:  # torchrun itself returns 1 for all of them
             values["exit_code"] = exit_code

@@ -1,5 +1,7 @@
 """What a person watches: one live line on a terminal, plain lines anywhere else."""
 
+import contextlib
+import io
 import sys
 import time
 from collections import deque
@@ -8,10 +10,12 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from dist_resnet.base.terminal import shows_live_line
+from dist_resnet.base.terminal import say, shows_live_line
 from dist_resnet.tracking.tracker import Row
 
 EVERY_SECONDS = 10.0  # plain lines: at most 360 an hour, however short a step is
+# A stream that has closed, or cannot hold the text: a line for people ends nothing.
+_LOST = contextlib.suppress(OSError, ValueError)
 WINDOW_ROWS = 128  # at a row each 50 steps: 6,400 steps, which hold several evaluations
 
 
@@ -39,7 +43,7 @@ class Console:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total = total_steps
-        self._stream = stream or sys.stderr
+        self._stream = stream or sys.stderr or io.StringIO()
         self._every = every_seconds
         self._clock = clock
         self._time_left = _TimeLeft(total_steps, start_step, clock())
@@ -47,15 +51,16 @@ class Console:
         self._best = best
         self._val = ""
         self._bar: tqdm[None] | None = None
-        if shows_live_line(self._stream):
-            self._bar = tqdm(
-                total=total_steps,
-                initial=start_step,
-                file=self._stream,
-                dynamic_ncols=True,
-                mininterval=0.0,  # rows come once in many steps; each is worth showing
-                bar_format="{percentage:3.0f}%|{bar:8}| {desc}",
-            )
+        with _LOST:
+            if shows_live_line(self._stream):
+                self._bar = tqdm(
+                    total=total_steps,
+                    initial=start_step,
+                    file=self._stream,
+                    dynamic_ncols=True,
+                    mininterval=0.0,  # rows come once in many steps; each is worth showing
+                    bar_format="{percentage:3.0f}%|{bar:8}| {desc}",
+                )
 
     def log(self, row: Row) -> None:
         """Show a row of training or of an evaluation."""
@@ -68,16 +73,17 @@ class Console:
 
     def message(self, text: str) -> None:
         """Show one line."""
-        if self._bar is not None:
+        if self._bar is None:
+            say(text, self._stream)
+            return
+        with _LOST:
             self._bar.write(text, file=self._stream)
-        else:
-            self._stream.write(text + "\n")
-            self._stream.flush()
 
     def close(self, exit_code: int, summary: Mapping[str, object]) -> None:
         """Leave the last state of the live line on the screen."""
         if self._bar is not None:
-            self._bar.close()
+            with _LOST:
+                self._bar.close()
             self._bar = None
 
     def _evaluation(self, row: Row) -> None:
@@ -117,7 +123,8 @@ class Console:
             parts.append(f"{row['perf/images_per_second']:,.0f} img/s")
         if self._bar is not None:
             self._bar.n = step
-            self._bar.set_description_str("  ".join(parts))
+            with _LOST:
+                self._bar.set_description_str("  ".join(parts))
             return
         now, parts = self._clock(), parts + eta
         if now - self._last_line >= self._every or step >= self._total:

@@ -1,5 +1,7 @@
 """How a run ended, as its status and its one line tell it."""
 
+import atexit
+from collections.abc import Callable
 from typing import NoReturn
 
 from dist_resnet.base.errors import (
@@ -38,6 +40,23 @@ def tell_ending(error: BaseException, folder: RunFolder) -> None:
         folder.set_status(status, folder.status().get("step", 0), reason, code)
     elif code == UserError.exit_code:
         folder.refuse(reason, code)
+
+
+def at_exit(main: bool, folder: RunFolder) -> Callable[[], None]:
+    """Let the status tell it, should Python end before the training, which runs in a thread then.
+
+    Returns:
+        What ends this: the training has ended first.
+    """
+
+    def tell() -> None:
+        if main and folder.begun:
+            step = folder.status().get("step", 0)
+            folder.set_status("failed", step, "the interpreter ended; start again to continue", 1)
+            folder.ended = True
+
+    atexit.register(tell)
+    return lambda: atexit.unregister(tell)
 
 
 def exit_code(error: BaseException) -> int:

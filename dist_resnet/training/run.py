@@ -40,7 +40,14 @@ from dist_resnet.runs.summary import last_evaluation, summarise
 from dist_resnet.step.captured import as_configured
 from dist_resnet.step.state import TrainState
 from dist_resnet.tracking.jsonl import read_rows
-from dist_resnet.training.ending import ending, exit_code, of_all_ranks, raise_told, tell_ending
+from dist_resnet.training.ending import (
+    at_exit,
+    ending,
+    exit_code,
+    of_all_ranks,
+    raise_told,
+    tell_ending,
+)
 from dist_resnet.training.evaluation import Evaluator
 from dist_resnet.training.gallery import Gallery
 from dist_resnet.training.introduction import conclusion, introduction
@@ -68,6 +75,7 @@ def run(config: Config, named: Collection[str] = ()) -> Path:
     world = start(config.parallel.device, config.parallel.timeout_seconds)
     orderly = False
     folder = RunFolder(user_path(config.run.dir) / run_name(config))
+    forget = at_exit(world.is_main, folder)
     try:
         on_rank_zero(lambda: open_folder(config, folder))
         try:
@@ -79,6 +87,7 @@ def run(config: Config, named: Collection[str] = ()) -> Path:
             raise_told(error)
         orderly = True
     finally:
+        forget()
         watchdog.disarm()
         folder.close()
         stop(orderly)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dist_resnet.base.errors import DistResnetError, UserError
 from dist_resnet.config.load import load_config, named_keys
 from dist_resnet.config.plan import make_plan, rates
 from dist_resnet.data.dataset import Dataset
+from dist_resnet.runs.folder import RunFolder
 from dist_resnet.runs.fork import starting_point
 from dist_resnet.train import main
 from tests.helpers.checkpoints import checkpoint_of
@@ -162,6 +164,22 @@ def test_a_call_of_sys_exit_is_no_complete_training(
     assert caught.value.exit_code == 1
     status = runs.json("status.json")
     assert (status["state"], status["exit_code"]) == ("failed", 1)
+
+
+def test_the_interpreters_end_is_told(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Callable[[], None]] = []
+    monkeypatch.setattr("atexit.register", kept.append)
+
+    def ends(_: object, __: object, ___: object, folder: RunFolder) -> None:
+        (tell,) = kept
+        tell()  # Python ends; the thread that trains goes on for a moment
+        folder.set_status("running", 9)
+
+    monkeypatch.setattr("dist_resnet.training.run._run_in", ends)
+    runs()
+    status = runs.json("status.json")
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert "the interpreter ended" in status["reason"]
 
 
 def test_torchrun_extends_too(runs: Runs, tmp_path: Path) -> None:

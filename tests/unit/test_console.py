@@ -195,3 +195,61 @@ def test_a_preparation_shows_lines_there_too(
         stream.write("3/3 end")  # the bar goes when it is full
         stream.flush()
         assert ("|" in read(word)) == (columns > 0)
+
+
+class _Gone(io.StringIO):
+    """A terminal that closes under the run, or a stream that holds ASCII only."""
+
+    def __init__(self, error: Exception, terminal: bool) -> None:
+        super().__init__()
+        self.error: Exception | None = None
+        self._closes, self._terminal = error, terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+    def close_up(self) -> None:
+        self.error = self._closes
+
+    def write(self, text: str) -> int:
+        if self.error is not None:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(), OSError(5, "Input/output error"), ValueError("closed file")]
+)
+def test_a_stream_that_has_gone_is_nothing_to_the_caller(
+    error: Exception, terminal: bool, before: bool
+) -> None:
+    out = _Gone(error, terminal)
+    if before:
+        out.close_up()
+    console = Console(1000, stream=out, every_seconds=0)
+    out.close_up()
+    console.log(_train_row(50) | EVAL_ROW)
+    console.message("saved")
+    console.close(0, {})
+
+
+def test_a_line_that_the_stream_cannot_hold_is_escaped() -> None:
+    raw = io.BytesIO()
+    console = Console(1000, stream=io.TextIOWrapper(raw, "ascii"))
+    console.message("Versuch-\xe4")
+    assert raw.getvalue() == b"Versuch-\\xe4\n"
+    console.message("more")
+
+
+@pytest.mark.parametrize("stream", [None, "closed"])
+def test_without_a_stream_there_is_a_console_all_the_same(
+    stream: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr("sys.stderr", closed if stream else None)
+    console = Console(1000)
+    console.message("saved")
+    console.close(0, {})

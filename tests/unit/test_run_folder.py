@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from dist_resnet.recipes import __main__ as recipes
 
 from dist_resnet import evaluate
 from dist_resnet.base import files as storage
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.files import check_writable, write_atomically, write_for_user
-from dist_resnet.recipes import __main__ as recipes
 from dist_resnet.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -136,25 +136,46 @@ def test_clear_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
     ours = ["config.yaml", "plan.json", "metrics.jsonl", "status.json", "summary.json"]
     for name in [*ours, "notes.md", "report.html"]:
         (folder.path / name).write_text("{}")
-    for name in ("checkpoints", "wandb", "mine"):
-        (folder.path / name).mkdir()
-        (folder.path / name / "file").write_text("")
+    inside = ["checkpoints/step-00000001-0123456789abcdef.pt.corrupt", "checkpoints/.tmp.1.x",
+              "wandb/run_id", "wandb/offline-run-1/run.wandb"]  # fmt: skip
+    for name in [*inside, "mine/file"]:
+        (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.path / name).write_text("")
+    (folder.path / "wandb" / "latest-run").symlink_to("offline-run-1")
     folder.clear()
     left = {path.name for path in folder.path.iterdir()} - {".lock"}
     assert left == {"notes.md", "report.html", "mine"}
+    for name in ("checkpoints/published.pt", "wandb/notes.md"):
+        (folder.path / name).parent.mkdir()
+        (folder.path / name).write_text("mine")
+        folder.clear()
+        assert (folder.path / name).read_text() == "mine"
     folder.clear()  # nothing there is fine too
 
 
 def test_clear_keeps_a_link_to_another_disk(tmp_path: Path) -> None:
     disk, folder = tmp_path / "disk", RunFolder(tmp_path / "run")
-    (disk / "deep").mkdir(parents=True)
-    (disk / "deep" / "file").write_text("")
+    disk.mkdir()
+    (disk / "thesis.tex").write_text("")
     (disk / "step-00000001-0123456789abcdef.pt").write_text("")
     folder.open()
     folder.checkpoints.symlink_to(disk)
     folder.clear()
     assert folder.checkpoints.is_symlink()
-    assert list(disk.iterdir()) == []
+    assert [path.name for path in disk.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json", "metrics.jsonl", "wandb"])
+def test_a_folder_of_somebodys_own_is_no_run_folder(name: str, tmp_path: Path) -> None:
+    own = tmp_path / "project" / name
+    own.parent.mkdir()
+    own.mkdir() if name == "wandb" else own.write_text("mine")
+    with pytest.raises(UserError, match=f"holds {name}, which no training has left there"):
+        RunFolder(own.parent).open()
+    assert [path.name for path in own.parent.iterdir()] == [name]
+    # A copy of a run without its hidden files is one.
+    (own.parent / "status.json").write_text('{"state": "done", "step": 3}')
+    RunFolder(own.parent).open()
 
 
 def test_status_round_trips_and_is_empty_where_there_is_none(tmp_path: Path) -> None:

@@ -42,7 +42,36 @@ def start(*arguments: str, before: str = "") -> subprocess.Popen[str]:
     return process
 
 
-ASKING = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGXCPU"]
+ASKING = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGALRM"]
+ENDING = {
+    number
+    for number in signal.valid_signals()
+    if number not in (signal.SIGKILL, signal.SIGSTOP)
+    # Kept for itself, ignored by Python, faults of the process itself, stops and news.
+    and signal.getsignal(number) is not None
+} - {
+    signal.SIGPIPE, signal.SIGXFSZ, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL,
+    signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS, signal.SIGCHLD, signal.SIGCONT, signal.SIGTSTP,
+    signal.SIGTTIN, signal.SIGTTOU, signal.SIGURG, signal.SIGWINCH,
+}  # fmt: skip
+
+
+def test_whatever_ends_a_process_asks_it_to_stop() -> None:
+    before = {number: signal.getsignal(number) for number in (*ENDING, signal.SIGPIPE)}
+    with signals.borrowed():
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)  # somebody's timer
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signals.install()
+        signals.defer()
+        deaf = {number for number in ENDING if signal.getsignal(number) == signal.SIG_DFL}
+        assert deaf == set()
+        assert (
+            signal.getsignal(signal.SIGALRM) == signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN
+        )
+        os.kill(os.getpid(), signal.SIGRTMIN + 3)
+        assert signals.received_name() == f"signal {signal.SIGRTMIN + 3}"
+    assert before == {number: signal.getsignal(number) for number in before}
+    assert signals.received() == 0
 
 
 @pytest.mark.parametrize("name", ASKING)
