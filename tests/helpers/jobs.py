@@ -17,7 +17,7 @@ import torch
 
 from dist_resnet.runs.checkpoint import CheckpointStore
 from dist_resnet.step.precision import choose_precision
-from tests.preloaded import Command
+from tests.helpers.preloaded import Command
 
 ROOT = Path(__file__).parents[2]
 BF16 = pytest.param(

@@ -13,7 +13,7 @@ import torch
 from torch.distributed import TCPStore
 
 from dist_resnet.distributed import group as distributed
-from tests.preloaded import forks
+from tests.helpers.preloaded import forks
 
 SECONDS = 60.0
 

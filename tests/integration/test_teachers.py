@@ -31,6 +31,7 @@ def _settings(data: Dataset, folder: Path, name: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_student_follows_its_teacher(digits: Dataset, tmp_path: Path) -> None:
     """Taught alone (weight 1), it agrees with the teacher more than one that learns the labels."""
     teacher = _settings(digits, tmp_path, "teacher")
