@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from dist_resnet.recipes import __main__ as recipes
 
 from dist_resnet import evaluate
 from dist_resnet.base import files as storage
@@ -290,7 +289,7 @@ def test_an_own_descriptor_is_appended_to(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
-@pytest.mark.parametrize("command", ["evaluate", "recipes"])
+@pytest.mark.parametrize("command", ["evaluate", "pages"])
 def test_every_command_writes_for_its_user_so(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,11 +304,11 @@ def test_every_command_writes_for_its_user_so(
             evaluate.main(["run", "--json", name])
         else:
             (tmp_path / "link").symlink_to(readme)
-            recipes.main(["tables", str(tmp_path / "link")])
+            pages.main([str(tmp_path / "link")])
             write_for_user(Path(name), readme.read_text())
     assert log.read_text().startswith("before\n")
     assert len(log.read_text()) > len("before\n")
-    assert (tmp_path / "link").is_symlink() == (command == "recipes")
+    assert (tmp_path / "link").is_symlink() == (command == "pages")
 
 
 def test_a_place_that_cannot_be_written_is_told_before_the_work(
