@@ -18,6 +18,7 @@ from dist_resnet.base import files as storage
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.files import check_writable, write_atomically, write_for_user
 from dist_resnet.runs.folder import RunFolder
+from tools import pages
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
