@@ -63,6 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         write_for_user(asked.json, json.dumps(report.as_dict(), indent=2) + "\n")
     if asked.plot is not None:
         write_for_user(asked.plot, report.drawn())
+    print(report.tables())
     return EXIT_DONE
 
 
