@@ -47,7 +47,7 @@ def top1_curves(runs: Sequence[Kept]) -> str:
             points = [(x, y) for x, y in both if y is not None and y >= _LOW]
             series.append(Series(label, points, colour, dashed=key == "train/top1"))
     note = "solid: evaluation; dashed: training, as trained on; below 0.5 not drawn"
-    return curves_file(f"{runs[0]['group']}: top-1 over epochs", note, series)
+    return curves_file(f"{runs[0]['group']}: top-1", note, series)
 
 
 if __name__ == "__main__":

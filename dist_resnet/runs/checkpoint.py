@@ -159,8 +159,9 @@ class CheckpointStore:
                 except UserError as error:
                     if not path.exists():
                         break  # a run that goes on has written a newer one: look again
-                    # One that cannot be read now may be whole.
-                    if set_aside and not isinstance(error.__context__, OSError):
+                    # A file that cannot be read now may be whole.
+                    unread = isinstance(error.__context__, OSError) and path.is_file()
+                    if set_aside and not unread:
                         with contextlib.suppress(OSError):
                             path.rename(path.with_suffix(".pt.corrupt"))
                     report(f"{error}; using the one before it")
