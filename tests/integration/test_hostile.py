@@ -262,6 +262,7 @@ def test_what_lies_in_a_run_folder(
 ) -> None:
     path = tmp_path / "runs" / "job" / name
     path.parent.mkdir(parents=True)
+    (tmp_path / "runs" / "job" / ".lock").touch()  # else it is somebody else's folder
     path.write_text(content)
     _check(_told(train.main, common), "")
     assert json.loads((tmp_path / "runs" / "job" / "status.json").read_text())["state"] == "done"

@@ -319,7 +319,7 @@ PREDICT = [
     Row("a line of pixels", IMAGES, lambda here: _image(here / "a.png", 1, (9000, 1)), code=0),
     Row("no classes shown", f"{IMAGES} --top 0", _with(), ("--top 0",)),
     Row("words for a number", f"{IMAGES} --top many", _with(), ("many",)),
-    Row("no image named", "predict {run}", None, ("images",)),
+    Row("no image named", "predict {run}", None, ("IMAGE_OR_FOLDER",)),
     Row("no such run", "predict {here}/none {here}", _with(), ("none",)),
     Row("a folder that is no run", "predict {here} {here}", _with(), ("no checkpoint",)),
     Row("a model of nothing", "predict {here}/a.pt {here}",
@@ -390,7 +390,7 @@ EVALUATIONS = [
         "figures onto a folder",
         "evaluate {run} --json {here} data.root={data}",
         None,
-        ("cannot be written",),
+        ("is a folder",),
     ),
     Row("no data set", "evaluate {run} data.root={here}", None, ("no data set",)),
     Row(
