@@ -33,7 +33,7 @@ train: setup
 	  $(if $(CONFIG),'$(CONFIG)',configs/digits.yaml run.overwrite=true) $(ARGS)
 
 test: setup
-	@.venv/bin/python -m pytest $(if $(SLOW),,-m 'not slow and not gpu') $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup $(if $(SLOW),,-m 'not slow and not gpu') $(ARGS)
 
 bench: setup
 	@.venv/bin/python -m dist_resnet.bench $(ARGS)

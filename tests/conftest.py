@@ -37,6 +37,21 @@ settings.load_profile("repeatable")
 
 CIFAR10_ARCHIVES = ("cifar10-train.tar.xz", "cifar10-test.tar.xz")
 
+# Most of these tests wait, for processes that start or end: two at a time take half as long. What
+# stops jobs, or makes hosts and queues of this machine, stays in one process of pytest's.
+_BESIDE = (
+    "test_api", "test_augmentations", "test_bench_commands", "test_hostile", "test_hostile_data",
+    "test_random_configurations", "test_report_browser", "test_report_run", "test_teachers",
+    "test_use", "test_wandb",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which of two processes (`-n 2 --dist loadgroup`) runs a test."""
+    for item in items:
+        alone = item.path.parent.name == "integration" and item.path.stem not in _BESIDE
+        item.add_marker(pytest.mark.xdist_group("machine" if alone else "beside"))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:

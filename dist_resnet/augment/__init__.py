@@ -2,7 +2,7 @@
 
 `choices.ChoiceDrawer` turns (step key, sample indices) into every random choice of a batch;
 `pipeline.Augmenter` is a pure function of the uint8 batch and those choices, and can be checked
-image by image. What there is stands in `pipeline.ORDER` and `builtins.AUGMENTATIONS`.
+image by image. What there is stands in `pipeline.ORDER` and `config.builtins.AUGMENTATIONS`.
 """
 
 from dist_resnet.augment.choices import ChoiceDrawer as ChoiceDrawer

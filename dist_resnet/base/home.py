@@ -35,6 +35,6 @@ def ensure_home() -> None:
 
 def _can_be_written(folder: Path) -> bool:
     """Or made; `docker run --user` leaves HOME=/."""
-    while not folder.exists():
+    while not os.path.exists(folder):  # Path.exists raises below a folder that is closed to us
         folder = folder.parent
     return os.access(folder, os.W_OK)

@@ -1,4 +1,4 @@
-"""Ours as it runs: `loop.Trainer` over real batches, recording to metrics.jsonl and W&B."""
+"""Ours as it runs: `training.loop.Trainer` on real batches, with metrics.jsonl and W&B."""
 
 import itertools
 import tempfile
@@ -111,12 +111,16 @@ def quiet(config: Config) -> Config:
         train=replace(config.train, epochs=max(config.train.epochs, 150), max_steps=None),
         eval=replace(config.eval, every_epochs=0),
         checkpoint=replace(config.checkpoint, every_epochs=0, every_steps=0),
+        # The wait at the gate, while others take their turns, is no hang.
+        parallel=replace(config.parallel, timeout_seconds=24 * 3600),
     )
 
 
 def unaugmented(config: Config) -> Config:
-    """`config` whose step does nothing with an image but normalise it."""
-    return replace(config, augment=AugmentConfig(crop_padding=0, flip=False, mixup_alpha=0))
+    """`config` whose step normalises and mixes images, as its loss demands, and nothing else."""
+    alpha = config.augment.mixup_alpha
+    plain = AugmentConfig(crop_padding=0, flip=False, mixup_alpha=alpha)
+    return replace(config, augment=plain)
 
 
 def make_step(session: Session, plan: Plan) -> TrainStep:

@@ -37,8 +37,9 @@ def run(settings: Settings) -> Report:
     report.notes += [
         f"ratio: to {reference.name!r}, the faster of the plain one-process loops; medians and"
         " quartiles of the ratios of each round",
-        "ours: loop.Trainer with loader, device augmentation, metrics.jsonl and W&B offline; fed"
-        " from memory: the same loop and step, which then normalises only; nothing recorded",
+        "ours: training.loop.Trainer with loader, device augmentation, metrics.jsonl and W&B"
+        " offline; fed from memory: the same loop and step, which then normalises and mixes only;"
+        " nothing recorded",
         "start-up, compilation, evaluation and checkpoints are not in these figures",
     ]
     return report

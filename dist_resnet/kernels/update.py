@@ -53,7 +53,7 @@ def update(
 def account(
     squares: Tensor, row: Tensor, sums: Tensor, finite: Tensor, finite_steps: Tensor
 ) -> None:
-    """Put the gradient's norm into `row` and count the step, as `metrics.Totals.add`."""
+    """Put the gradient's norm into `row` and count the step, as `step.totals.Totals.add`."""
     _account[(1,)](
         squares, row, sums, finite, finite_steps, squares.numel(),
         BLOCK=triton.next_power_of_2(squares.numel()),

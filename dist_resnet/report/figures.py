@@ -36,8 +36,7 @@ def result(run: RunRecord) -> str:
     top1, images, gap = (row.get(key) for key in ("val/top1", "val/images", "gap/top1"))
     epoch = row.get("epoch", run.last("epoch"))
     seconds = done.get("wall_seconds") if done else run.last("seconds")
-    held_out = str(done.get("eval_set", "")).startswith("held-out")
-    name = "held-out" if held_out else "test"
+    name = "held-out" if _holds_out(run.config) else "test"
     parts = ["no evaluation yet"]
     if _is_number(top1):
         of = f"{images:,} " if _is_number(images) else ""
@@ -45,10 +44,17 @@ def result(run: RunRecord) -> str:
     if _is_number(epoch):
         parts.append(f"{epoch:.4g} epoch{'s' * (epoch != 1)}")
     if _is_number(gap):
-        parts.append(f"train minus {name} {100 * gap:+.1f}%")
+        parts.append(f"train minus {name} {100 * gap:+.1f} points")
     if _is_number(seconds):
         parts.append(f"{duration(seconds)}{_machine(done)}")
     return ", ".join(parts) + ("" if done else " (so far)")
+
+
+def _holds_out(config: dict[str, Any]) -> bool:
+    """Whether training images are evaluated in place of the test set."""
+    data = config.get("data")
+    count = data.get("val_split") if isinstance(data, dict) else None
+    return _is_number(count) and count > 0
 
 
 def duration(seconds: float) -> str:

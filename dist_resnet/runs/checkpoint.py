@@ -33,7 +33,7 @@ class Checkpoint:
 
     state: Snapshot
     config: dict[str, Any]
-    """As `config.to_dict`."""
+    """As `config.load.to_dict`."""
     classes: list[str]
     """Names, by the index of their logit."""
     mean: list[float]
@@ -157,7 +157,7 @@ class CheckpointStore:
                 try:
                     return path, read_checkpoint(path)
                 except UserError as error:
-                    if not path.exists():
+                    if not os.path.lexists(path):
                         break  # a run that goes on has written a newer one: look again
                     # A file that cannot be read now may be whole.
                     unread = isinstance(error.__context__, OSError) and path.is_file()
@@ -218,7 +218,8 @@ class CheckpointStore:
 
     def _delete_old(self) -> None:
         for old in self._named("step")[self.keep :]:
-            old.unlink(missing_ok=True)
+            if not old.is_dir():  # not ours: `newest` sets it aside
+                old.unlink(missing_ok=True)
 
     def _keep_as_best(self, path: Path, best: Path, data: bytes) -> None:
         try:

@@ -46,7 +46,7 @@ class WandbSettings(Protocol):
 
 
 class WandbSession:
-    """`writer.Session` on wandb.run. Not thread-safe, but for `abandon`."""
+    """`wandb_writer.Session` on wandb.run. Not thread-safe, but for `abandon`."""
 
     mode: str
     asked: str

@@ -162,7 +162,7 @@ def _trainer(
     distillation = on_every_rank(
         lambda: build_distillation(teachers, session, session.normalisation())
     )
-    step = on_every_rank(lambda: session.train_step(plan, state, distillation))
+    step = session.train_step(plan, state, distillation)
     wandb = outputs.writer.wandb if outputs.writer is not None else None
     every = config.wandb.media_every_epochs
     # Rank 0 alone knows whether W&B has started, and finding mistakes takes all ranks.

@@ -1,4 +1,4 @@
-"""What training and evaluation start from: threads, precision, the dataset and its parts."""
+"""What one process trains and evaluates with: threads, precision, data, batches and the step."""
 
 import os
 from collections.abc import Generator

@@ -1,4 +1,4 @@
-"""Tables of the README are those of the committed JSON."""
+"""Tables of the pages are those of the committed JSON."""
 
 import json
 import re
