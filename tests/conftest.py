@@ -40,9 +40,10 @@ CIFAR10_ARCHIVES = ("cifar10-train.tar.xz", "cifar10-test.tar.xz")
 # Most of these tests wait, for processes that start or end: two at a time take half as long. What
 # stops jobs, or makes hosts and queues of this machine, stays in one process of pytest's.
 _BESIDE = (
-    "test_api", "test_augmentations", "test_bench_commands", "test_hostile", "test_hostile_data",
-    "test_random_configurations", "test_report_browser", "test_report_run", "test_teachers",
-    "test_use", "test_wandb",
+    "test_api", "test_augmentations", "test_bench_commands", "test_demonstration", "test_examples",
+    "test_hostile", "test_hostile_data", "test_own_data_runs", "test_own_model",
+    "test_own_optimizer", "test_random_configurations", "test_recipe_row", "test_report_browser",
+    "test_report_run", "test_teachers", "test_use", "test_wandb",
 )  # fmt: skip
 
 
