@@ -36,7 +36,9 @@ def result(run: RunRecord) -> str:
     top1, images, gap = (row.get(key) for key in ("val/top1", "val/images", "gap/top1"))
     epoch = row.get("epoch", run.last("epoch"))
     seconds = done.get("wall_seconds") if done else run.last("seconds")
-    name = "held-out" if _holds_out(run.config) else "test"
+    told = str(done.get("eval_set") or "")
+    held_out = told.startswith("held-out") if told else _holds_out(run.config)
+    name = "held-out" if held_out else "test"
     parts = ["no evaluation yet"]
     if _is_number(top1):
         of = f"{images:,} " if _is_number(images) else ""

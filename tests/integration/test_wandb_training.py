@@ -205,7 +205,7 @@ def test_dry_run_needs_neither_wandb_nor_its_extra(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "online"}, cwd=tmp_path,
     )  # fmt: skip
     assert '"Learning"' in done.stdout
     assert "pip install 'dist-resnet[dashboard]'" in done.stderr.splitlines()[-1]

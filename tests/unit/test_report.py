@@ -84,9 +84,10 @@ def test_the_first_line_is_the_result_in_plain_words(tmp_path: Path) -> None:
     }  # fmt: skip
     summary = json.loads(file.read_text()) | told
     cases = {
-        "92.87% of 10,000 test images, 150 epochs, train minus test +2.1%, 1 h 20 min on 2 threads"
-        " of Some CPU": {},
-        "92.87% of 5,000 held-out images, 150 epochs, train minus held-out +2.1%, 4 min on 1 x GPU":
+        "92.87% of 10,000 test images, 150 epochs, train minus test +2.1 points, 1 h 20 min on 2"
+        " threads of Some CPU": {},
+        "92.87% of 5,000 held-out images, 150 epochs, train minus held-out +2.1 points, 4 min on 1"
+        " x GPU":
         {"eval_set": "held-out training images", "val/images": 5000, "wall_seconds": 245.0,
          "world_size": 1, "hardware": {"gpu": "GPU"}},
         "150 epochs": {"val/top1": "x", "gap/top1": None, "wall_seconds": None, "hardware": 3},
@@ -102,7 +103,7 @@ def test_the_first_line_is_the_result_in_plain_words(tmp_path: Path) -> None:
         assert ids.index("figures") > ids.index("classes")
     file.unlink()
     page = page_of(tmp_path / "r.html", tmp_path / "run")
-    assert page.texts["p"][0].endswith("3 epochs, train minus test -3.1%, 15 s (so far)")
+    assert page.texts["p"][0].endswith("3 epochs, train minus test -3.1 points, 15 s (so far)")
 
 
 def test_speed_is_the_quartiles_of_the_rows(tmp_path: Path) -> None:
