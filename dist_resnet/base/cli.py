@@ -22,6 +22,7 @@ from dist_resnet.base.errors import (
     Preempted,
     UserError,
     first_line,
+    is_of_gpu_memory,
     one_line,
 )
 from dist_resnet.base.home import ensure_home
@@ -95,8 +96,7 @@ def run_command(action: Callable[[], int]) -> NoReturn:
         say(f"dist_resnet: {place}: cannot be written: {error.strerror}", sys.stderr)
         code = EXIT_USER
     except Exception as error:
-        # torch is not imported here: a command that has not needed it so far does not.
-        if not isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
+        if not is_of_gpu_memory(error):
             _tell_torchrun(one_line(error))
             raise
         code = _say_once(OutOfMemory(f"{first_line(error)}; free the GPU, or use a larger one"))

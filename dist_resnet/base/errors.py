@@ -20,11 +20,14 @@ def one_line(error: BaseException) -> str:
     return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:200]
 
 
+def is_of_gpu_memory(error: BaseException) -> bool:
+    """Whether it is torch's error of a full GPU; torch is not loaded to find out."""
+    return isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ()))
+
+
 def is_of_memory(error: BaseException) -> bool:
     """Whether it says that memory, a GPU's or the machine's, was not enough."""
-    # torch's error exists only where torch was loaded, which this must not do.
-    of_torch = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
-    if isinstance(error, (MemoryError, of_torch)):
+    if isinstance(error, MemoryError) or is_of_gpu_memory(error):
         return True
     # The CPU's allocator has no exception of its own.
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

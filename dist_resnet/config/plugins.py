@@ -166,7 +166,7 @@ def _place(error: BaseException) -> str:
         return f" ({printable(error.filename)}:{error.lineno})"
     own = f"{PACKAGE}{os.sep}"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        inside = (*OF_OTHERS, own, "<")
+        inside = (*OF_OTHERS, own)
         if not os.path.realpath(frame.filename).startswith(inside) and frame.filename[:1] != "<":
             return f" ({printable(frame.filename)}:{frame.lineno})"
     return ""

@@ -37,7 +37,7 @@ def result(run: RunRecord) -> str:
     epoch = row.get("epoch", run.last("epoch"))
     seconds = done.get("wall_seconds") if done else run.last("seconds")
     told = str(done.get("eval_set") or "")
-    held_out = told.startswith("held-out") if told else _holds_out(run.config)
+    held_out = told.startswith("held-out") if told else run.config.get("data.val_split", 0) > 0
     name = "held-out" if held_out else "test"
     parts = ["no evaluation yet"]
     if _is_number(top1):
@@ -50,13 +50,6 @@ def result(run: RunRecord) -> str:
     if _is_number(seconds):
         parts.append(f"{duration(seconds)}{_machine(done)}")
     return ", ".join(parts) + ("" if done else " (so far)")
-
-
-def _holds_out(config: dict[str, Any]) -> bool:
-    """Whether training images are evaluated in place of the test set."""
-    data = config.get("data")
-    count = data.get("val_split") if isinstance(data, dict) else None
-    return _is_number(count) and count > 0
 
 
 def duration(seconds: float) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.files import write_atomically
 from dist_resnet.runs.trained import Classifier
+from dist_resnet.step.state import weights_sha256
 
 NAME = "README.md"
 _BEGIN, _END = "<!-- dist_resnet.export ", " -->\n"
@@ -20,10 +21,7 @@ _BEGIN, _END = "<!-- dist_resnet.export ", " -->\n"
 
 def identity(model: Classifier) -> str:
     """Sixteen hexadecimal digits that two models share when their weights are the same."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return weights_sha256(model.state_dict())[:16]
 
 
 def check_place(folder: Path, name: str, model: Classifier) -> None:

@@ -19,6 +19,15 @@ from dist_resnet.optim.sgd import LossScale
 from dist_resnet.step.totals import Totals
 
 
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names and bits of a state dict: equal where two models' weights are."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(name.encode() + bits.numpy().tobytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A `TrainState` at one step: plain numbers and tensors on the CPU, parameters by name."""
@@ -40,14 +49,6 @@ class Snapshot:
     def evaluated(self) -> dict[str, Tensor]:
         """What training evaluated: the moving average where one was kept."""
         return self.model if self.ema is None else self.ema
-
-    def weights_sha256(self) -> str:
-        """SHA-256 over names, types, shapes and bits of `model`: equal for equal weights."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
 
 @dataclass

@@ -38,7 +38,7 @@ from dist_resnet.runs.resume import (
 )
 from dist_resnet.runs.summary import last_evaluation, summarise
 from dist_resnet.step.captured import as_configured
-from dist_resnet.step.state import TrainState
+from dist_resnet.step.state import TrainState, weights_sha256
 from dist_resnet.tracking.jsonl import read_rows
 from dist_resnet.training.ending import (
     at_exit,
@@ -229,7 +229,7 @@ def _facts(trainer: Trainer, session: Session) -> dict[str, Any]:
     plan, world = trainer.plan, session.world
     return {
         "stopped_early": not plan.finished(trainer.state.step),
-        "weights_sha256": trainer.state.snapshot().weights_sha256(),
+        "weights_sha256": weights_sha256(trainer.state.flat.model.state_dict()),
         "eval_set": session.eval_set,
         "images_per_second": trainer.watch.images_per_second(plan.global_batch_size),
         "wall_seconds": trainer.watch.seconds(),

@@ -14,12 +14,14 @@ from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dist_resnet.base import files as storage
 from dist_resnet.base.errors import Preempted, UserError
 from dist_resnet.runs.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from dist_resnet.step.state import weights_sha256
 from tests.helpers.checkpoints import checkpoint_of
 from tests.helpers.training import batch_of, small_config, train_step
 
@@ -256,11 +258,17 @@ def _to_folder(path: Path) -> None:
     path.mkdir()
 
 
+def _to_link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nothing")
+
+
 DAMAGES = {
     "flipped": _flip,
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-50]),
     "empty": lambda path: path.write_bytes(b""),
     "folder": _to_folder,
+    "link": _to_link_to_nothing,
     "foreign": lambda path: torch.save({"weights": torch.ones(2)}, path),
 }
 
@@ -277,9 +285,32 @@ def test_a_damaged_file_is_set_aside_and_the_one_before_used(damage: str, tmp_pa
     assert paths[2].name in told[0]
     assert paths[1].name in told[1]
     assert all("\n" not in line for line in told)
-    assert not paths[2].exists()
-    assert paths[2].with_suffix(".pt.corrupt").exists()  # kept, for whoever wants to look
+    assert not os.path.lexists(paths[2])
+    kept = paths[2].with_suffix(".pt.corrupt")  # for whoever wants to look
+    assert os.path.lexists(kept)
     assert _newest(store) == (1, [])  # told once
+
+
+def test_a_folder_among_old_checkpoints_ends_no_save(tmp_path: Path) -> None:
+    store = _store(tmp_path, keep=1)
+    old = store.save(checkpoint_of(1), best=False)
+    _to_folder(old)
+    for step in (2, 3):
+        store.save(checkpoint_of(step), best=False)
+    assert _newest(store)[0] == 3
+
+
+def test_the_hash_of_weights_sees_every_bit_and_name() -> None:
+    weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones((), dtype=torch.bfloat16)}
+    found = weights_sha256(weights)
+    # In the order of names, whatever the layout; each name, then the bits of its values.
+    packed = np.arange(6, dtype=np.float32).tobytes(), b"\x80\x3f"
+    assert found == hashlib.sha256(b"a" + packed[0] + b"b" + packed[1]).hexdigest()
+    strided = {"b": weights["b"], "a": weights["a"].t().contiguous().t()}
+    assert weights_sha256(strided) == found
+    changed = weights["a"].clone()
+    changed.view(torch.int32)[1, 2] ^= 1
+    assert weights_sha256(weights | {"a": changed}) != found
 
 
 def test_the_best_one_serves_when_all_others_are_damaged(tmp_path: Path) -> None:
@@ -377,6 +408,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from dist_resnet.runs.checkpoint import CheckpointStore
+from dist_resnet.step.state import weights_sha256
 from tests.helpers.checkpoints import checkpoint_of
 store = CheckpointStore(Path(sys.argv[1]), 1)
 store.save(checkpoint_of(1), best=False)

@@ -104,6 +104,9 @@ def test_the_first_line_is_the_result_in_plain_words(tmp_path: Path) -> None:
     file.unlink()
     page = page_of(tmp_path / "r.html", tmp_path / "run")
     assert page.texts["p"][0].endswith("3 epochs, train minus test -3.1 points, 15 s (so far)")
+    (tmp_path / "run" / "config.yaml").write_text("data: {val_split: 5}\n")
+    page = page_of(tmp_path / "r.html", tmp_path / "run")
+    assert "train minus held-out -3.1" in page.texts["p"][0]
 
 
 def test_speed_is_the_quartiles_of_the_rows(tmp_path: Path) -> None:
