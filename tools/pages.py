@@ -21,6 +21,10 @@ from dist_resnet.bench.report import cells_of
 from tools.kept import Kept, read_kept
 
 _BLOCK = re.compile(r"(<!-- (bench|runs) (\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_COLUMNS = (
+    "epochs", "global batch", "n", "seeds", "test top-1", "held out top-1", "with mirror images",
+    "train top-1", "gap", "halfway", "hours",
+)  # fmt: skip
 Row = dict[str, str]
 
 
@@ -64,8 +68,10 @@ def of_runs(runs: Sequence[Kept]) -> str:
     """Where and how the runs of a group were made, their table, and what repeats each row."""
     rows = by_setting(runs)
     varying = _varying(runs)
+    rows.sort(key=lambda seeds: [_rank(seeds[0]["settings"].get(key)) for key in varying])
     table = [_row(seeds, varying) for seeds in rows]
-    head = list(dict.fromkeys(key for row in table for key in row))
+    some = {key for row in table for key in row}
+    head = [key for key in (*varying, *_COLUMNS) if key in some]
     markdown = _markdown([head, *([row.get(key, "") for key in head] for row in table)])
     commands = "\n".join(dict.fromkeys(seeds[0]["command"] for seeds in rows))
     return f"{_source(runs)}\n\n{markdown}\n\nRow by row, the first seed:\n\n```\n{commands}\n```"
@@ -93,6 +99,15 @@ def _varying(runs: Sequence[Kept]) -> list[str]:
     settings = [_settings(run) for run in runs]
     keys = dict.fromkeys(key for setting in settings for key in setting)
     return [key for key in keys if len({repr(setting.get(key)) for setting in settings}) > 1]
+
+
+def _rank(value: Any) -> tuple[int, float, str]:
+    """Defaults first, then numbers as numbers, then text."""
+    if value is None:
+        return 0, 0.0, ""
+    if isinstance(value, bool | int | float):
+        return 1, float(value), ""
+    return 2, 0.0, str(value)
 
 
 def _row(seeds: Sequence[Kept], varying: Sequence[str]) -> Row:

@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_resnet.base.errors import PeerLost, UserError
-from dist_resnet.distributed import overlap
-from dist_resnet.distributed import shared_sum as summing
+from dist_resnet.distributed import overlap, shared_sum
 from dist_resnet.distributed.group import World
 from dist_resnet.distributed.reduction import FastReduction
 from dist_resnet.models.resnet import resnet
@@ -102,7 +101,7 @@ def _everything(world: World) -> dict[str, Any]:
     for missing in ("shared_memory", "SharedSum"):
         with pytest.MonkeyPatch.context() as patch:
             if world.rank == (0 if missing == "shared_memory" else 1):
-                patch.setattr(summing, missing, _is_missing)
+                patch.setattr(shared_sum, missing, _is_missing)
             step = _ours(world)
             results[f"without {missing}"] = vars(step.state.snapshot())
             results[f"without {missing} collectives"] = _collectives(world, step)
@@ -117,7 +116,7 @@ def _everything(world: World) -> dict[str, Any]:
 
 def _left_alone(world: World) -> str:
     """What a rank hears whose only peer has ended."""
-    replace_by_sum = summing.build_sum(4, torch.float32, world.device)
+    replace_by_sum = shared_sum.build_sum(4, torch.float32, world.device)
     if world.rank == 1:
         return ""
     with pytest.raises(PeerLost) as lost:

@@ -7,24 +7,24 @@ import torch
 
 from dist_resnet.base import signals
 from dist_resnet.base.cli import run_command
-from dist_resnet.step import totals as metrics
+from dist_resnet.step import totals
 from dist_resnet.step.captured import CapturedStep
 from dist_resnet.train import main
 from dist_resnet.training import evaluation
 from dist_resnet.training.loop import Trainer
 
-take, evaluate = metrics.Totals.take, evaluation.Evaluator.__call__
+take, evaluate = totals.Totals.take, evaluation.Evaluator.__call__
 stop_requested = Trainer._stop_requested
 
 
-def no_bad_step(self: metrics.Totals) -> None:
+def no_bad_step(self: totals.Totals) -> None:
     """The real one's wait for the device, without what it reads."""
     (self._finite > 0).item()
 
 
-def some_means(self: metrics.Totals, window: int) -> metrics.Means:
+def some_means(self: totals.Totals, window: int) -> totals.Means:
     take(self, window)
-    return metrics.Means(1.0, 0.5, 1.0, 1)
+    return totals.Means(1.0, 0.5, 1.0, 1)
 
 
 def told_itself(self: Trainer, done: int) -> bool:
@@ -47,7 +47,7 @@ def some_evaluation(self: evaluation.Evaluator, model: Any, mistakes: int = 0) -
 
 
 if __name__ == "__main__":
-    metrics.Totals.bad_step, metrics.Totals.take = no_bad_step, some_means  # type: ignore
+    totals.Totals.bad_step, totals.Totals.take = no_bad_step, some_means  # type: ignore
     Trainer._stop_requested = told_itself  # type: ignore[method-assign]
     evaluation.Evaluator.__call__ = some_evaluation  # type: ignore[method-assign]
     CapturedStep._differs = lambda self, expected: None  # type: ignore[method-assign]

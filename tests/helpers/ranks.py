@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-from dist_resnet.distributed import group as distributed
+from dist_resnet.distributed import group
 from tests.helpers.preloaded import forks
 
 SECONDS = 60.0
@@ -106,11 +106,11 @@ def _main(
     torch.set_num_threads(1)
     failure, content = "", None
     try:
-        content = function(distributed.start("cpu", int(SECONDS)), *args)
+        content = function(group.start("cpu", int(SECONDS)), *args)
     except BaseException:
         failure = traceback.format_exc()
     # Plain bytes: torch's own way through a pipe shares memory with a process that is about to end.
     sender.send_bytes(pickle.dumps((failure, content)))
     sender.close()
     if not failure:  # after a failure the others may be gone, and leaving would wait for them
-        distributed.stop()
+        group.stop()

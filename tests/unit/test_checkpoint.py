@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_resnet.base import files as storage
+from dist_resnet.base import files
 from dist_resnet.base.errors import Preempted, UserError
 from dist_resnet.runs.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from dist_resnet.step.state import weights_sha256
@@ -396,7 +396,7 @@ def test_a_full_disk_leaves_what_was_there(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(storage.os, call, full)
+    monkeypatch.setattr(files.os, call, full)
     with pytest.raises(OSError, match="No space left"):
         store.save(checkpoint_of(2), best=True)
     monkeypatch.undo()

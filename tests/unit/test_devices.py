@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_resnet.base.errors import UserError
-from dist_resnet.distributed import group as distributed
+from dist_resnet.distributed import group
 from dist_resnet.machine import devices
 from dist_resnet.machine.devices import cuda_count, why_unsupported
 
@@ -80,9 +80,9 @@ def test_gpus_under_too_old_a_driver_are_no_silent_cpu(
     assert "whl/cu126 make setup" in line
     assert line.endswith("or set parallel.device=cpu")
     with pytest.raises(UserError, match="too old"):
-        distributed.start(wanted, 10)
+        group.start(wanted, 10)
     assert cuda_count("cpu") == 0
-    assert distributed.start("cpu", 10).device.type == "cpu"
+    assert group.start("cpu", 10).device.type == "cpu"
 
 
 @pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles"])
@@ -127,18 +127,18 @@ def test_each_rank_takes_its_own_gpu(machine: Machine, monkeypatch: pytest.Monke
     machine.nvml = machine.usable = 2
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert distributed.start("auto", 10).device == torch.device("cuda", 1)
+    assert group.start("auto", 10).device == torch.device("cuda", 1)
     assert machine.places == [1]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(UserError, match="3 processes for 2 GPUs"):
-        distributed.start("auto", 10)
+        group.start("auto", 10)
 
 
 def test_a_gpu_that_torch_has_no_code_for_is_refused(machine: Machine) -> None:
     machine.nvml = machine.usable = 1
     machine.capability = (7, 0)
     with pytest.raises(UserError, match=r"GPU 0 \(Tesla V100\): this GPU is sm_70, .*whl/cu126"):
-        distributed.start("auto", 10)
+        group.start("auto", 10)
 
 
 def test_a_gpu_that_is_taken_is_one_line(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_a_gpu_that_is_taken_is_one_line(machine: Machine, monkeypatch: pytest.M
     machine.nvml = machine.usable = 1
     monkeypatch.setattr(torch.cuda, "set_device", refuse)
     with pytest.raises(UserError, match=r"^GPU 0 cannot be used: .* busy; `nvidia-smi` shows.*$"):
-        distributed.start("auto", 10)
+        group.start("auto", 10)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dist_resnet.base.errors import Diverged, OutOfMemory, PeerLost, Preempted, StepError, UserError
-from dist_resnet.distributed import group as distributed
+from dist_resnet.distributed import group
 from dist_resnet.distributed.group import CUDA_ERRORS, World, collective, stop
 from dist_resnet.step import cuda_graph
 from dist_resnet.step.cuda_graph import capture
@@ -151,7 +151,7 @@ def test_whose_error_it_is(
     """On a GPU anything surfaces at the next call: only an exchange's own error is a lost peer."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(distributed.signals, "received", lambda: False)
+    monkeypatch.setattr(group.signals, "received", lambda: False)
     devices = gpu and kind is not dist.DistBackendError and (kind in CUDA_ERRORS or capturing)
     with pytest.raises(kind if devices else PeerLost), collective():
         raise kind("out of memory")

@@ -28,8 +28,7 @@ from dist_resnet.data.content import channel_statistics, fingerprint
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.images import ImageSet, Split
 from dist_resnet.data.prepare import main, prepare, prepare_builtin
-from dist_resnet.data.sources import embedded as sources
-from dist_resnet.data.sources import table
+from dist_resnet.data.sources import embedded, table
 from dist_resnet.data.sources.embedded import load_synthetic
 
 COMMAND = [sys.executable, "-m", "dist_resnet.data.prepare"]
@@ -380,7 +379,7 @@ def test_builtin_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from torchvision.datasets import CIFAR10
 
     monkeypatch.setattr(CIFAR10, "url", "http://name.invalid/cifar.tar.gz")
-    monkeypatch.setattr(sources, "NETWORK_SECONDS", 2.0)
+    monkeypatch.setattr(embedded, "NETWORK_SECONDS", 2.0)
     with pytest.raises(UserError, match="cannot download"):
         prepare_builtin("cifar10", tmp_path)
     assert _names(tmp_path) == {".cifar10.lock"}

@@ -133,17 +133,24 @@ def test_a_table_has_a_row_for_each_setting_over_its_seeds(
         "x\n<!-- runs benchmarks/runs: rates -->\n"
         "3 runs, 1.5 hours in all; 2 x 1 threads of Some CPU; torch 2.14; at 0123456; percent, of"
         " the last epoch; mean ± standard deviation over seeds:\n\n"
-        "| optim.lr | epochs | global batch | n | seeds | test top-1 | train top-1 | gap | halfway"
-        " | hours | with mirror images |\n"
+        "| optim.lr | epochs | global batch | n | seeds | test top-1 | with mirror images"
+        " | train top-1 | gap | halfway | hours |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
-        "| 0.1 | 2 | 128 | 2 | 0, 1 | 76.00 ± 1.41 | 80.00 ± 0.00 | 5.00 ± 0.00 | 60.00 ± 0.00"
-        " | 0.50 |  |\n"
-        "| default | 2 | 128 | 1 | 0 | 75.00 | 80.00 | 5.00 | 60.00 | 0.50 | 80.00 |\n\n"
+        "| default | 2 | 128 | 1 | 0 | 75.00 | 80.00 | 80.00 | 5.00 | 60.00 | 0.50 |\n"
+        "| 0.1 | 2 | 128 | 2 | 0, 1 | 76.00 ± 1.41 |  | 80.00 ± 0.00 | 5.00 ± 0.00 | 60.00 ± 0.00"
+        " | 0.50 |\n\n"
         "Row by row, the first seed:\n\n```\n"
-        f"{start} optim.lr=0.1 train.epochs=2 parallel.replicas=4\n"
         f"{start} train.epochs=2 parallel.replicas=4\n"
+        f"{start} optim.lr=0.1 train.epochs=2 parallel.replicas=4\n"
         "```\n<!-- end -->\ny\n"
     )
+
+
+def test_rows_are_in_the_order_of_numbers(tmp_path: Path) -> None:
+    pairs = ["data.batch_size_per_replica=512", "data.batch_size_per_replica=1024", "seed=2"]
+    runs = [condense(_run(tmp_path / pair, pair), "g") for pair in pairs]
+    table = pages.of_runs(runs).split("\n\n")[1].splitlines()
+    assert [line.split(" ")[1] for line in table[2:]] == ["default", "512", "1024"]
 
 
 def test_a_chart_is_well_formed_and_ends_where_the_run_does(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dist_resnet import evaluate
-from dist_resnet.base import files as storage
+from dist_resnet.base import files
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.files import check_writable, write_atomically, write_for_user
 from dist_resnet.runs.folder import RunFolder
@@ -221,7 +221,7 @@ def test_a_full_disk_does_not_end_training(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(storage.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     folder.set_status("failed", 2)
     assert "No space left" in capsys.readouterr().err
     assert folder.status()["step"] == 1

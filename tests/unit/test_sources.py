@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dist_resnet.base.errors import UserError
-from dist_resnet.data.sources import embedded as sources
+from dist_resnet.data.sources import embedded
 from dist_resnet.data.sources.embedded import load_cifar, load_digits, load_synthetic
 
 NAMES = ["airplane", "automobile", "bird"]
@@ -139,14 +139,14 @@ def test_no_network(
 ) -> None:
     from torchvision.datasets import CIFAR10
 
-    monkeypatch.setattr(sources, "NETWORK_SECONDS", 0.5)
+    monkeypatch.setattr(embedded, "NETWORK_SECONDS", 0.5)
     with ThreadingHTTPServer(("127.0.0.1", 0), _Quiet) as server:  # listens, never serves
         hosts = {"no name": "name.invalid", "no answer": f"127.0.0.1:{server.server_port}"}
         monkeypatch.setattr(CIFAR10, "url", f"http://{hosts[silence]}/cifar-10-python.tar.gz")
         with pytest.raises(UserError, match=r"check the network.*--input") as caught:
             load_cifar("cifar10", None, tmp_path / "new")
     assert "\n" not in str(caught.value)
-    assert 2 * sources.NETWORK_SECONDS < 20
+    assert 2 * embedded.NETWORK_SECONDS < 20
 
 
 def test_digits_are_those_of_scikit_learn_with_a_fixed_split() -> None:

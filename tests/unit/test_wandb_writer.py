@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_resnet.config.schema import WandbConfig
-from dist_resnet.tracking import wandb_writer as writer
+from dist_resnet.tracking import wandb_writer
 from dist_resnet.tracking.tracker import Artifact, Media, Row
 from dist_resnet.tracking.wandb_reach import wanted_mode, why_unreachable
 from dist_resnet.tracking.wandb_session import WandbSession
@@ -137,7 +137,7 @@ def test_an_end_that_hangs_is_given_up(where: str) -> None:
 
 
 def test_a_full_queue_drops_rows_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "QUEUE_ROWS", 4)
+    monkeypatch.setattr(wandb_writer, "QUEUE_ROWS", 4)
     session, said = _Stuck("log"), list[str]()
     tracker = _started(session, said)
     began = time.monotonic()
