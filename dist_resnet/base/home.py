@@ -29,6 +29,7 @@ def ensure_home() -> None:
         folder = Path(tempfile.mkdtemp(prefix=f"dist_resnet-{os.getuid()}-"))
     if home != "~" and os.path.isdir(home):  # what stands there, such as a key, is still read
         os.environ.setdefault("XDG_CACHE_HOME", str(folder))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))  # obeys no XDG
     else:
         os.environ["HOME"] = str(folder)
 

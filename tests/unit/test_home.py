@@ -55,7 +55,8 @@ def test_a_private_folder_serves_as_home(tmp_path: Path) -> None:
     assert Path(home).stat().st_mode & 0o777 == 0o700
     assert name == f"user-{os.getuid()}"
     assert _run(HOME, tmp_path)[0] == home  # what is cached there is found again
-    assert _run(HOME, tmp_path, HOME="/elsewhere")[0] == "/elsewhere"
+    own = str(tmp_path / "own")  # need not exist, as it could be made
+    assert _run(HOME, tmp_path, HOME=own)[0] == own
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -67,13 +68,16 @@ def test_a_home_that_cannot_be_written_has_its_caches_elsewhere(
         home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("LOGNAME", "somebody")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for variable in ("XDG_CACHE_HOME", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(variable, "")  # so that what is set below is undone
+        monkeypatch.delenv(variable)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     ensure_home()
     private = str(tmp_path / f"dist_resnet-{os.getuid()}")
     assert os.environ["HOME"] == (str(home) if exists else private)  # a key there is still found
     assert os.environ.get("XDG_CACHE_HOME") == (private if exists else None)
+    assert os.environ.get("TRITON_CACHE_DIR") == (f"{private}/triton" if exists else None)
 
 
 def test_somebody_else_s_link_is_not_followed(tmp_path: Path) -> None:
