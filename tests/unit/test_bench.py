@@ -4,12 +4,17 @@ import json
 import math
 import os
 import xml.etree.ElementTree as ET
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.profiler import DeviceType
 
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.tables import number, quartiles
@@ -287,3 +292,33 @@ def test_the_parts_of_a_step_add_up_and_the_timers_are_taken_away() -> None:
         again(batch_of(number_, 1))
     assert torch.equal(reference.state.flat.values, again.state.flat.values)
     assert "timed" not in repr(torch.Tensor.backward)
+
+
+def test_a_gpus_time_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profiler gives it to a kernel and again to the operator that launched it."""
+
+    def event(name: str, kind: DeviceType, time: float, count: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            key=name, device_type=kind, self_device_time_total=time, self_cpu_time_total=9.0,
+            count=count,
+        )  # fmt: skip
+
+    class Profiled(nullcontext[Any]):
+        def __enter__(self) -> Any:
+            return self
+
+        def key_averages(self) -> list[SimpleNamespace]:
+            return [
+                event("aten::convolution", DeviceType.CPU, 30.0, 2),
+                event("sm90_xmma_conv", DeviceType.CUDA, 30.0, 4),
+                event("fused_sgd", DeviceType.CUDA, 10.0, 2),
+                event("cudaLaunchKernel", DeviceType.CPU, 0.0, 6),
+            ]
+
+    step: Any = MagicMock(device=torch.device("cuda"))
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: Profiled())
+    rows = operators_of_step(step, lambda: batch_of(0, 1), steps=2)
+    assert rows == [
+        {"name": "convolution", "percent": 75.0, "calls_per_step": 2.0},
+        {"name": "optimizer", "percent": 25.0, "calls_per_step": 1.0},
+    ]

@@ -212,6 +212,22 @@ def test_all_ranks_go_without_a_graph_if_one_cannot_capture(
     assert len(captures) == 1
 
 
+def test_all_ranks_give_the_graph_up_if_that_of_one_differs(
+    captures: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(captured, "gather_objects", lambda own: [own, own is not None])
+    config = small_config("train.step_mode=eager")
+    plain, graphed = train_step(config, 1), CapturedStep(train_step(config, 1), told.append)
+    for number in range(STEPS):
+        plain(batch_of(number, 1))
+        graphed(batch_of(number, 1))
+        assert _equal(plain.state, graphed.state), number
+    assert len(told) == 1
+    assert "another rank differs" in told[0]
+    assert len(captures) == 1
+
+
 def test_closing_gives_the_graph_up(monkeypatch: pytest.MonkeyPatch) -> None:
     played: list[Played] = []
 

@@ -80,6 +80,23 @@ def test_a_run_that_goes_on_has_no_error_to_report(tmp_path: Path) -> None:
     assert not file.exists()
 
 
+@pytest.mark.parametrize("kind", ["UserError", "Diverged", "PeerLost", "Preempted"])
+def test_it_ends_without_the_interpreters_tear_down(tmp_path: Path, kind: str) -> None:
+    """Which would destroy what a rank that fails alone keeps: NCCL waits there for the others."""
+    program = f"""
+import atexit
+class Kept:
+    def __del__(self):
+        print("torn down")
+kept = Kept()
+atexit.register(print, "hooks")
+{_COMMAND}"""
+    program = program.replace("{error}", f"{kind}('x')").replace("{imports}", "")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "dist_resnet: x\n"
+    assert done.stdout == "hooks\n"
+
+
 @pytest.mark.parametrize(
     ("error", "speaks"),
     [

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,9 +11,18 @@ import torch.distributed as dist
 
 from dist_resnet.base.errors import Diverged, OutOfMemory, PeerLost, Preempted, StepError, UserError
 from dist_resnet.distributed import group
-from dist_resnet.distributed.group import CUDA_ERRORS, World, collective, stop
+from dist_resnet.distributed.group import (
+    CUDA_ERRORS,
+    World,
+    broadcast_object,
+    collective,
+    gather_objects,
+    on_every_rank,
+    on_rank_zero,
+    stop,
+)
 from dist_resnet.step import cuda_graph
-from dist_resnet.step.cuda_graph import capture
+from dist_resnet.step.cuda_graph import Graph, capture, side_stream, warm_up
 from dist_resnet.training import run
 
 CPU = torch.device("cpu")
@@ -48,7 +57,10 @@ def test_the_graph_is_given_up_before_the_process_group(
     calls: Calls, monkeypatch: pytest.MonkeyPatch, tmp_path: Any,
     ending: BaseException | None, orderly: bool,
 ) -> None:  # fmt: skip
-    """NCCL's teardown waits for graphs that refer to it: every ending would hang."""
+    """NCCL's teardown waits for graphs that refer to it: every ending would hang.
+
+    It may wait for ever for a rank that has gone: the status tells the ending before.
+    """
 
     def fit() -> None:
         if ending is not None:
@@ -69,7 +81,7 @@ def test_the_graph_is_given_up_before_the_process_group(
     stubs = {
         "start": lambda *a: world, "stop": lambda orderly: calls.append(f"stop {orderly}"),
         "RunFolder": lambda path: SimpleNamespace(
-            path=tmp_path, metrics=None, status=dict, set_status=lambda *a: None,
+            path=tmp_path, metrics=None, status=dict, set_status=calls.to("status"),
             write_json=lambda *a: None, begun=True, close=lambda: None,
         ),
         "run_name": lambda config: "run", "open_folder": lambda *a: None, "_run_in": run_in,
@@ -84,7 +96,23 @@ def test_the_graph_is_given_up_before_the_process_group(
     )
     with contextlib.nullcontext() if ending is None else pytest.raises(type(ending)):
         run.run(config)  # type: ignore[arg-type]
-    assert calls == ["loader", "graph", f"stop {orderly}"]
+    told = ["status"] * (ending is not None)
+    assert calls == ["loader", "graph", *told, f"stop {orderly}"]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_graph_is_freed_when_the_device_is_done_with_it(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, failed: bool
+) -> None:
+    def wait() -> None:
+        calls.append("wait")
+        if failed:
+            raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    recorded: Any = SimpleNamespace(replay=calls.to("replay"), reset=calls.to("free"))
+    Graph(recorded).reset()
+    assert calls == ["wait", "free"]
 
 
 @pytest.mark.parametrize(
@@ -99,6 +127,41 @@ def test_a_rank_that_fails_alone_does_not_wait_for_nccl(
     monkeypatch.setattr(dist, "destroy_process_group", calls.to("destroyed"))
     stop(orderly)
     assert calls == ["destroyed"] * destroyed
+
+
+def test_ranks_on_gpus_agree_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's own exchanges would stand in one queue with what a failed capture left on a GPU."""
+    backends: list[str] = []
+    used: list[Any] = []
+
+    def join(backend: str, **options: Any) -> str:
+        backends.append(backend)
+        return f"the group of {backend}"
+
+    def gather(found: list[Any], value: object, group: Any = None) -> None:
+        found[:] = [value]
+        used.append(group)
+
+    monkeypatch.setattr(group, "_choose_device", lambda *a: torch.device("cuda", 0))
+    monkeypatch.setattr(group, "under_torchrun", lambda: False)
+    monkeypatch.setattr(group, "_patient", None)
+    monkeypatch.setattr(group, "_timeout", group._timeout)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", join)
+    monkeypatch.setattr(dist, "new_group", join)
+    group.start("cuda", 5)
+    assert backends == ["nccl", "gloo"]
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(
+        dist, "broadcast_object_list", lambda box, src, group=None: used.append(group)
+    )
+    assert gather_objects("why") == ["why"]
+    assert on_every_rank(lambda: 3) == 3
+    assert broadcast_object(3) == 3
+    on_rank_zero(lambda: None)
+    assert used == ["the group of gloo"] * 4
 
 
 class Streams:
@@ -140,6 +203,43 @@ def test_a_failed_capture_leaves_the_stream_as_it_was(
         capture(lambda: seen.append(streams.current))
     assert seen == ["side"]
     assert streams.current == "main"
+
+
+class Stream:
+    """As torch.cuda.Stream; says whom it waits for."""
+
+    made: ClassVar[list["Stream"]]
+
+    def __init__(self, device: int | None = None) -> None:
+        self.made.append(self)
+        self.waits: list[Stream] = []
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.waits.append(other)
+
+
+def test_the_steps_before_a_capture_use_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream keeps what it has freed: one for each step would take that much more memory."""
+    streams, seen, Stream.made = Streams(monkeypatch, invalid=False), [], []
+
+    @contextlib.contextmanager
+    def on(stream: Any) -> Iterator[None]:
+        before, streams.current = streams.current, stream
+        yield
+        streams.current = before
+
+    main = Stream()
+    streams.set(main)  # type: ignore[arg-type]
+    monkeypatch.setattr(cuda_graph, "side_stream", side_stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 99)  # it is kept for each
+    for action in (warm_up, warm_up, warm_up, capture):
+        action(lambda: seen.append(streams.current))
+    _, side = Stream.made
+    assert seen == [side] * 4
+    assert (side.waits, main.waits) == ([main] * 3, [side] * 3)
+    assert streams.current is main
 
 
 @pytest.mark.parametrize("capturing", [False, True])
