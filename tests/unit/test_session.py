@@ -1,6 +1,7 @@
 """What is left to the machine is settled once, and kept by whoever continues the run."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -90,9 +91,41 @@ def test_ranks_bound_to_other_cores_take_none_of_ours(monkeypatch: pytest.Monkey
     assert session.sharing_cores(world(4)) == 4, "nobody is bound"
 
 
-def _session(dataset: Dataset, *pairs: str) -> Session:
+def _session(dataset: Dataset, *pairs: str, device: torch.device = CPU) -> Session:
     place = f"data.root={dataset.folder.parent}", f"data.dataset={dataset.folder.name}"
-    return open_session(load_config([*place, *pairs]), world(1))
+    return open_session(load_config([*place, *pairs]), replace(world(1), device=device))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+@pytest.mark.parametrize(
+    ("pairs", "calls"),
+    [
+        ((), ["repeatable False"]),
+        (("parallel.reduction=exact",), ["repeatable True"]),
+        (("precision.deterministic=true",), ["deterministic", "repeatable True"]),
+    ],
+)
+def test_a_gpu_is_told_how_to_compute(
+    tiny: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    pairs: tuple[str, ...],
+    calls: list[str],
+) -> None:
+    """Before anything computes there."""
+    called: list[str] = []
+
+    def set_up(repeatable: bool) -> str:
+        called.append(f"repeatable {repeatable}")
+        return "set up"
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(session, "set_up_cuda", set_up)
+    monkeypatch.setattr(session, "make_deterministic", lambda: called.append("deterministic"))
+    opened = _session(tiny, *pairs, device=torch.device(kind))
+    assert called == [call for call in calls if kind == "cuda" or call == "deterministic"]
+    assert opened.precision_reason.endswith(", set up") == (kind == "cuda")
 
 
 @pytest.mark.usefixtures("threads")
