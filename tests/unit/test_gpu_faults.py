@@ -59,7 +59,8 @@ def test_the_graph_is_given_up_before_the_process_group(
 ) -> None:  # fmt: skip
     """NCCL's teardown waits for graphs that refer to it: every ending would hang.
 
-    It may wait for ever for a rank that has gone: the status tells the ending before.
+    Closing a graph may wait for ever for a rank that has gone, so the watchdog still watches; and
+    so may the teardown, so the status tells the ending before.
     """
 
     def fit() -> None:
@@ -90,6 +91,7 @@ def test_the_graph_is_given_up_before_the_process_group(
     }  # fmt: skip
     for name, stub in stubs.items():
         monkeypatch.setattr(run, name, stub)
+    monkeypatch.setattr(run.watchdog, "disarm", calls.to("disarm"))
     config = SimpleNamespace(
         parallel=SimpleNamespace(device="cpu", timeout_seconds=5),
         run=SimpleNamespace(dir=str(tmp_path)),
@@ -97,7 +99,7 @@ def test_the_graph_is_given_up_before_the_process_group(
     with contextlib.nullcontext() if ending is None else pytest.raises(type(ending)):
         run.run(config)  # type: ignore[arg-type]
     told = ["status"] * (ending is not None)
-    assert calls == ["loader", "graph", *told, f"stop {orderly}"]
+    assert calls == ["loader", "graph", "disarm", *told, "disarm", f"stop {orderly}"]
 
 
 @pytest.mark.parametrize("failed", [False, True])
