@@ -90,7 +90,7 @@ def fit(
         Finished: the gate has closed.
     """
     outputs = outputs or Outputs(NullTracker(), None)
-    Trainer(
+    trainer = Trainer(
         config=step.config,
         plan=plan,
         state=step.state,
@@ -101,7 +101,11 @@ def fit(
         tracker=outputs.tracker,
         watch=Stopwatch(0.0, world.device),
         writer=outputs.writer,
-    ).fit()
+    )
+    try:
+        trainer.fit()
+    finally:
+        trainer.train_step.close()
 
 
 def quiet(config: Config) -> Config:

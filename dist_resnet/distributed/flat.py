@@ -73,6 +73,11 @@ class FlatModel:
                 kept.copy_(found.detach())
                 holder[name] = kept
 
+    def restore_buffers(self) -> None:
+        """Put the buffers back that a forward pass, which was not to count, has replaced."""
+        for holder, name, kept in self.places:
+            holder[name] = kept
+
     def collect(self, gradients: Sequence[Tensor]) -> None:
         """Copy the parameters' gradients, given in the order of `parameters`, to `self.gradients`.
 

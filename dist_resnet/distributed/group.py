@@ -1,9 +1,7 @@
 """Ranks, collectives and agreements: the only module that imports torch.distributed."""
 
-import ctypes
 import datetime
 import os
-import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,7 +65,9 @@ def start(device: str, timeout_seconds: int) -> World:
     )
     place = _choose_device(device, local_rank, local_size)
     if under_torchrun():
-        _die_with_parent()
+        signals.end_with_parent()  # a killed agent would leave its workers training
+        if os.getppid() != PARENT:  # it died while this process was importing
+            raise Preempted("torchrun has gone")
     global _patient, _timeout
     # Two ranks time out in a collective after the watchdog has shown their stacks.
     _timeout = datetime.timedelta(seconds=timeout_seconds + 10)
@@ -216,9 +216,13 @@ def collective() -> Iterator[None]:
 
 def _is_the_devices(error: RuntimeError) -> bool:
     """Whether the device failed, or a capture: on a GPU that surfaces at any later call."""
-    if not torch.cuda.is_initialized() or isinstance(error, dist.DistError):
+    if not torch.cuda.is_initialized():
         return False
-    return isinstance(error, CUDA_ERRORS) or torch.cuda.is_current_stream_capturing()
+    if torch.cuda.is_current_stream_capturing():  # NCCL's complaints of it are DistErrors
+        return True
+    # Before torch 2.8 they had no type of their own.
+    devices = isinstance(error, CUDA_ERRORS) or "CUDA error" in str(error)
+    return devices and not isinstance(error, dist.DistError)
 
 
 def _attempt(action: Callable[[], T]) -> tuple[tuple[T] | None, str | None]:
@@ -238,13 +242,3 @@ def _choose_device(wanted: str, local_rank: int, local_size: int) -> torch.devic
             f"--nproc_per_node={count} and set parallel.replicas={local_size} for the same training"
         )
     return take(local_rank)
-
-
-def _die_with_parent() -> None:
-    """A killed torchrun agent leaves its workers training: let the kernel stop this one too."""
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    except (AttributeError, OSError):  # not Linux
-        return
-    if os.getppid() != PARENT:  # it died while this process was importing
-        raise Preempted("torchrun has gone")

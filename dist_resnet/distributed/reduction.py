@@ -27,6 +27,9 @@ class Reduction(Protocol):
     def finish(self, exchange: Tensor) -> None:
         """Replace `exchange` by the mean over all replicas, and be ready for the next step."""
 
+    def forget(self) -> None:
+        """Be ready for the next step without having finished this one."""
+
 
 class FastReduction:
     """One all-reduce, or for large models one in chunks.
@@ -80,6 +83,10 @@ class FastReduction:
             exchange.copy_(self._total)
             self._total.zero_()
 
+    def forget(self) -> None:
+        if self._total is not None:
+            self._total.zero_()
+
 
 class ExactReduction:
     """Gathers every replica's values and sums them in replica order: the same bits on any ranks."""
@@ -100,6 +107,9 @@ class ExactReduction:
         torch.sum(gather_rows(torch.stack(self._rows)), dim=0, out=exchange)
         if self.replicas > 1:
             exchange.div_(self.replicas)
+        self._rows.clear()
+
+    def forget(self) -> None:
         self._rows.clear()
 
 

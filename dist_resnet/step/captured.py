@@ -162,6 +162,7 @@ class CapturedStep:
         if not reasons:
             return True
         self.close()
+        self._step.forget()
         self._report(f"train.step_mode=graph: no graph, steps run one by one: {reasons[0]}")
         self._launch()
         return False

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 
-def warm_up(action: Callable[[], None]) -> None:
+def warm_up(action: Callable[[], object]) -> None:
     """Run `action` on the stream that is captured later: autograd remembers where it was used."""
     current, side = torch.cuda.current_stream(), side_stream(torch.cuda.current_device())
     side.wait_stream(current)
@@ -41,7 +41,7 @@ class Graph:
         self._graph.reset()
 
 
-def capture(action: Callable[[], None]) -> Graph:
+def capture(action: Callable[[], object]) -> Graph:
     """What repeats the device work of `action`, which is recorded and not executed.
 
     Raises:

@@ -101,6 +101,11 @@ class TrainStep:
             for module, value in fused.items():
                 module.fused = value
 
+    def forget(self) -> None:
+        """Be as before a step that was begun and will not be finished."""
+        self.reduction.forget()
+        self.state.flat.restore_buffers()
+
     def close(self) -> None:
         """Give up what must not outlive the process group: nothing."""
 

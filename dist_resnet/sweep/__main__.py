@@ -9,7 +9,6 @@ training that fails or is impossible is a row with its reason, and the exit code
 --retry-failed tries it again.
 """
 
-import ctypes
 import json
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 from dist_resnet.base.cli import Parser, run_command
 from dist_resnet.base.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED, UserError
 from dist_resnet.base.paths import user_path
+from dist_resnet.base.signals import end_with_parent
 from dist_resnet.base.tables import columns
 from dist_resnet.base.terminal import forgive
 from dist_resnet.config.effects import changes_result
@@ -74,7 +74,8 @@ class _Runner:
         before = _written(trial)
         RunFolder(trial.folder).forget_refusal()
         try:
-            self._job = subprocess.Popen(trial.command, preexec_fn=_end_with_parent)
+            # Killed ourselves, we would leave a child that holds the run's folder.
+            self._job = subprocess.Popen(trial.command, preexec_fn=end_with_parent)
         except OSError as error:
             raise UserError(f"{trial.command[0]}: cannot be started: {error.strerror}") from None
         if self.stopped:
@@ -175,11 +176,6 @@ def _figure(trial: Trial, metric: str) -> float | None:
     except (OSError, ValueError, AttributeError):
         return None
     return float(value) if isinstance(value, int | float) else None
-
-
-def _end_with_parent() -> None:
-    """In the child: end when this process is killed, or it would hold the run's folder."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 if __name__ == "__main__":

@@ -88,9 +88,12 @@ def run(config: Config, named: Collection[str] = ()) -> Path:
         orderly = True
     finally:
         forget()
-        watchdog.disarm()
         folder.close()
-        stop(orderly)
+        watchdog.rearm(config.parallel.timeout_seconds)  # NCCL's own end may hang
+        try:
+            stop(orderly)
+        finally:
+            watchdog.disarm()
     return folder.path
 
 

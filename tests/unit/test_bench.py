@@ -4,6 +4,7 @@ import json
 import math
 import os
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.profiler import DeviceType
 
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.tables import number, quartiles
-from dist_resnet.bench import load
+from dist_resnet.bench import load, roofline
 from dist_resnet.bench.__main__ import main
 from dist_resnet.bench.load import LoadMeter, check_idle
 from dist_resnet.bench.measure import (
@@ -322,3 +323,24 @@ def test_a_gpus_time_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
         {"name": "convolution", "percent": 75.0, "calls_per_step": 2.0},
         {"name": "optimizer", "percent": 25.0, "calls_per_step": 1.0},
     ]
+
+
+def test_small_calls_on_a_gpu_are_timed_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 20 calls: one alone would measure how long a launch takes."""
+    clock, calls = [0.0], [0]
+
+    def call() -> None:
+        calls[0] += 1
+
+    class Graph:
+        def __init__(self, action: Callable[[], object]) -> None:
+            action()
+
+        def replay(self) -> None:
+            clock[0] += 5.0 + 20 * 0.25  # the launch, and what is recorded
+
+    monkeypatch.setattr(roofline, "warm_up", lambda action: action())
+    monkeypatch.setattr(roofline, "capture", Graph)
+    monkeypatch.setattr(roofline, "now", lambda: clock[0])
+    assert roofline._best(call, 1.0, torch.device("cuda")) == 0.5
+    assert calls == [1 + 20]

@@ -4,11 +4,13 @@ CUDA's capture itself is tests/gpu's; here a recorded action is run again instea
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from dist_resnet.base.errors import UserError
+from dist_resnet.distributed import reduction
 from dist_resnet.step import captured
 from dist_resnet.step import train_step as step
 from dist_resnet.step.captured import WARM_UP_STEPS, CapturedStep, as_configured
@@ -16,6 +18,7 @@ from dist_resnet.step.state import TrainState
 from tests.helpers.training import batch_of, own_config, small_config, train_step
 
 STEPS = WARM_UP_STEPS + 5
+Record = Callable[[Callable[[], None]], "Played"]
 
 
 def _equal(one: TrainState, other: TrainState) -> bool:
@@ -226,6 +229,69 @@ def test_all_ranks_give_the_graph_up_if_that_of_one_differs(
     assert len(told) == 1
     assert "another rank differs" in told[0]
     assert len(captures) == 1
+
+
+def _refused(graphed: CapturedStep, spoil: Callable[[pytest.MonkeyPatch], None]) -> Record:
+    """In the place of `capture`: what it records is not executed, and then it fails."""
+
+    def refuse(action: Callable[[], None]) -> Played:
+        tensors = [*graphed.state.tensors(), graphed._position]
+        before = [tensor.clone() for tensor in tensors]
+        with pytest.MonkeyPatch.context() as patch:
+            spoil(patch)
+            try:
+                action()
+            finally:
+                for tensor, content in zip(tensors, before, strict=True):
+                    tensor.copy_(content)
+        raise AssertionError("the action was to fail")
+
+    return refuse
+
+
+@pytest.mark.parametrize("kind", ["fast", "exact"])
+def test_a_failed_capture_leaves_nothing_to_be_summed(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("no collective in a capture")
+
+    def spoil(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(reduction, "gather_rows", fail)
+        patch.setattr(reduction.FastReduction, "finish", fail)
+
+    told: list[str] = []
+    config = small_config(f"parallel.reduction={kind}")
+    plain, graphed = train_step(config, 2), CapturedStep(train_step(config, 2), told.append)
+    monkeypatch.setattr(captured, "capture", _refused(graphed, spoil))
+    for number in range(STEPS):
+        plain(batch_of(number, 2))
+        graphed(batch_of(number, 2))
+        assert _equal(plain.state, graphed.state), number
+    assert len(told) == 1
+
+
+def test_a_failed_capture_leaves_no_buffer_of_a_net_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    config = own_config("Averaging", "train.step_mode=eager")
+    plain, graphed = train_step(config, 1), CapturedStep(train_step(config, 1), told.append)
+    model: Any = graphed.state.flat.model
+
+    def spoil(patch: pytest.MonkeyPatch) -> None:
+        def fail() -> None:  # what the forward pass made was recorded, not computed
+            model.running = torch.full_like(model.running, torch.nan)
+            raise RuntimeError("waits for the device")
+
+        patch.setattr(graphed.state.flat, "hold_buffers", fail)
+
+    monkeypatch.setattr(captured, "capture", _refused(graphed, spoil))
+    for number in range(STEPS):
+        plain(batch_of(number, 1))
+        graphed(batch_of(number, 1))
+        assert _equal(plain.state, graphed.state), number
+    assert len(told) == 1
 
 
 def test_closing_gives_the_graph_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def test_the_graph_is_given_up_before_the_process_group(
     """NCCL's teardown waits for graphs that refer to it: every ending would hang.
 
     Closing a graph may wait for ever for a rank that has gone, so the watchdog still watches; and
-    so may the teardown, so the status tells the ending before.
+    so may the teardown, which it watches again; the status tells the ending before.
     """
 
     def fit() -> None:
@@ -91,7 +91,8 @@ def test_the_graph_is_given_up_before_the_process_group(
     }  # fmt: skip
     for name, stub in stubs.items():
         monkeypatch.setattr(run, name, stub)
-    monkeypatch.setattr(run.watchdog, "disarm", calls.to("disarm"))
+    for name in ("disarm", "rearm"):
+        monkeypatch.setattr(run.watchdog, name, calls.to(name))
     config = SimpleNamespace(
         parallel=SimpleNamespace(device="cpu", timeout_seconds=5),
         run=SimpleNamespace(dir=str(tmp_path)),
@@ -99,7 +100,7 @@ def test_the_graph_is_given_up_before_the_process_group(
     with contextlib.nullcontext() if ending is None else pytest.raises(type(ending)):
         run.run(config)  # type: ignore[arg-type]
     told = ["status"] * (ending is not None)
-    assert calls == ["loader", "graph", "disarm", *told, "disarm", f"stop {orderly}"]
+    assert calls == ["loader", "graph", "disarm", *told, "rearm", f"stop {orderly}", "disarm"]
 
 
 @pytest.mark.parametrize("failed", [False, True])
@@ -254,6 +255,8 @@ def test_whose_error_it_is(
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(group.signals, "received", lambda: False)
-    devices = gpu and kind is not dist.DistBackendError and (kind in CUDA_ERRORS or capturing)
+    devices = gpu and (capturing or kind in CUDA_ERRORS)
     with pytest.raises(kind if devices else PeerLost), collective():
         raise kind("out of memory")
+    with pytest.raises(RuntimeError if gpu else PeerLost), collective():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
