@@ -26,7 +26,7 @@ from dist_resnet.base.errors import (
     one_line,
 )
 from dist_resnet.base.home import ensure_home
-from dist_resnet.base.launcher import environment_int
+from dist_resnet.base.launcher import environment_int, under_torchrun
 from dist_resnet.base.paths import printable
 from dist_resnet.base.terminal import open_standard_streams, say
 
@@ -90,16 +90,16 @@ def run_command(action: Callable[[], int]) -> NoReturn:
         code = _say_once(UserError(f"{name}: no name for a file here; set LC_ALL=C.UTF-8"))
     except OSError as error:
         if error.errno not in _NO_ROOM and (error.errno != errno.EIO or error.filename):
-            _tell_torchrun(one_line(error))
-            raise
-        place = error.filename or "the output"
-        say(f"dist_resnet: {place}: cannot be written: {error.strerror}", sys.stderr)
-        code = EXIT_USER
+            code = _traceback(error)
+        else:
+            place = error.filename or "the output"
+            say(f"dist_resnet: {place}: cannot be written: {error.strerror}", sys.stderr)
+            code = EXIT_USER
     except Exception as error:
-        if not is_of_gpu_memory(error):
-            _tell_torchrun(one_line(error))
-            raise
-        code = _say_once(OutOfMemory(f"{first_line(error)}; free the GPU, or use a larger one"))
+        if is_of_gpu_memory(error):
+            code = _say_once(OutOfMemory(f"{first_line(error)}; free the GPU, or use a larger one"))
+        else:
+            code = _traceback(error)
     _leave(code)
 
 
@@ -114,6 +114,18 @@ def _say_once(error: DistResnetError | Preempted) -> int:
     if not isinstance(error, Preempted):
         _tell_torchrun(line)
     return error.exit_code
+
+
+def _traceback(error: Exception) -> int:
+    """Show what nobody foresaw; 1. One process alone leaves that to the interpreter, or a debugger.
+
+    A rank may not: in the interpreter's tear-down NCCL would wait for ranks that still train.
+    """
+    _tell_torchrun(one_line(error))
+    if not under_torchrun():
+        raise error
+    sys.excepthook(type(error), error, error.__traceback__)
+    return 1
 
 
 def _speaks() -> bool:

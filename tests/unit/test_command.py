@@ -80,7 +80,9 @@ def test_a_run_that_goes_on_has_no_error_to_report(tmp_path: Path) -> None:
     assert not file.exists()
 
 
-@pytest.mark.parametrize("kind", ["UserError", "Diverged", "PeerLost", "Preempted"])
+@pytest.mark.parametrize(
+    "kind", ["UserError", "Diverged", "PeerLost", "Preempted", "ValueError", "FileExistsError"]
+)
 def test_it_ends_without_the_interpreters_tear_down(tmp_path: Path, kind: str) -> None:
     """Which would destroy what a rank that fails alone keeps: NCCL waits there for the others."""
     program = f"""
@@ -92,8 +94,13 @@ kept = Kept()
 atexit.register(print, "hooks")
 {_COMMAND}"""
     program = program.replace("{error}", f"{kind}('x')").replace("{imports}", "")
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr == "dist_resnet: x\n"
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "none"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    unforeseen = kind.endswith("Error") and kind != "UserError"
+    assert done.stderr.splitlines()[-1] == f"{kind if unforeseen else 'dist_resnet'}: x"
+    assert ("Traceback" in done.stderr) == unforeseen
     assert done.stdout == "hooks\n"
 
 

@@ -307,7 +307,9 @@ def test_replicas_are_side_by_side_where_that_changes_nothing() -> None:
 
 
 def test_frozen_parameters_stay_and_are_not_exchanged() -> None:
-    config = own_config("Grouped", "optim.freeze=[conv.*,norm.bias]")
+    # In channels last torch 2.11 crashes where the input of GroupNorm takes no gradient.
+    freeze = "optim.freeze=[conv.*,norm.bias]"
+    config = own_config("Grouped", freeze, "precision.channels_last=false")
     step = train_step(config, 2)
     flat, model = step.state.flat, step.state.flat.model
     before = {name: p.clone() for name, p in model.named_parameters()}
