@@ -7,6 +7,9 @@ from functools import cache
 import torch
 
 
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it: once
+
+
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -19,7 +22,7 @@ def usable(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return _has_triton() and torch.cuda.get_device_capability(device) >= (7, 0)
-    return os.environ.get("TRITON_INTERPRET") == "1" and device.type == "cpu" and _has_triton()
+    return _INTERPRETED and device.type == "cpu" and _has_triton()
 
 
 def multiplies(device: torch.device) -> bool:

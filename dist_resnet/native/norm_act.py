@@ -109,7 +109,7 @@ class _NormAct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weight, bias, batch = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
-        replicas, channels = len(batch), x.shape[1]
+        replicas, channels = batch.shape[0], x.shape[1]
         size = x.numel() // replicas
         dx, dparameters = torch.empty_like(x), torch.empty(replicas, 2, channels)
         dshortcut = None if y is None else torch.empty_like(x)
@@ -127,7 +127,7 @@ class _NormAct(torch.autograd.Function):
                 ctx.threads,
             )
         summed = dparameters[0] if replicas == 1 else dparameters.sum(dim=0)
-        return dx, dshortcut, summed[0], summed[1], *([None] * 6)
+        return dx, dshortcut, *summed.unbind(), *([None] * 6)
 
 
 class _Part:
