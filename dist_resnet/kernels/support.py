@@ -6,7 +6,6 @@ from functools import cache
 
 import torch
 
-
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it: once
 
 
