@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dist_resnet.base.errors import UserError
+from dist_resnet.config.schema import Config
 from dist_resnet.distributed import reduction
 from dist_resnet.step import captured
 from dist_resnet.step import train_step as step
@@ -18,7 +19,6 @@ from dist_resnet.step.state import TrainState
 from tests.helpers.training import batch_of, own_config, small_config, train_step
 
 STEPS = WARM_UP_STEPS + 5
-Record = Callable[[Callable[[], None]], "Played"]
 
 
 def _equal(one: TrainState, other: TrainState) -> bool:
@@ -231,14 +231,22 @@ def test_all_ranks_give_the_graph_up_if_that_of_one_differs(
     assert len(captures) == 1
 
 
-def _refused(graphed: CapturedStep, spoil: Callable[[pytest.MonkeyPatch], None]) -> Record:
-    """In the place of `capture`: what it records is not executed, and then it fails."""
+def _trains_on_after_a_refusal(
+    config: Config,
+    replicas: int,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[pytest.MonkeyPatch, CapturedStep], None],
+) -> None:
+    """`capture` executes nothing of the action, which `spoil` makes fail: all steps are right."""
+    told: list[str] = []
+    plain = train_step(config, replicas)
+    graphed = CapturedStep(train_step(config, replicas), told.append)
 
     def refuse(action: Callable[[], None]) -> Played:
         tensors = [*graphed.state.tensors(), graphed._position]
         before = [tensor.clone() for tensor in tensors]
         with pytest.MonkeyPatch.context() as patch:
-            spoil(patch)
+            spoil(patch, graphed)
             try:
                 action()
             finally:
@@ -246,7 +254,12 @@ def _refused(graphed: CapturedStep, spoil: Callable[[pytest.MonkeyPatch], None])
                     tensor.copy_(content)
         raise AssertionError("the action was to fail")
 
-    return refuse
+    monkeypatch.setattr(captured, "capture", refuse)
+    for number in range(STEPS):
+        plain(batch_of(number, replicas))
+        graphed(batch_of(number, replicas))
+        assert _equal(plain.state, graphed.state), number
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("kind", ["fast", "exact"])
@@ -256,42 +269,28 @@ def test_a_failed_capture_leaves_nothing_to_be_summed(
     def fail(*args: object) -> None:
         raise RuntimeError("no collective in a capture")
 
-    def spoil(patch: pytest.MonkeyPatch) -> None:
+    def spoil(patch: pytest.MonkeyPatch, graphed: CapturedStep) -> None:
         patch.setattr(reduction, "gather_rows", fail)
         patch.setattr(reduction.FastReduction, "finish", fail)
 
-    told: list[str] = []
     config = small_config(f"parallel.reduction={kind}")
-    plain, graphed = train_step(config, 2), CapturedStep(train_step(config, 2), told.append)
-    monkeypatch.setattr(captured, "capture", _refused(graphed, spoil))
-    for number in range(STEPS):
-        plain(batch_of(number, 2))
-        graphed(batch_of(number, 2))
-        assert _equal(plain.state, graphed.state), number
-    assert len(told) == 1
+    _trains_on_after_a_refusal(config, 2, monkeypatch, spoil)
 
 
 def test_a_failed_capture_leaves_no_buffer_of_a_net_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told: list[str] = []
-    config = own_config("Averaging", "train.step_mode=eager")
-    plain, graphed = train_step(config, 1), CapturedStep(train_step(config, 1), told.append)
-    model: Any = graphed.state.flat.model
+    def spoil(patch: pytest.MonkeyPatch, graphed: CapturedStep) -> None:
+        model: Any = graphed.state.flat.model
 
-    def spoil(patch: pytest.MonkeyPatch) -> None:
         def fail() -> None:  # what the forward pass made was recorded, not computed
             model.running = torch.full_like(model.running, torch.nan)
             raise RuntimeError("waits for the device")
 
         patch.setattr(graphed.state.flat, "hold_buffers", fail)
 
-    monkeypatch.setattr(captured, "capture", _refused(graphed, spoil))
-    for number in range(STEPS):
-        plain(batch_of(number, 1))
-        graphed(batch_of(number, 1))
-        assert _equal(plain.state, graphed.state), number
-    assert len(told) == 1
+    config = own_config("Averaging", "train.step_mode=eager")
+    _trains_on_after_a_refusal(config, 1, monkeypatch, spoil)
 
 
 def test_closing_gives_the_graph_up(monkeypatch: pytest.MonkeyPatch) -> None:
