@@ -227,27 +227,38 @@ void backward(const T* dy, const T* x, const T* y, T* dx, T* dshortcut, int64_t 
 
 }  // namespace
 
-// forward_<type>_<C>, backward_<type>_<C>: shortcut and dshortcut may be null; with a shortcut
-// there is always a ReLU.
+// forward_<type>_<C>, backward_<type>_<C>: of replicas of `rows` rows, one's after the other's, each
+// with its own statistics; `batch` is (replicas, 2, C), mean and 1 / deviation, and so are their
+// gradients. Of several replicas each moves running statistics of its own, 2 C values apart.
+// shortcut and dshortcut may be null; with a shortcut there is always a ReLU.
 #define ENTRY(T, C)                                                                               \
   extern "C" void forward_##T##_##C(                                                              \
-      const T* x, const T* shortcut, T* y, int64_t rows, const float* gamma, const float* beta,   \
-      float* running_mean, float* running_var, float* mean, float* rstd, float momentum,          \
+      const T* x, const T* shortcut, T* y, int64_t replicas, int64_t rows, const float* gamma,    \
+      const float* beta, float* running_mean, float* running_var, float* batch, float momentum,   \
       float eps, int relu, int threads) {                                                         \
     auto run = shortcut ? forward<T, C, true, true>                                               \
                : relu   ? forward<T, C, true, false>                                              \
                         : forward<T, C, false, false>;                                            \
-    run(x, shortcut, y, rows, gamma, beta, running_mean, running_var, mean, rstd, momentum, eps,  \
-        threads);                                                                                 \
+    for (int64_t r = 0; r < replicas; ++r) {                                                      \
+      const int64_t at = r * rows * C, own = r * 2 * C;                                           \
+      run(x + at, shortcut ? shortcut + at : nullptr, y + at, rows, gamma, beta,                  \
+          running_mean + own, running_var + own, batch + own, batch + own + C, momentum, eps,     \
+          threads);                                                                               \
+    }                                                                                             \
   }                                                                                               \
   extern "C" void backward_##T##_##C(                                                             \
-      const T* dy, const T* x, const T* y, T* dx, T* dshortcut, int64_t rows, const float* gamma, \
-      const float* beta, const float* mean, const float* rstd, float* dgamma, float* dbeta,       \
-      int relu, int threads) {                                                                    \
+      const T* dy, const T* x, const T* y, T* dx, T* dshortcut, int64_t replicas, int64_t rows,   \
+      const float* gamma, const float* beta, const float* batch, float* dparameters, int relu,    \
+      int threads) {                                                                              \
     auto run = dshortcut ? backward<T, C, true, true>                                             \
                : relu    ? backward<T, C, true, false>                                            \
                          : backward<T, C, false, false>;                                          \
-    run(dy, x, y, dx, dshortcut, rows, gamma, beta, mean, rstd, dgamma, dbeta, threads);          \
+    for (int64_t r = 0; r < replicas; ++r) {                                                      \
+      const int64_t at = r * rows * C, own = r * 2 * C;                                           \
+      run(dy + at, x + at, y ? y + at : nullptr, dx + at, dshortcut ? dshortcut + at : nullptr,   \
+          rows, gamma, beta, batch + own, batch + own + C, dparameters + own,                     \
+          dparameters + own + C, threads);                                                        \
+    }                                                                                             \
   }
 #define ENTRIES(C) ENTRY(float, C) ENTRY(bfloat, C)
 

@@ -18,10 +18,10 @@ CHANNELS = (16, 32, 64, 128, 256)
 _TYPES = {torch.float32: "float", torch.bfloat16: "bfloat"}
 _WIDE = 64  # values the kernel takes at a time, at least
 
-_POINTER, _ROWS, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_POINTER, _COUNT, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
-    "forward": [*[_POINTER] * 3, _ROWS, *[_POINTER] * 6, _FLOAT, _FLOAT, _INT, _INT],
-    "backward": [*[_POINTER] * 5, _ROWS, *[_POINTER] * 6, _INT, _INT],
+    "forward": [*[_POINTER] * 3, _COUNT, _COUNT, *[_POINTER] * 5, _FLOAT, _FLOAT, _INT, _INT],
+    "backward": [*[_POINTER] * 5, _COUNT, _COUNT, *[_POINTER] * 4, _INT, _INT],
 }
 
 
@@ -76,33 +76,32 @@ class _NormAct(torch.autograd.Function):
         x = x.contiguous(memory_format=torch.channels_last)
         if shortcut is not None:
             shortcut = shortcut.contiguous(memory_format=torch.channels_last)
-        channels, size = x.shape[1], x.numel() // replicas
+        channels, threads = x.shape[1], torch.get_num_threads()
         y, batch = torch.empty_like(x), torch.empty(replicas, 2, channels)
         running, moved = (running_mean.data_ptr(), running_var.data_ptr()), None
         if replicas > 1:  # each moves the running statistics from where they stand now
             moved = torch.stack([running_mean, running_var]).repeat(replicas, 1, 1)
-        entry = _entry("forward", x.dtype, channels)
-        for replica in range(replicas):
-            part = _Part(replica * size * x.element_size(), replica * channels * 8)
-            entry(
-                part.of(x),
-                part.of(shortcut),
-                part.of(y),
-                size // channels,
-                weight.data_ptr(),
-                bias.data_ptr(),
-                *(running if moved is None else part.rows(moved)),
-                *part.rows(batch),
-                momentum,
-                eps,
-                relu,
-                torch.get_num_threads(),
-            )
+            running = moved.data_ptr(), moved.data_ptr() + 4 * channels
+        _entry("forward", x.dtype, channels)(
+            x.data_ptr(),
+            None if shortcut is None else shortcut.data_ptr(),
+            y.data_ptr(),
+            replicas,
+            x.numel() // (replicas * channels),
+            weight.data_ptr(),
+            bias.data_ptr(),
+            *running,
+            batch.data_ptr(),
+            momentum,
+            eps,
+            relu,
+            threads,
+        )
         if moved is not None:
             running_mean.copy_(moved[:, 0].sum(dim=0))
             running_var.copy_(moved[:, 1].sum(dim=0))
         ctx.save_for_backward(x, y if shortcut is not None else None, weight, bias, batch)
-        ctx.relu, ctx.threads = relu, torch.get_num_threads()
+        ctx.relu, ctx.threads = relu, threads
         return y
 
     @staticmethod
@@ -110,39 +109,25 @@ class _NormAct(torch.autograd.Function):
         x, y, weight, bias, batch = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
         replicas, channels = batch.shape[0], x.shape[1]
-        size = x.numel() // replicas
         dx, dparameters = torch.empty_like(x), torch.empty(replicas, 2, channels)
         dshortcut = None if y is None else torch.empty_like(x)
-        entry = _entry("backward", x.dtype, channels)
-        for replica in range(replicas):
-            part = _Part(replica * size * x.element_size(), replica * channels * 8)
-            entry(
-                *(part.of(tensor) for tensor in (dy, x, y, dx, dshortcut)),
-                size // channels,
-                weight.data_ptr(),
-                bias.data_ptr(),
-                *part.rows(batch),
-                *part.rows(dparameters),
-                ctx.relu,
-                ctx.threads,
-            )
+        _entry("backward", x.dtype, channels)(
+            dy.data_ptr(),
+            x.data_ptr(),
+            None if y is None else y.data_ptr(),
+            dx.data_ptr(),
+            None if dshortcut is None else dshortcut.data_ptr(),
+            replicas,
+            x.numel() // (replicas * channels),
+            weight.data_ptr(),
+            bias.data_ptr(),
+            batch.data_ptr(),
+            dparameters.data_ptr(),
+            ctx.relu,
+            ctx.threads,
+        )
         summed = dparameters[0] if replicas == 1 else dparameters.sum(dim=0)
         return dx, dshortcut, *summed.unbind(), *([None] * 6)
-
-
-class _Part:
-    """Where one replica's share of the tensors begins, in bytes."""
-
-    def __init__(self, offset: int, rows_offset: int) -> None:
-        self.offset, self.rows_offset = offset, rows_offset
-
-    def of(self, tensor: Tensor | None) -> int | None:
-        return None if tensor is None else tensor.data_ptr() + self.offset
-
-    def rows(self, pairs: Tensor) -> tuple[int, int]:
-        """Addresses of the replica's two rows of float32 (R, 2, C)."""
-        start = pairs.data_ptr() + self.rows_offset
-        return start, start + 4 * pairs.shape[2]
 
 
 @cache
