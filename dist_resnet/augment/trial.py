@@ -24,11 +24,21 @@ def try_extras(
         UserError: one cannot be found or called, alters its images' shape or type, or is not a pure
             function of images and draws.
     """
+    check_signatures(config)
     for named in extras(config):
-        _check_signature(named)
         fault = _fault(named, image_size, statistics)
         if fault is not None:
             raise UserError(f"{KEY}={named.name}: {fault}")
+
+
+def check_signatures(config: AugmentConfig) -> None:
+    """Hold the arguments of augment.extra against what each takes.
+
+    Raises:
+        UserError: one cannot be found, or does not take its arguments.
+    """
+    for named in extras(config):
+        _check_signature(named)
 
 
 def _check_signature(named: Named) -> None:

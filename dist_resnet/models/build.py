@@ -1,7 +1,7 @@
 """The one door to models: the built-in nets, and those that the configuration names otherwise."""
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,16 +76,24 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         raise UserError(f"optim.freeze={','.join(patterns)}: no parameter is left to train")
 
 
-def _own(config: ModelConfig, classes: int, seed: int) -> nn.Module:
+def callable_of(config: ModelConfig) -> tuple[Callable[..., Any], str | None]:
+    """What makes a net of the user's own, and the name by which it takes the number of classes.
+
+    Raises:
+        UserError: there is no such callable, or it does not take model.args.
+    """
     function = resolve("model.name", config.name)
     parameters = signature(function)
-    given: dict[str, Any] = {}
-    if parameters is None or takes_any(parameters):
-        given = {_CLASSES[0]: classes}
-    for name in reversed(_CLASSES):
-        if parameters is not None and name in parameters:
-            given = {name: classes}
-    check_arguments("model.args", function, config.args, given)
+    named = [name for name in _CLASSES if parameters is not None and name in parameters]
+    if not named and (parameters is None or takes_any(parameters)):
+        named = [_CLASSES[0]]
+    check_arguments("model.args", function, config.args, named[:1])
+    return function, named[0] if named else None
+
+
+def _own(config: ModelConfig, classes: int, seed: int) -> nn.Module:
+    function, name = callable_of(config)
+    given = {} if name is None else {name: classes}
     key = int(stream_key(seed, Stream.INIT))
     with seeded(key), calling("model.name", config.name):
         model = function(**config.args, **given)

@@ -45,14 +45,15 @@ class RunOptimizer:
             lr: with which it was made; a group's factor is its own rate over this.
             capturable: whether its steps may be recorded as a CUDA graph.
         """
+        self.plugin = is_plugin(name)
         self.remarks: list[str] = []
         """For the reader: what of the configuration does nothing."""
         self.name = name
         self.optimizer = optimizer
         self.capturable = capturable
-        self.state = OptimizerState(optimizer, flat, parted=not is_plugin(name))
+        self.state = OptimizerState(optimizer, flat, parted=not self.plugin)
         self._factors = [_share(group["lr"], lr) for group in optimizer.param_groups]
-        if is_plugin(name) and capturable:  # a graph reads its rates from memory
+        if self.plugin and capturable:  # a graph reads its rates from memory
             for group in optimizer.param_groups:
                 group["lr"] = torch.tensor(float(group["lr"]), device=flat.values.device)
 
@@ -66,13 +67,13 @@ class RunOptimizer:
         optimizer: Any = self.optimizer
         for group, factor in zip(optimizer.param_groups, self._factors, strict=True):
             rate = lr if factor == 1 else lr * factor
-            if is_plugin(self.name) and isinstance(group["lr"], Tensor):
+            if self.plugin and isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
         if overflow is not None:  # as torch.amp.GradScaler hands it over
             optimizer.grad_scale, optimizer.found_inf = None, overflow
-        if is_plugin(self.name) and not _capturing():
+        if self.plugin and not _capturing():
             with within_step(KEY, self.name):
                 optimizer.step()
         else:
@@ -92,8 +93,7 @@ def build_optimizer(flat: FlatModel, config: Config, scaled: bool = False) -> Ru
     """
     optim, plugin = config.optim, is_plugin(config.optim.name)
     name = optim.name
-    function = resolve(KEY, OPTIMIZERS.get(name, name))
-    args = _arguments(function, config, flat.values.device)
+    function, args = callable_of(config, flat.values.device)
     make_groups = parameter_groups if plugin else getattr(function, "groups", parameter_groups)
     groups = make_groups(flat, optim)
     decays = not plugin or takes_weight_decay(signature(function) or {})
@@ -123,11 +123,14 @@ def build_optimizer(flat: FlatModel, config: Config, scaled: bool = False) -> Ru
     return built
 
 
-def _arguments(
-    function: Callable[..., Any], config: Config, device: torch.device
-) -> dict[str, Any]:
-    """What it is called with beside the groups."""
+def callable_of(config: Config, device: torch.device) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What makes the configured optimizer, and what it is called with beside the groups.
+
+    Raises:
+        UserError: there is no such callable, or it does not take optim.args.
+    """
     optim, own = config.optim, config.optim.args
+    function = resolve(KEY, OPTIMIZERS.get(optim.name, optim.name))
     parameters = signature(function) or {}
     if parameters and "lr" not in parameters and not takes_any(parameters):
         raise UserError(f"{KEY}={optim.name}: {label(function)} takes no lr")
@@ -138,11 +141,11 @@ def _arguments(
         given["weight_decay"] = optim.weight_decay
     check_arguments("optim.args", function, own, [*list(parameters)[:1], *given])
     if config.train.step_mode != "graph":
-        return given | own
+        return function, given | own
     own = dict(own)
     if own.pop("capturable", "capturable" in parameters) and is_plugin(optim.name):
         given |= {"lr": torch.tensor(optim.lr, device=device), "capturable": True}
-    return given | own
+    return function, given | own
 
 
 def takes_weight_decay(parameters: Mapping[str, inspect.Parameter]) -> bool:

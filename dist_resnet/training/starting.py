@@ -1,22 +1,39 @@
-"""The state that a run begins or goes on with; the weights that model.init names."""
+"""The state that a run begins or goes on with; what its configuration names for it."""
 
 import hashlib
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from dist_resnet.augment.trial import check_signatures
 from dist_resnet.base.errors import UserError, first_line
 from dist_resnet.base.paths import user_path
+from dist_resnet.config.plugins import is_plugin
 from dist_resnet.config.schema import Config, ModelConfig
 from dist_resnet.distributed.group import broadcast_object, on_every_rank, on_rank_zero
+from dist_resnet.models import build as models
 from dist_resnet.models.build import build_model, in_layout
 from dist_resnet.models.matching import Start, natural, start_from
+from dist_resnet.optim import build as optimizers
 from dist_resnet.runs.checkpoint import Checkpoint
 from dist_resnet.runs.weights import find_weights
 from dist_resnet.step.state import TrainState, build_state
 from dist_resnet.training.session import Session
 
 SAFETENSORS = ".safetensors"
+
+
+def check_names(config: Config, device: torch.device) -> None:
+    """Find what the configuration names, and hold its arguments against what each takes.
+
+    Raises:
+        UserError: a name that leads nowhere, or an argument that it does not take.
+    """
+    if is_plugin(config.model.name):
+        models.callable_of(config.model)
+    optimizers.callable_of(config, device)
+    check_signatures(config.augment)
 
 
 def begin(

@@ -98,6 +98,15 @@ def test_a_mistake_is_an_exception_with_one_line(settings: dict[str, Any]) -> No
     absent = {"root": "gone", "dataset": "absent"}
     with pytest.raises(UserError, match=r"model\.name=no_such_module:net: there is no module"):
         dist_resnet.train(settings, data=absent, model={"name": "no_such_module:net"})
+    net = {"name": "examples.own_net:small", "args": {"wdith": 1}}
+    with pytest.raises(UserError, match=r"model\.args\.wdith: .*did you mean width\?"):
+        dist_resnet.train(settings, data=absent, model=net)
+    adam = {"name": "torch.optim:Adam", "args": {"beta": 1}}
+    with pytest.raises(UserError, match=r"optim\.args\.beta: .*did you mean betas\?"):
+        dist_resnet.train(settings, data=absent, optim=adam)
+    tint = {"name": "examples.own_augmentation:tint", "args": {"strenght": 1}}
+    with pytest.raises(UserError, match=r"augment\.extra\.args\.strenght"):
+        dist_resnet.train(settings, data=absent, augment={"extra": [tint]})
     with pytest.raises(UserError, match=r"nowhere"):
         dist_resnet.evaluate("nowhere")
 
