@@ -135,8 +135,10 @@ def gather_rows(rows: Tensor) -> Tensor:
     if not dist.is_initialized():
         return rows
     gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
+    # Its name since torch 2.14, which warns of the old one.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     with collective():
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        gather(gathered, rows.contiguous())
     return gathered
 
 

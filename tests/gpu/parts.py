@@ -196,10 +196,15 @@ def one_check(found: Found, pairs: list[str]) -> None:
     raise SystemExit(pytest.main(["-q", "--no-header", "--tb=short", where], plugins=[Outcomes()]))
 
 
+def group_of_one(**options: Any) -> None:
+    """A process group that needs no port, which another script may have."""
+    backend, store = "nccl" if CUDA else "gloo", torch.distributed.HashStore()
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, **options)
+
+
 def times(found: Found, pairs: list[str]) -> None:
     """Images a second of the step alone, on batches in memory."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", RANK="0", WORLD_SIZE="1")
-    torch.distributed.init_process_group("nccl" if CUDA else "gloo")
+    group_of_one()
     steps = 60 if CUDA else 1
     for size in (32, 1024) if CUDA else (32,):
         with found.attempt(f"plain DDP {size}"):
@@ -299,10 +304,7 @@ def command(found: Found, pairs: list[str]) -> None:
 
 def nccl(found: Found, pairs: list[str]) -> None:
     """NCCL in a world of one: captured, replayed, and closed."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29512", RANK="0", WORLD_SIZE="1")
-    torch.distributed.init_process_group(
-        "nccl" if CUDA else "gloo", device_id=DEVICE if CUDA else None
-    )
+    group_of_one(device_id=DEVICE if CUDA else None)
     x = torch.ones(280_000, device=DEVICE)
     torch.distributed.all_reduce(x)
     if CUDA:

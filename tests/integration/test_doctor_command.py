@@ -1,5 +1,7 @@
 """python -m dist_resnet.doctor as users start it: alone, by a launcher, on two nodes."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,11 +33,15 @@ def test_two_processes_by_the_launcher(tmp_path: Path, digits: Dataset) -> None:
     settings = [*SETTINGS, f"run.dir={tmp_path}", f"data.root={digits.folder.parent}"]
     log = tmp_path / "log"
     job = start([str(LAUNCH / "single_node.sh"), *settings], log, {"DOCTOR": "1", "NPROC": "2"})
+    # Where there is one core, two processes wait for each other, and the doctor says so.
+    failing = ["threads"] if len(os.sched_getaffinity(0)) < 2 else []
     try:
-        assert job.wait(PATIENCE) == 0, log.read_text()
+        assert job.wait(PATIENCE) == (2 if failing else 0), log.read_text()
     finally:
         end(job)
     output = log.read_text()
+    assert re.findall(r"FAIL +(\w+)", output) == failing
+    assert "Warning" not in output
     for text in ("all-reduce", "GB/s", "ms apart", "same versions", "4 everywhere", "2 on 1 nodes"):
         assert text.replace("4 everywhere", digits.fingerprint[:12]) in output
 

@@ -23,14 +23,15 @@ esac
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # seconds a step where the processor emulates bf16
 def test_it_can_be_rehearsed(tmp_path: Path) -> None:
     target = tmp_path / "found.json"
     done = subprocess.run(
         [
-            sys.executable, "-m", "tests.gpu", str(target), "--rehearse", "--seconds=100",
+            sys.executable, "-m", "tests.gpu", str(target), "--rehearse", "--seconds=500",
             "--only=facts,nccl,times",
         ],
-        cwd=ROOT, capture_output=True, text=True, timeout=110,
+        cwd=ROOT, capture_output=True, text=True, timeout=550,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads(target.read_text())
