@@ -43,6 +43,8 @@ class FlatModel:
     """In the order of `values`; views of it, their .grad of `gradients`."""
     fillers: list[Tensor]
     """Zeros that follow each parameter, up to where the next begins; none on a CPU."""
+    places_of_gradients: list[Tensor]
+    """The parameters' .grad: views of `gradients`."""
     counters: Counters
     places: list[tuple[dict[str, Tensor | None], str, Tensor]]
     """Buffers that a forward pass may replace by other tensors: where they stand, and which."""
@@ -81,9 +83,12 @@ class FlatModel:
     def collect(self, gradients: Sequence[Tensor]) -> None:
         """Copy the parameters' gradients, given in the order of `parameters`, to `self.gradients`.
 
-        Those of the decayed parameters may be of a lower type. As one concatenation, or two: a copy
-        for each parameter would be 65 launches on a GPU.
+        Those of the decayed parameters may be of a lower type. On a GPU as one concatenation, or
+        two: a copy for each parameter would be 65 launches.
         """
+        if self.values.device.type == "cpu":
+            torch._foreach_copy_(self.places_of_gradients, list(gradients))
+            return
         rows: list[Tensor] = []
         for gradient, parameter, filler in zip(
             gradients, self.parameters, self.fillers, strict=True
@@ -126,8 +131,9 @@ def flatten_model(model: nn.Module) -> FlatModel:
     whole[-1] = 1
     exchange = whole[:-2]
 
+    gradients = _views(exchange, parameters, gap)
     for parameter, view, gradient in zip(
-        parameters, _views(values, parameters, gap), _views(exchange, parameters, gap), strict=True
+        parameters, _views(values, parameters, gap), gradients, strict=True
     ):
         parameter.data = view.copy_(parameter.data)
         parameter.grad = gradient
@@ -146,6 +152,7 @@ def flatten_model(model: nn.Module) -> FlatModel:
         num_decayed=sum(_room(p, gap) for p in decayed),
         fillers=[torch.zeros(_room(p, gap) - p.numel(), device=device) for p in parameters],
         parameters=parameters,
+        places_of_gradients=gradients,
         counters=counters,
         places=places,
     )

@@ -17,6 +17,8 @@ class Reduction(Protocol):
 
     remark: str
     """How a large model is summed, for the reader; else empty."""
+    in_chunks: bool
+    """Whether while the backward pass goes on, which then leaves each gradient in its place."""
 
     def expect_last(self, exchange: Tensor) -> None:
         """The pass that follows is the step's last one on this rank."""
@@ -41,7 +43,7 @@ class FastReduction:
     """
 
     def __init__(self, flat: FlatModel, replicas: int, local: int, overlaps: bool) -> None:
-        self.replicas, self.remark = replicas, ""
+        self.replicas, self.remark, self.in_chunks = replicas, "", False
         size, device = flat.exchange.numel(), flat.exchange.device
         dtype = torch.float64 if replicas > 2 else torch.float32
         needed = replicas > 2 or local > 1
@@ -52,7 +54,7 @@ class FastReduction:
             return
         shown = f"gradients: {bytes_of(flat) / 1e6:.0f} MB a step, summed"
         if overlaps and self._sum is all_reduce_sum:
-            self._chunks = OverlappedSum(flat)
+            self._chunks, self.in_chunks = OverlappedSum(flat), True
             self.remark = f"{shown} in {len(self._chunks)} chunks during the backward pass"
         else:
             way = "through shared memory" if self._sum is not all_reduce_sum else "in one piece"
@@ -91,7 +93,7 @@ class FastReduction:
 class ExactReduction:
     """Gathers every replica's values and sums them in replica order: the same bits on any ranks."""
 
-    remark = ""
+    remark, in_chunks = "", False
 
     def __init__(self, replicas: int) -> None:
         self.replicas = replicas
@@ -120,8 +122,8 @@ def build_reduction(
 
     Args:
         local: replicas on this rank.
-        overlaps: whether the backward pass leaves each gradient in its place as it comes, and may
-            be accompanied by exchanges.
+        overlaps: whether the backward pass may leave each gradient in its place as it comes, and be
+            accompanied by exchanges.
     """
     if kind == "exact":
         return ExactReduction(replicas)

@@ -44,10 +44,14 @@ class FlatSGD(WithoutCompiler, torch.optim.SGD):
             for parameter in group["params"]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
-    @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update from the gradients."""
-        _sgd_step(self)
+        with torch.no_grad():
+            _sgd_step(self)
+
+    # As if torch had put its hooks and its profiler's mark around it already, which nothing here
+    # uses: a fifth of a small net's update.
+    step.hooked = True  # type: ignore[attr-defined]
 
     @staticmethod
     def groups(flat: FlatModel, config: OptimConfig) -> list[dict[str, Any]]:

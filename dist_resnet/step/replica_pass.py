@@ -3,7 +3,7 @@
 Shapes: R replicas of N images each, one replica's after the other's; H W pixels, K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -86,8 +86,8 @@ class TorchPass:
     def inputs(
         self, images: Tensor, samples: Tensor, key: Tensor, turn: Tensor | None = None
     ) -> tuple[Tensor, ReplicaChoices]:
-        chosen = [self.draw(key, part, turn) for part in samples.chunk(self.replicas)]
-        parts = zip(images.chunk(self.replicas), chosen, strict=True)
+        chosen = [self.draw(key, part, turn) for part in _parted(samples, self.replicas)]
+        parts = zip(_parted(images, self.replicas), chosen, strict=True)
         made = [self.augment(part, c) for part, c in parts]
         return _joined(made), ReplicaChoices(chosen)
 
@@ -96,12 +96,14 @@ class TorchPass:
     ) -> Objective:
         losses, shares = [], []
         for part, own, chosen in zip(
-            logits.chunk(self.replicas), labels.chunk(self.replicas), choices.parts, strict=True
+            _parted(logits, self.replicas),
+            _parted(labels, self.replicas),
+            choices.parts,
+            strict=True,
         ):
             losses.append(mixed_cross_entropy(part, own, chosen, self.smoothing, self.weights))
             shares.append(weighted_top1(part.detach(), own, chosen))
-        loss = losses[0] if self.replicas == 1 else torch.stack(losses).sum()
-        top1 = shares[0] if self.replicas == 1 else torch.stack(shares).sum()
+        loss, top1 = _summed(losses), _summed(shares)
         row = torch.stack([loss.detach(), top1])
         return Objective(loss if scale is None else loss * scale, None, row)
 
@@ -194,6 +196,15 @@ def torch_pass(own: ReplicaPass) -> ReplicaPass:
         return own
     draw = own.draw.by_torch
     return TorchPass(own.config, own.smoothing, draw, own.statistics, own.replicas, own.weights)
+
+
+def _parted(tensor: Tensor, replicas: int) -> Sequence[Tensor]:
+    """Each replica's; that of one is no view, which would cost a step."""
+    return [tensor] if replicas == 1 else tensor.chunk(replicas)
+
+
+def _summed(terms: list[Tensor]) -> Tensor:
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -1,5 +1,7 @@
 """Weights in the type of the activations: one cast a step, where autocast makes one a layer."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +30,13 @@ class Shadow:
             self.leaves.append(
                 self._copy.as_strided(*place).requires_grad_() if lower else parameter
             )
-        by_identity = dict(zip(map(id, flat.parameters), self.leaves, strict=True))
-        self._tensors = {n: by_identity[id(p)] for n, p in flat.named_parameters()}
+        leaves = {id(p): leaf for p, leaf in zip(flat.parameters, self.leaves, strict=True)}
+        self._places: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
+            (module._parameters, name, parameter, leaves[id(parameter)])
+            for module in flat.model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and leaves.get(id(parameter), parameter) is not parameter
+        ]
 
     def refresh(self) -> None:
         """Follow the parameters."""
@@ -38,4 +45,12 @@ class Shadow:
 
     def forward(self, images: Tensor) -> Tensor:
         """The model's forward pass with these weights in the place of its own."""
-        return torch.func.functional_call(self._model, self._tensors, (images,))
+        # As torch.func.functional_call, without what it looks up and checks in every step.
+        for holder, name, _, leaf in self._places:
+            holder[name] = leaf
+        try:
+            logits: Tensor = self._model(images)
+        finally:
+            for holder, name, parameter, _ in self._places:
+                holder[name] = parameter
+        return logits

@@ -57,16 +57,18 @@ class TrainStep:
         self.group = replicas_at_once(config, self.local, self.device, state.traits)
         self.own = is_plugin(config.model.name)
         self.host_keys = step_keys(config.seed, len(rates)) if state.traits.draws else None
+        on_cpu = self.device.type == "cpu"
+        self.reduction = build_reduction(
+            config.parallel.reduction, flat, replicas, self.local, on_cpu
+        )
         self.shadow = None
-        lower = precision != torch.float32 and self.device.type == "cuda"
-        if mode != "compile" and lower and fits(flat):
+        # A net of the user's own may use its weights outside of autocast.
+        by_autocast = self.own or mode == "compile" or precision == torch.float32
+        if not by_autocast and fits(flat) and not self.reduction.in_chunks:
             self.shadow = Shadow(flat, precision)
         self.leaves = flat.parameters if self.shadow is None else self.shadow.leaves
-        # Each gradient where it belongs, while it is in the cache; on a GPU that is a launch each.
-        self.in_place = self.shadow is None and self.device.type == "cpu"
-        self.reduction = build_reduction(
-            config.parallel.reduction, flat, replicas, self.local, self.in_place
-        )
+        # Each gradient where it belongs, as soon as it is there; on a GPU that is a launch each.
+        self.in_place = self.shadow is None and on_cpu
         self.forward = forward_function(mode, flat.model, self.group)
         if self.shadow is not None:
             self.forward = self.shadow.forward

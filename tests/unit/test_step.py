@@ -11,6 +11,7 @@ from tests.helpers.training import (
     PlainLoop,
     assert_same_step,
     batch_of,
+    own_config,
     part_of,
     rates,
     small_config,
@@ -84,6 +85,40 @@ def test_replicas_side_by_side_are_those_one_after_the_other(replicas: int) -> N
     for found, expected in ((one.values, other.values), (one.statistics, other.statistics)):
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     torch.testing.assert_close(one.row, other.row, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_one_cast_of_all_weights_is_autocasts_many(
+    monkeypatch: pytest.MonkeyPatch, replicas: int
+) -> None:
+    """The same bits; whoever looks at the net between steps finds its own parameters."""
+    states = []
+    for at_once in (True, False):
+        monkeypatch.setattr(
+            "dist_resnet.step.train_step.fits", lambda flat, at_once=at_once: at_once
+        )
+        step = train_step(small_config(), replicas, torch.bfloat16)
+        assert (step.shadow is not None) == at_once
+        before = [id(parameter) for parameter in step.state.flat.model.parameters()]
+        for number in range(4):
+            step(batch_of(number, replicas))
+        model = step.state.flat.model
+        assert [id(parameter) for parameter in model.parameters()] == before
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+    assert not any(torch.equal(t, train_step(small_config(), 1).state.flat.model.state_dict()[name])
+                   for name, t in states[0].items() if name.endswith("weight"))  # fmt: skip
+
+
+def test_a_net_of_ones_own_has_its_own_weights_in_a_step() -> None:
+    """It may use them outside of autocast."""
+    step = train_step(own_config("Plain"), 1, torch.bfloat16)
+    types = []
+    conv = next(m for m in step.state.flat.model.modules() if isinstance(m, torch.nn.Conv2d))
+    conv.register_forward_pre_hook(lambda module, _: types.append(module.weight.dtype))
+    step(batch_of(0, 1))
+    assert types == [torch.float32]
+    assert step.shadow is None
 
 
 def test_two_replicas_are_not_one_of_twice_the_size() -> None:
