@@ -43,7 +43,7 @@ class FlatModel:
     """In the order of `values`; views of it, their .grad of `gradients`."""
     fillers: list[Tensor]
     """Zeros that follow each parameter, up to where the next begins; none on a CPU."""
-    places_of_gradients: list[Tensor]
+    gradient_views: list[Tensor]
     """The parameters' .grad: views of `gradients`."""
     counters: Counters
     places: list[tuple[dict[str, Tensor | None], str, Tensor]]
@@ -87,7 +87,7 @@ class FlatModel:
         two: a copy for each parameter would be 65 launches.
         """
         if self.values.device.type == "cpu":
-            torch._foreach_copy_(self.places_of_gradients, list(gradients))
+            torch._foreach_copy_(self.gradient_views, list(gradients))
             return
         rows: list[Tensor] = []
         for gradient, parameter, filler in zip(
@@ -152,7 +152,7 @@ def flatten_model(model: nn.Module) -> FlatModel:
         num_decayed=sum(_room(p, gap) for p in decayed),
         fillers=[torch.zeros(_room(p, gap) - p.numel(), device=device) for p in parameters],
         parameters=parameters,
-        places_of_gradients=gradients,
+        gradient_views=gradients,
         counters=counters,
         places=places,
     )

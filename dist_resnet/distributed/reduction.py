@@ -18,7 +18,7 @@ class Reduction(Protocol):
     remark: str
     """How a large model is summed, for the reader; else empty."""
     in_chunks: bool
-    """Whether while the backward pass goes on, which then leaves each gradient in its place."""
+    """Whether it sums during the backward pass, which must leave each gradient in its place."""
 
     def expect_last(self, exchange: Tensor) -> None:
         """The pass that follows is the step's last one on this rank."""

@@ -228,8 +228,9 @@ void backward(const T* dy, const T* x, const T* y, T* dx, T* dshortcut, int64_t 
 }  // namespace
 
 // forward_<type>_<C>, backward_<type>_<C>: of replicas of `rows` rows, one's after the other's, each
-// with its own statistics; `batch` is (replicas, 2, C), mean and 1 / deviation, and so are their
-// gradients. Of several replicas each moves running statistics of its own, 2 C values apart.
+// with its own statistics. `batch` is (replicas, 2, C): mean and 1 / deviation; `dparameters` alike:
+// the gradients of gamma and beta. Of several replicas each moves running statistics of its own,
+// which begin 2 C values apart.
 // shortcut and dshortcut may be null; with a shortcut there is always a ReLU.
 #define ENTRY(T, C)                                                                               \
   extern "C" void forward_##T##_##C(                                                              \

@@ -199,7 +199,7 @@ def torch_pass(own: ReplicaPass) -> ReplicaPass:
 
 
 def _parted(tensor: Tensor, replicas: int) -> Sequence[Tensor]:
-    """Each replica's; that of one is no view, which would cost a step."""
+    """Each replica's part; of one, the tensor itself: a view takes time in every step."""
     return [tensor] if replicas == 1 else tensor.chunk(replicas)
 
 

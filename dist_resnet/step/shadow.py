@@ -31,7 +31,7 @@ class Shadow:
                 self._copy.as_strided(*place).requires_grad_() if lower else parameter
             )
         leaves = {id(p): leaf for p, leaf in zip(flat.parameters, self.leaves, strict=True)}
-        self._places: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
+        self._holders: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
             (module._parameters, name, parameter, leaves[id(parameter)])
             for module in flat.model.modules()
             for name, parameter in module._parameters.items()
@@ -46,11 +46,11 @@ class Shadow:
     def forward(self, images: Tensor) -> Tensor:
         """The model's forward pass with these weights in the place of its own."""
         # As torch.func.functional_call, without what it looks up and checks in every step.
-        for holder, name, _, leaf in self._places:
+        for holder, name, _, leaf in self._holders:
             holder[name] = leaf
         try:
             logits: Tensor = self._model(images)
         finally:
-            for holder, name, parameter, _ in self._places:
+            for holder, name, parameter, _ in self._holders:
                 holder[name] = parameter
         return logits

@@ -63,8 +63,8 @@ class TrainStep:
         )
         self.shadow = None
         # A net of the user's own may use its weights outside of autocast.
-        by_autocast = self.own or mode == "compile" or precision == torch.float32
-        if not by_autocast and fits(flat) and not self.reduction.in_chunks:
+        ours = not self.own and mode != "compile" and not self.reduction.in_chunks
+        if ours and precision != torch.float32 and fits(flat):
             self.shadow = Shadow(flat, precision)
         self.leaves = flat.parameters if self.shadow is None else self.shadow.leaves
         # Each gradient where it belongs, as soon as it is there; on a GPU that is a launch each.

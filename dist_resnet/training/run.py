@@ -53,7 +53,7 @@ from dist_resnet.training.introduction import conclusion, introduction
 from dist_resnet.training.loop import Trainer
 from dist_resnet.training.outputs import Outputs, open_outputs
 from dist_resnet.training.session import Session, open_session, resolve_auto
-from dist_resnet.training.starting import begin, check_names
+from dist_resnet.training.starting import begin, check_own_code
 from dist_resnet.training.stopwatch import Stopwatch
 from dist_resnet.training.teachers import FoundTeacher, build_distillation, find_teachers
 
@@ -102,7 +102,7 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     config = on_every_rank(lambda: resolve_auto(wanted, world, saved))
     ours, theirs = to_dict(config), broadcast_object(to_dict(config))
     on_every_rank(lambda: check_same_configuration(ours, theirs))
-    on_every_rank(lambda: check_names(config, world.device))  # before any download
+    on_every_rank(lambda: check_own_code(config))  # before any download
     session = open_session(config, world)
     plan = make_plan(config, len(session.train_indices), world.size)
     check_statistics(config, *session.image_size)

@@ -268,7 +268,8 @@ def _in_chunks(world: World) -> dict[str, Any]:
 
 def _sent_during_backward(world: World) -> list[int]:
     """Chunks that were on their way when the first layer's gradient arrived, a step each."""
-    step, found = train_step(small_config(), 2), []
+    # In bfloat16, where gradients of a smaller model are collected after the backward pass.
+    step, found = train_step(small_config(), 2, torch.bfloat16), []
     assert isinstance(step.reduction, FastReduction)
     sums = step.reduction._chunks
     assert sums is not None

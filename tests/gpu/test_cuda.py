@@ -224,12 +224,20 @@ def test_a_graph_is_continued_from_any_step() -> None:
     assert _distance(whole, resumed.state) < 1e-4
 
 
-@pytest.mark.parametrize("net", ["Counting", "Attention", "Averaging"])
-def test_a_net_of_ones_own_under_a_graph(net: str) -> None:
+@pytest.mark.parametrize(
+    ("net", "dtype"),
+    [
+        ("Counting", torch.float32),
+        ("Attention", torch.float32),
+        ("Averaging", torch.float32),
+        ("Plain", torch.bfloat16),  # its weights are cast by autocast within the graph
+    ],
+)
+def test_a_net_of_ones_own_under_a_graph(net: str, dtype: torch.dtype) -> None:
     """Draws as without one, counts, and goes on from a checkpoint with the same draws."""
     config = own_config(net, "train.step_mode=graph")
     device = torch.device("cuda")
-    plain, first, second = (train_step(config, 1, device=device) for _ in range(3))
+    plain, first, second = (train_step(config, 1, dtype, device) for _ in range(3))
     _train(plain, 0, 20)
     graphed = CapturedStep(first, pytest.fail)
     _train(graphed, 0, 12)

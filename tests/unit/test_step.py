@@ -106,8 +106,22 @@ def test_one_cast_of_all_weights_is_autocasts_many(
         assert [id(parameter) for parameter in model.parameters()] == before
         states.append(model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
-    assert not any(torch.equal(t, train_step(small_config(), 1).state.flat.model.state_dict()[name])
-                   for name, t in states[0].items() if name.endswith("weight"))  # fmt: skip
+    untrained = train_step(small_config(), replicas).state.flat.model.named_parameters()
+    assert not any(torch.equal(states[0][name], parameter) for name, parameter in untrained)
+
+
+def test_a_forward_pass_that_fails_leaves_the_net_its_parameters() -> None:
+    step = train_step(small_config(), 1, torch.bfloat16)
+    model = step.state.flat.model
+    before = [id(parameter) for parameter in model.parameters()]
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("on purpose")
+
+    model.get_submodule("head").register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        step(batch_of(0, 1))
+    assert [id(parameter) for parameter in model.parameters()] == before
 
 
 def test_a_net_of_ones_own_has_its_own_weights_in_a_step() -> None:
