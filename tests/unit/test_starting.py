@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import dist_resnet
 from dist_resnet.base.errors import UserError
 from dist_resnet.config.load import load_config
 from dist_resnet.config.schema import ModelConfig
+from dist_resnet.data.dataset import Dataset
 from dist_resnet.models.matching import Start, matched, natural, start_from
 from dist_resnet.models.resnet import resnet
 from dist_resnet.runs.checkpoint import CheckpointStore
@@ -217,6 +219,25 @@ def test_the_embedded_weights_of_somebody_else_fit_by_order_and_by_prefixes() ->
     assert new == []
     assert sum(found[n].numel() for n in own if "running" not in n) == 272_474
     assert_whole(found, matched(own, start.tensors, PEER_NAMES)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # the first who asks for CIFAR-10 prepares it
+def test_somebody_elses_net_has_its_accuracy_here(cifar10: Dataset) -> None:
+    """An independent trainer's weights, scored in float32 by this evaluator: 95.07%."""
+    pytest.importorskip("safetensors")
+    if PEER is None:
+        pytest.skip("there are no such weights here")
+    found = dist_resnet.evaluate(
+        PEER,
+        f"data.root={cifar10.folder.parent}",
+        f"data.dataset={cifar10.folder.name}",
+        "model.init_map=order",
+        "data.normalisation=imagenet",
+        "precision.dtype=fp32",
+    )
+    assert found["images"] == 10_000
+    assert abs(found["correct"] - 9_507) <= 3  # kinds of processors round otherwise
 
 
 def test_a_file_is_evaluated_with_all_its_classes_only(tmp_path: Path) -> None:
