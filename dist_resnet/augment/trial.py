@@ -18,13 +18,12 @@ _IMAGES = 8
 def try_extras(
     config: AugmentConfig, image_size: tuple[int, int], statistics: Normalisation
 ) -> None:
-    """Call each of augment.extra twice on a small batch of the device.
+    """Call each of augment.extra, which `check_signatures` has found, twice on a small batch.
 
     Raises:
-        UserError: one cannot be found or called, alters its images' shape or type, or is not a pure
+        UserError: one cannot be called, alters its images' shape or type, or is not a pure
             function of images and draws.
     """
-    check_signatures(config)
     for named in extras(config):
         fault = _fault(named, image_size, statistics)
         if fault is not None:

@@ -17,8 +17,10 @@ class Reduction(Protocol):
 
     remark: str
     """How a large model is summed, for the reader; else empty."""
-    in_chunks: bool
-    """Whether it sums during the backward pass, which must leave each gradient in its place."""
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether it sums during the backward pass, which must leave each gradient in its place."""
 
     def expect_last(self, exchange: Tensor) -> None:
         """The pass that follows is the step's last one on this rank."""
@@ -43,7 +45,7 @@ class FastReduction:
     """
 
     def __init__(self, flat: FlatModel, replicas: int, local: int, overlaps: bool) -> None:
-        self.replicas, self.remark, self.in_chunks = replicas, "", False
+        self.replicas, self.remark = replicas, ""
         size, device = flat.exchange.numel(), flat.exchange.device
         dtype = torch.float64 if replicas > 2 else torch.float32
         needed = replicas > 2 or local > 1
@@ -54,11 +56,15 @@ class FastReduction:
             return
         shown = f"gradients: {bytes_of(flat) / 1e6:.0f} MB a step, summed"
         if overlaps and self._sum is all_reduce_sum:
-            self._chunks, self.in_chunks = OverlappedSum(flat), True
+            self._chunks = OverlappedSum(flat)
             self.remark = f"{shown} in {len(self._chunks)} chunks during the backward pass"
         else:
             way = "through shared memory" if self._sum is not all_reduce_sum else "in one piece"
             self.remark = f"{shown} {way} after the backward pass"
+
+    @property
+    def in_chunks(self) -> bool:
+        return self._chunks is not None
 
     def expect_last(self, exchange: Tensor) -> None:
         total = self._total

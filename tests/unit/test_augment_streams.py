@@ -21,7 +21,7 @@ from dist_resnet.augment import (
     normalise,
     within_kernels,
 )
-from dist_resnet.augment.trial import try_extras
+from dist_resnet.augment.trial import check_signatures, try_extras
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.randomness import step_keys, turn_keys
 from dist_resnet.config import builtins
@@ -245,9 +245,15 @@ def brought(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Au
     return write
 
 
+def _tried(config: AugmentConfig) -> None:
+    """As a run does it."""
+    check_signatures(config)
+    try_extras(config, SIZE, STATISTICS)
+
+
 def _refused(config: AugmentConfig) -> str:
     with pytest.raises(UserError) as caught:
-        try_extras(config, SIZE, STATISTICS)
+        _tried(config)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
