@@ -29,7 +29,7 @@ class FlatModel:
     values: Tensor
     """(P,): parameters, the decayed ones first."""
     exchange: Tensor
-    """(P + S + C + 3,): gradients, statistics, counts, loss, top-1, stop requests."""
+    """(P + S + C + M + 2,): gradients, statistics, counts, loss, M measures, stop requests."""
     gradients: Tensor
     """(P,) of `exchange`."""
     statistics: Tensor
@@ -37,7 +37,7 @@ class FlatModel:
     counts: Tensor
     """(C,) of `exchange`: what a replica adds to the model's integer buffers."""
     row: Tensor
-    """(5,): loss, top-1 and stop requests of `exchange`; behind it the gradient's norm, and 1."""
+    """(M + 4,): loss, measures and stop requests of `exchange`; then the gradient's norm, and 1."""
     num_decayed: int
     parameters: list[Tensor]
     """In the order of `values`; views of it, their .grad of `gradients`."""
@@ -50,13 +50,12 @@ class FlatModel:
     """Buffers that a forward pass may replace by other tensors: where they stand, and which."""
 
     loss: Tensor = field(init=False)
-    top1: Tensor = field(init=False)
     stop: Tensor = field(init=False)
     norm: Tensor = field(init=False)
     """0-dimensional, of `row`. Kept, as a view costs a microsecond wherever it is made."""
 
     def __post_init__(self) -> None:
-        self.loss, self.top1, self.stop, self.norm, _ = self.row.unbind()
+        self.loss, *_, self.stop, self.norm, _ = self.row.unbind()
 
     @property
     def num_parameters(self) -> int:
@@ -104,11 +103,14 @@ class FlatModel:
         torch.cat(rows[count:], out=self.gradients[self.num_decayed :])
 
 
-def flatten_model(model: nn.Module) -> FlatModel:
+def flatten_model(model: nn.Module, measures: int = 1) -> FlatModel:
     """Move `model`'s trained parameters, their gradients and its buffers into flat buffers.
 
     Memory layout is kept, which must be dense. Weight decay is for parameters of two dimensions and
     more: weights of convolutions and dense layers, not biases and what normalisation scales by.
+
+    Args:
+        measures: numbers beside the loss, M, that are averaged over the replicas.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim >= 2]
@@ -127,7 +129,7 @@ def flatten_model(model: nn.Module) -> FlatModel:
     num_statistics = sum(_room(b, gap) for b in statistics)
     values = torch.zeros(num_values, device=device)
     size = num_values + num_statistics
-    whole = torch.zeros(size + counters.size + 5, device=device)
+    whole = torch.zeros(size + counters.size + measures + 4, device=device)
     whole[-1] = 1
     exchange = whole[:-2]
 
@@ -147,7 +149,7 @@ def flatten_model(model: nn.Module) -> FlatModel:
         exchange=exchange,
         gradients=exchange[:num_values],
         statistics=exchange[num_values:size],
-        counts=exchange[size:-3],
+        counts=exchange[size : size + counters.size],
         row=whole[size + counters.size :],
         num_decayed=sum(_room(p, gap) for p in decayed),
         fillers=[torch.zeros(_room(p, gap) - p.numel(), device=device) for p in parameters],

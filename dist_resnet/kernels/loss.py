@@ -1,6 +1,6 @@
 """Cross-entropy against mixed targets on a GPU: value, accuracy and gradient in one launch, not 45.
 
-`loss.mixed_cross_entropy` and `loss.weighted_top1` are the definitions.
+`loss.mixed_cross_entropy` and `measures.weighted_top1` are the definitions.
 
 Shapes: R replicas of N images, K classes.
 """

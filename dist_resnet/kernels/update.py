@@ -55,8 +55,8 @@ def account(
 ) -> None:
     """Put the gradient's norm into `row` and count the step, as `step.totals.Totals.add`."""
     _account[(1,)](
-        squares, row, sums, finite, finite_steps, squares.numel(),
-        BLOCK=triton.next_power_of_2(squares.numel()),
+        squares, row, sums, finite, finite_steps, squares.numel(), WIDTH=row.numel(),
+        COLUMNS=triton.next_power_of_2(row.numel()), BLOCK=triton.next_power_of_2(squares.numel()),
     )  # fmt: skip
 
 
@@ -89,19 +89,22 @@ def _update(
 
 
 @triton.jit
-def _account(squares, row, sums, finite, finite_steps, count, BLOCK: tl.constexpr):
+def _account(
+    squares, row, sums, finite, finite_steps, count, WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program: the gradient's norm, both windows of the totals, the count of good steps."""
     place = tl.arange(0, BLOCK)
     parts = tl.load(squares + place, mask=place < count, other=0.0)
     norm = tl.sqrt(tl.sum(parts, 0))
     loss = tl.load(row)
-    column = tl.arange(0, 8)
-    added = tl.load(row + column, mask=column < 5, other=0.0)
-    added = tl.where(column == 3, norm, added).to(tl.float64)
-    tl.store(row + 3, norm)
+    column = tl.arange(0, COLUMNS)
+    added = tl.load(row + column, mask=column < WIDTH, other=0.0)
+    added = tl.where(column == WIDTH - 2, norm, added).to(tl.float64)
+    tl.store(row + WIDTH - 2, norm)
     for window in tl.static_range(2):
-        at = sums + window * 5 + column
-        tl.store(at, tl.load(at, mask=column < 5, other=0.0) + added, mask=column < 5)
+        at = sums + window * WIDTH + column
+        tl.store(at, tl.load(at, mask=column < WIDTH, other=0.0) + added, mask=column < WIDTH)
     good = tl.load(finite) * (loss + norm < float("inf")).to(tl.float32)
     tl.store(finite, good)
     tl.store(finite_steps, tl.load(finite_steps) + good.to(tl.int64))

@@ -139,11 +139,8 @@ class CapturedStep:
         parts = {
             "the gradient": (flat.gradients, expected[:size]),
             "the gradient's norm": (flat.norm, norm),  # of which clipping leaves no trace
-            "a BatchNorm statistic": (
-                flat.statistics,
-                expected[size:end],
-            ),
-            "the loss": (flat.loss, expected[-3]),
+            "a BatchNorm statistic": (flat.statistics, expected[size:end]),
+            "the loss": (flat.loss, expected[end + flat.counts.numel()]),
         }
         for name, (found, wanted) in parts.items():
             error, scale = (found - wanted).norm(), wanted.norm()

@@ -1,4 +1,4 @@
-"""Cross-entropy and accuracy against mixed targets.
+"""Cross-entropy against mixed targets.
 
 Shapes: N images, K classes.
 """
@@ -41,12 +41,3 @@ def mixed_cross_entropy(
         return F.cross_entropy(logits.float(), labels, weights, label_smoothing=smoothing)
     targets = mixed_targets(labels, choices, logits.shape[1], smoothing)
     return F.cross_entropy(logits.float(), targets, weights)
-
-
-def weighted_top1(logits: Tensor, labels: Tensor, choices: Choices) -> Tensor:
-    """Mean over the batch of lam [prediction = a] + (1 - lam) [prediction = b], 0-dimensional."""
-    predictions = logits.argmax(dim=1)
-    hits = (predictions == labels).float()
-    if choices.partner is not None and choices.lam is not None:
-        hits = torch.lerp((predictions == labels[choices.partner]).float(), hits, choices.lam)
-    return hits.mean()

@@ -13,7 +13,8 @@ from torch import Tensor
 from dist_resnet.augment import Augmenter, ChoiceDrawer, Choices, Normalisation, within_kernels
 from dist_resnet.config.schema import AugmentConfig
 from dist_resnet.kernels import support
-from dist_resnet.step.loss import mixed_cross_entropy, weighted_top1
+from dist_resnet.step.loss import mixed_cross_entropy
+from dist_resnet.step.measures import MEASURES
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Objective:
     gradient: Tensor | None
     """Of the objective by `output`; None: 1."""
     row: Tensor
-    """float32 (2,): loss and top-1, each summed over the replicas."""
+    """float32 (1 + M,): loss and what `MEASURES` finds, each summed over the replicas."""
 
 
 class ReplicaPass(Protocol):
@@ -94,7 +95,8 @@ class TorchPass:
     def objective(
         self, logits: Tensor, labels: Tensor, choices: ReplicaChoices, scale: Tensor | None
     ) -> Objective:
-        losses, shares = [], []
+        losses = []
+        found: list[list[Tensor]] = [[] for _ in MEASURES]
         for part, own, chosen in zip(
             _parted(logits, self.replicas),
             _parted(labels, self.replicas),
@@ -102,9 +104,10 @@ class TorchPass:
             strict=True,
         ):
             losses.append(mixed_cross_entropy(part, own, chosen, self.smoothing, self.weights))
-            shares.append(weighted_top1(part.detach(), own, chosen))
-        loss, top1 = _summed(losses), _summed(shares)
-        row = torch.stack([loss.detach(), top1])
+            for values, measure in zip(found, MEASURES.values(), strict=True):
+                values.append(measure(part.detach(), own, chosen))
+        loss = _summed(losses)
+        row = torch.stack([loss.detach(), *map(_summed, found)])
         return Objective(loss if scale is None else loss * scale, None, row)
 
 
@@ -168,7 +171,16 @@ class KernelPass:
         found, gradient = loss_and_gradient(
             logits.detach(), labels, mixup, self.smoothing, scale, self.replicas, self.weights
         )
-        return Objective(logits, gradient, found.sum(dim=0))
+        row = found.sum(dim=0)
+        further = [measure for name, measure in MEASURES.items() if name != "top1"]
+        if further:  # of all images at once, each with its own replica's share of the mixing
+            each = choices
+            if choices.lam is not None:
+                lam = choices.lam.repeat_interleave(len(logits) // self.replicas)
+                each = replace(choices, lam=lam)
+            means = [measure(logits.detach(), labels, each) for measure in further]
+            row = torch.cat([row, self.replicas * torch.stack(means)])
+        return Objective(logits, gradient, row)
 
 
 def build_pass(

@@ -16,6 +16,7 @@ from dist_resnet.models.contract import Traits, checked_model
 from dist_resnet.models.matching import Start, start_from
 from dist_resnet.optim.build import RunOptimizer, build_optimizer
 from dist_resnet.optim.sgd import LossScale
+from dist_resnet.step.measures import MEASURES
 from dist_resnet.step.totals import Totals
 
 
@@ -176,14 +177,14 @@ def build_state(
     """
     model, traits = checked_model(config, classes, image_size, precision, device)
     told = start_from(model, start, config.model)[0] if start is not None else ""
-    flat = flatten_model(model)
+    flat = flatten_model(model, len(MEASURES))
     scaled = precision == torch.float16
     return TrainState(
         flat=flat,
         optimizer=build_optimizer(flat, config, scaled),
         loss_scale=LossScale(device) if scaled else None,
         ema=_averaged_values(flat) if config.train.ema_decay else None,
-        totals=Totals(device),
+        totals=Totals(device, tuple(MEASURES)),
         traits=traits,
         told=told,
     )

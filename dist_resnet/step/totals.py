@@ -1,5 +1,6 @@
 """Training statistics, summed on the device and read by the host only when it logs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,13 @@ class Means:
     """Means over the steps since the totals were last taken."""
 
     loss: float
-    top1: float
+    measures: dict[str, float]
     grad_norm: float
     steps: int
 
 
 class Totals:
-    """Sums of loss, top-1 and gradient norm over two windows: since the last log, and this epoch's.
+    """Sums of loss, measures and gradient norm over two windows: since the last log, this epoch's.
 
     They hold global values, equal on all ranks, and are part of the state: a run continued in the
     middle of a window logs the same figures. Steps are counted from the run's first.
@@ -26,8 +27,9 @@ class Totals:
 
     LOG, EPOCH = 0, 1
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2, 5, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, measures: Sequence[str] = ("top1",)) -> None:
+        self._measures = measures
+        self.sums = torch.zeros(2, len(measures) + 4, dtype=torch.float64, device=device)
         self._finite = torch.ones((), device=device)
         self._finite_steps = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -35,11 +37,11 @@ class Totals:
         """Count one step; nothing waits for the device.
 
         Args:
-            row: float32 (5,): loss, top-1, anything, norm of the gradient, 1.
+            row: float32 (M + 4,): loss, measures, anything, norm of the gradient, 1.
         """
         self.sums += row
         # Neither can be minus infinity, and NaN is not below infinity.
-        self._finite *= row[0] + row[3] < torch.inf
+        self._finite *= row[0] + row[-2] < torch.inf
         self._finite_steps += self._finite.long()
 
     @property
@@ -49,10 +51,11 @@ class Totals:
 
     def take(self, window: int) -> Means:
         """Read one window and start it anew. Waits for the device."""
-        loss, top1, _, grad_norm, steps = self.sums[window].tolist()
+        *sums, steps = self.sums[window].tolist()
         self.sums[window].zero_()
-        count = max(steps, 1)
-        return Means(loss / count, top1 / count, grad_norm / count, int(steps))
+        loss, *measured, _, grad_norm = (value / max(steps, 1) for value in sums)
+        named = dict(zip(self._measures, measured, strict=True))
+        return Means(loss, named, grad_norm, int(steps))
 
     def bad_step(self) -> int | None:
         """The first step whose loss or gradient was not finite. Waits for the device."""
@@ -63,6 +66,8 @@ class Totals:
         return {"sums": self.sums.cpu().clone(), "finite": finite[0], "finite_steps": finite[1]}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.sums.copy_(saved["sums"])
+        # A version with other measures begins its windows anew.
+        if saved["sums"].shape == self.sums.shape:
+            self.sums.copy_(saved["sums"])
         self._finite.fill_(saved["finite"])
         self._finite_steps.fill_(saved["finite_steps"])

@@ -219,5 +219,5 @@ class TrainStep:
             flat.collect([torch.zeros_like(p) if g is None else g for g, p in pairs])
         flat.hold_buffers()
         flat.counters.put(flat.counts)
-        flat.row[:2].copy_(objective.row)
+        flat.row[: len(objective.row)].copy_(objective.row)
         flat.stop.copy_(self.stop)

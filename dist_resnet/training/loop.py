@@ -123,12 +123,10 @@ class Trainer:
         """One row of training metrics. Here, and at evaluations and saves, the host waits."""
         means = self.state.totals.take(Totals.LOG)
         self._check_finite(done)
-        row = self._row(done) | {
-            "train/loss": means.loss,
-            "train/top1": means.top1,
-            "train/lr": self.train_step.rates[done - 1],
-            "train/grad_norm": means.grad_norm,
-        }
+        row = self._row(done) | {"train/loss": means.loss}
+        row |= {f"train/{name}": value for name, value in means.measures.items()}
+        row["train/lr"] = self.train_step.rates[done - 1]
+        row["train/grad_norm"] = means.grad_norm
         self.tracker.log(row | self.watch.end_window(self.plan.global_batch_size))
         if self.writer is not None:
             self.writer.heartbeat(done)
@@ -143,7 +141,7 @@ class Trainer:
         with self.watch.pause(), self.state.evaluated_weights():
             result = self._evaluate(done, at_end)
         row = self._row(done) | {"val/images": result.images} | result.figures(self.classes)
-        self.last_evaluation = row | {"gap/top1": epoch.top1 - result.top1}
+        self.last_evaluation = row | {"gap/top1": epoch.measures["top1"] - result.top1}
         self.tracker.log(self.last_evaluation)
         if result.top1 <= self.state.best.get("val/top1", -1.0):
             return False

@@ -24,7 +24,7 @@ def no_bad_step(self: totals.Totals) -> None:
 
 def some_means(self: totals.Totals, window: int) -> totals.Means:
     take(self, window)
-    return totals.Means(1.0, 0.5, 1.0, 1)
+    return totals.Means(1.0, {"top1": 0.5}, 1.0, 1)
 
 
 def told_itself(self: Trainer, done: int) -> bool:

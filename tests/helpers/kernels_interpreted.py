@@ -19,7 +19,8 @@ from dist_resnet.kernels import conv, images, norm_act, support, update
 from dist_resnet.kernels.loss import loss_and_gradient
 from dist_resnet.models import norm_act as models
 from dist_resnet.models.resnet import resnet
-from dist_resnet.step.loss import mixed_cross_entropy, weighted_top1
+from dist_resnet.step.loss import mixed_cross_entropy
+from dist_resnet.step.measures import MEASURES, weighted_top1
 from dist_resnet.step.replica_pass import KernelPass
 from dist_resnet.step.totals import Totals
 from dist_resnet.step.train_step import TrainStep
@@ -342,6 +343,7 @@ RECIPES = {
 def test_a_whole_step(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two replicas, twice, from equal states: all kernels together against none of them."""
     monkeypatch.setattr(conv, "accepts", lambda *args: False)  # seen above; slow to interpret
+    monkeypatch.setitem(MEASURES, "top1 by torch", weighted_top1)
     states = []
     for mode, usable in (("fused", True), ("eager", False)):
         monkeypatch.setattr(support, "usable", lambda device, usable=usable: usable)
@@ -351,6 +353,8 @@ def test_a_whole_step(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for number in range(2):
             step(batch_of(number, 2))
         states.append(step.state.tensors())
+        top1 = step.state.totals.take(Totals.EPOCH).measures
+        assert top1["top1"] == pytest.approx(top1["top1 by torch"], abs=1e-6)
     assert step.group == 2
     for found, expected in zip(*states, strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)

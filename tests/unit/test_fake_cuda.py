@@ -17,7 +17,8 @@ from dist_resnet.models.resnet import ResNet, resnet
 from dist_resnet.optim.build import build_optimizer
 from dist_resnet.optim.muon import FlatMuon
 from dist_resnet.optim.sgd import LossScale
-from dist_resnet.step.loss import mixed_cross_entropy, weighted_top1
+from dist_resnet.step.loss import mixed_cross_entropy
+from dist_resnet.step.measures import weighted_top1
 from dist_resnet.step.mode import forward_function
 from dist_resnet.step.totals import Totals
 

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from dist_resnet.augment import ChoiceDrawer, Choices, Normalisation
 from dist_resnet.config.schema import AugmentConfig
-from dist_resnet.step.loss import mixed_cross_entropy, mixed_targets, weighted_top1
+from dist_resnet.step.loss import mixed_cross_entropy, mixed_targets
+from dist_resnet.step.measures import weighted_top1
 from dist_resnet.step.replica_pass import KernelPass, TorchPass, torch_pass
 
 K, N = 10, 33

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_resnet.step.measures import MEASURES
 from dist_resnet.step.totals import Totals
 from tests.helpers.training import (
     PlainLoop,
@@ -52,7 +53,7 @@ def test_one_replica_is_a_plain_loop(pairs: list[str]) -> None:
     means = step.state.totals.take(Totals.EPOCH)
     assert means.steps == STEPS
     assert means.loss == pytest.approx(sum(plain.losses) / STEPS, rel=1e-5)
-    assert means.top1 == pytest.approx(sum(plain.top1) / STEPS, abs=1e-6)
+    assert means.measures["top1"] == pytest.approx(sum(plain.top1) / STEPS, abs=1e-6)
     assert means.grad_norm == pytest.approx(sum(plain.norms) / STEPS, rel=1e-4)
 
 
@@ -68,8 +69,28 @@ def test_replicas_on_one_rank_are_averaged(replicas: int, reduction: str) -> Non
         assert_same_step(step.state, plain)
     means = step.state.totals.take(Totals.LOG)
     assert means.loss == pytest.approx(sum(plain.losses) / 6, rel=1e-5)
-    assert means.top1 == pytest.approx(sum(plain.top1) / 6, abs=1e-6)
+    assert means.measures["top1"] == pytest.approx(sum(plain.top1) / 6, abs=1e-6)
     assert means.grad_norm == pytest.approx(sum(plain.norms) / 6, rel=1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["fast", "exact"])
+def test_a_further_measure_is_a_line(monkeypatch: pytest.MonkeyPatch, reduction: str) -> None:
+    config = small_config(f"parallel.reduction={reduction}")
+    plain = train_step(config, 2)
+    monkeypatch.setitem(MEASURES, "labels", lambda logits, labels, choices: labels.float().mean())
+    more, labels = train_step(config, 2), []
+    for number in range(4):
+        batch = batch_of(number, 2)
+        labels.append(batch.labels.double().mean().item())
+        plain(batch)
+        more(batch)
+    found, expected = (step.state.totals.take(Totals.LOG) for step in (more, plain))
+    assert found.measures.pop("labels") == pytest.approx(sum(labels) / 4)
+    assert found == expected
+    for own, other in zip(
+        more.state.optimizer.state.tensors(), plain.state.optimizer.state.tensors(), strict=True
+    ):
+        assert torch.equal(own, other)
 
 
 @pytest.mark.parametrize("replicas", [4, 6, 7])

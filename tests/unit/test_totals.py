@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_resnet.step.totals import Totals
+from dist_resnet.step.totals import Means, Totals
 
 CPU = torch.device("cpu")
 ROWS = [(2.0, 0.25, 1.5), (1.0, 0.5, 0.5), (0.25, 0.75, 4.0), (8.0, 1.0, 0.125)]
@@ -26,19 +26,19 @@ def test_two_windows_are_read_independently() -> None:
         if number == 5:
             log = totals.take(Totals.LOG)
             assert log.steps == 6
-            assert (log.loss, log.top1, log.grad_norm) == tuple(
+            assert (log.loss, log.measures["top1"], log.grad_norm) == tuple(
                 pytest.approx(_mean(range(6), column)) for column in range(3)
             )
     log, epoch = totals.take(Totals.LOG), totals.take(Totals.EPOCH)
     assert (log.steps, epoch.steps) == (4, 10)
     assert log.loss == pytest.approx(_mean(range(6, 10), 0))
-    assert epoch.top1 == pytest.approx(_mean(range(10), 1))
+    assert epoch.measures["top1"] == pytest.approx(_mean(range(10), 1))
     assert epoch.grad_norm == pytest.approx(_mean(range(10), 2))
 
 
 def test_an_empty_window_divides_by_nothing() -> None:
     means = Totals(CPU).take(Totals.LOG)
-    assert (means.loss, means.top1, means.grad_norm, means.steps) == (0, 0, 0, 0)
+    assert means == Means(0, {"top1": 0}, 0, 0)
 
 
 @pytest.mark.parametrize("column", [0, 3])
@@ -86,3 +86,12 @@ def test_round_trip_in_the_middle_of_a_window() -> None:
     third.load_state_dict(saved)
     assert third.take(Totals.EPOCH) == first.take(Totals.EPOCH)
     assert third.take(Totals.LOG) == first.take(Totals.LOG)
+
+
+def test_another_versions_measures_begin_anew() -> None:
+    old, new = Totals(CPU), Totals(CPU, ("top1", "confidence"))
+    _add(old, 0)
+    _add(old, 1, bad=True)
+    new.load_state_dict(old.state_dict())
+    assert new.take(Totals.EPOCH) == Means(0, {"top1": 0, "confidence": 0}, 0, 0)
+    assert new.bad_step() == 1
