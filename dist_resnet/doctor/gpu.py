@@ -31,7 +31,7 @@ def device_finding(config: Config, local_size: int) -> Finding:
     """
     count = cuda_count(config.parallel.device)
     if count == 0:
-        return Finding("ok", "device", f"CPU, {os.cpu_count()} cores")
+        return Finding("ok", "device", f"CPU, cores: {os.cpu_count()}")
     if local_size > count:
         remedy = f"start {count} and set parallel.replicas={local_size} for the same training"
         return Finding("FAIL", "device", f"{local_size} processes for {count} GPUs", remedy)

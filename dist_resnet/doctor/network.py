@@ -61,7 +61,7 @@ def _facts(config: Config, world: World) -> Facts:
 def _world_finding(world: World, facts: Sequence[Facts]) -> Finding:
     hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     backend = "NCCL" if world.device.type == "cuda" else "gloo"
-    return Finding("ok", "processes", f"{len(facts)} on {hosts} nodes, connected by {backend}")
+    return Finding("ok", "processes", f"{len(facts)}, nodes: {hosts}, connected by {backend}")
 
 
 def all_reduce_findings(world: World) -> list[Finding]:

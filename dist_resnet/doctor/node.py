@@ -187,7 +187,7 @@ def _shared_memory(gpus: int, local_size: int) -> Finding:
 def _threads(config: Config, local_size: int) -> Finding:
     cores = len(os.sched_getaffinity(0))
     threads = choose_threads(config, local_size)
-    text = f"{cores} cores for {local_size} processes of {threads} threads"
+    text = f"cores: {cores}, processes: {local_size}, threads of each: {threads}"
     quota = cpu_quota()
     if quota and quota < 0.9 * local_size * threads:
         text += f", but the container may use only {quota:g}"

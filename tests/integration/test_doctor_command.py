@@ -45,7 +45,7 @@ def test_two_processes_by_the_launcher(tmp_path: Path, digits: Dataset) -> None:
     output = log.read_text()
     assert re.findall(r"FAIL +(\w+)", output) == failing
     assert "FutureWarning" not in output
-    for text in ("all-reduce", "GB/s", "ms apart", "same versions", "4 everywhere", "2 on 1 nodes"):
+    for text in ("all-reduce", "GB/s", "ms apart", "same versions", "4 everywhere", "2, nodes: 1"):
         assert text.replace("4 everywhere", digits.fingerprint[:12]) in output
 
 
