@@ -2,7 +2,8 @@
 
 Between `<!-- bench FILE: TABLE -->` and `<!-- end -->` stands that table of a benchmark's JSON,
 between `<!-- runs FOLDER: GROUP -->` and `<!-- end -->` the kept runs of a group, a row for each
-setting over its seeds. Paths start beside the page; above each table stands what made it.
+setting over its seeds, and between `<!-- effects FOLDER: GROUP -->` and `<!-- end -->` what each
+factor of a two-level design did. Paths start beside the page; above each table stands what made it.
 """
 
 import json
@@ -18,9 +19,10 @@ from dist_resnet.base.errors import EXIT_DONE, UserError
 from dist_resnet.base.files import write_for_user
 from dist_resnet.base.paths import user_path
 from dist_resnet.bench.report import cells_of
+from tools.effects import effects_table
 from tools.kept import Kept, read_kept
 
-_BLOCK = re.compile(r"(<!-- (bench|runs) (\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (bench|runs|effects) (\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _COLUMNS = (
     "epochs", "global batch", "n", "seeds", "test top-1", "held out top-1", "with mirror images",
     "train top-1", "gap", "halfway", "hours",
@@ -42,6 +44,8 @@ def filled(text: str, folder: Path) -> str:
         start, kind, place, name, end = match.groups()
         if kind == "runs":
             return f"{start}{of_runs(read_kept(folder / place, name))}\n{end}"
+        if kind == "effects":
+            return f"{start}{_markdown(effects_table(read_kept(folder / place, name)))}\n{end}"
         return f"{start}{of_benchmark(folder / place, name)}\n{end}"
 
     return _BLOCK.sub(fill, text)

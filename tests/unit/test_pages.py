@@ -2,11 +2,14 @@
 
 import json
 import re
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dist_resnet.base.errors import UserError
+from tools.effects import effects_table, standard_error
 from tools.pages import filled, main
 
 ROOT = Path(__file__).parents[2]
@@ -70,3 +73,43 @@ def test_figures_were_measured_on_committed_code_by_an_idle_machine() -> None:
         facts = content["facts"]
         assert re.fullmatch("[0-9a-f]{40}", facts["commit"]), name
         assert facts["other_load_cores"]["during"] < 0.3, name
+
+
+DESIGN = [(a, b, c, a ^ b, a ^ c, b ^ c, a ^ b ^ c) for a, b, c in product((0, 1), repeat=3)]
+WORTH = (0.02, -0.01, 0.001, 0.0, 0.0006, -0.0006, 0.0002)
+
+
+def _designed(design: list[tuple[int, ...]]) -> list[dict[str, Any]]:
+    """Runs whose accuracy is a sum of what each factor is worth; the first factor has two keys."""
+    runs = []
+    for levels in design:
+        settings: dict[str, Any] = {f"f{n}": 2 + 8 * on for n, on in enumerate(levels) if n or on}
+        settings |= {"seed": 0, "with.f0": not levels[0]}
+        top1 = 0.9 + sum(worth * on for worth, on in zip(WORTH, levels, strict=True))
+        runs.append({"settings": settings, "figures": {"val/top1": top1, "val/loss": 1 - top1}})
+    return runs
+
+
+def test_effects_of_a_design_are_what_its_factors_are_worth() -> None:
+    head, *factors, error = effects_table(_designed(DESIGN))
+    assert head[:3] == ["factor", "from", "to"]
+    rows = {row[0]: row[1:] for row in factors}
+    assert rows.pop("f0, with.f0") == ["default, True", "10, False", "+2.00", "-0.0200"]
+    for number, worth in enumerate(WORTH[1:], 1):
+        assert rows.pop(f"f{number}") == ["2", "10", f"{100 * worth:+.2f}", f"{-worth:+.4f}"]
+    assert not rows
+    assert error[1:3] == ["", ""]
+    assert error[3:] == ["0.09", "0.0009"]
+
+
+def test_the_error_of_an_effect_leaves_the_large_ones_out() -> None:
+    assert standard_error([0.1, -0.1, 0.2, 0.05, 3.0]) == pytest.approx(1.5 * 0.1)
+
+
+def test_what_is_no_two_level_design_is_refused() -> None:
+    with pytest.raises(UserError, match="not balanced in these runs"):
+        effects_table(_designed([DESIGN[n] for n in (0, 1, 3, 4)]))
+    runs = _designed(DESIGN)
+    runs[0]["settings"]["f3"] = 7
+    with pytest.raises(UserError, match="f3 has 3 values"):
+        effects_table(runs)
