@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +31,24 @@ from tests.helpers.training import CPU, batch_of, small_config, train_step
 # NumPy, which stands for the GPU, on what lies outside of a mask.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
 KEY, TURN = step_keys(3, 5)[4], turn_keys(3, 5, 2)[4]
+
+
+@triton.jit
+def _counted(count, found):  # type: ignore[no-untyped-def]
+    total = 0
+    for _ in range(tl.load(count)):
+        total += 1
+    tl.store(found, total)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter() -> None:
+    """That of Triton 3.6 makes no loop's bound of an array of NumPy 2.4."""
+    try:
+        _counted[(1,)](torch.tensor([3]), found := torch.zeros(1, dtype=torch.int64))
+    except triton.runtime.errors.InterpreterError as error:
+        pytest.skip(f"Triton {triton.__version__} interprets no loops here: {error}")
+    assert found == 3
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,12 +21,14 @@ def test_numbers_are_those_of_torch() -> None:
     """In a process of its own: Triton reads the variable once, when it is imported."""
     done = subprocess.run(
         [
-            sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider",
+            sys.executable, "-m", "pytest", "-q", "-rs", "--no-header", "-p", "no:cacheprovider",
             "tests/helpers/kernels_interpreted.py",
         ],
         env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True,
         timeout=110,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    if reason := re.search(r"Triton \S+ interprets no loops here: .*", done.stdout):
+        pytest.skip(reason[0])
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout

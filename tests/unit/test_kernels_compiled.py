@@ -104,8 +104,8 @@ def _launch_all(half: torch.dtype, widest: int) -> None:
     squares = update.update(
         values, exchange, values, exchange, 260_000, rate, rate, 0.9, 5e-4, True
     )
-    sums = torch.empty(2, 5, dtype=torch.float64, device=META)
-    update.account(squares, exchange, sums, rate, samples[0])
+    row, sums = torch.empty(5, device=META), torch.empty(2, 5, dtype=torch.float64, device=META)
+    update.account(squares, row, sums, rate, samples[0])
 
 
 def _registers(cubin: bytes) -> int:
