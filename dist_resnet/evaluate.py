@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: python -m dist_resnet.evaluate CHECKPOINT_OR_RUN [--json FILE] [key=value]
 
-Also FILE.safetensors, whose net and normalisation key=value must tell: model.name, model.init_map.
+Also FILE.safetensors: an exported one as its checkpoint; of another, key=value must tell the net
+and the normalisation: model.name, model.init_map.
 
 Uses the checkpoint's own configuration; key=value changes it (data.root, data.dataset,
 eval.flip_tta, precision.dtype ...). Under torchrun the images are shared among the ranks, and the
@@ -45,7 +46,7 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
     """Figures of one checkpoint on one prepared dataset, the same on every rank.
 
     Args:
-        path: a checkpoint, a run folder (its newest one), or weights in a safetensors file.
+        path: a checkpoint, a run folder (its newest one), or a safetensors file.
         pairs: key=value, or mappings of keys, over the checkpoint's configuration.
 
     Raises:
@@ -54,10 +55,11 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
     from dist_resnet.augment import Normalisation
     from dist_resnet.config.load import stored_config
     from dist_resnet.distributed.group import start, stop
+    from dist_resnet.runs.exported import SUFFIX, exported_checkpoint
     from dist_resnet.runs.weights import find_weights, trained_model
     from dist_resnet.training.session import open_session
 
-    if path.suffix == ".safetensors":
+    if path.suffix == SUFFIX and exported_checkpoint(path) is None:
         return _evaluate_file(path, pairs)
     file, saved = find_weights(path)
     config = stored_config(saved.config, pairs)

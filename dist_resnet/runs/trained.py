@@ -9,6 +9,7 @@ from dist_resnet.base.errors import UserError
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.load import stored_config
 from dist_resnet.data.decoding import Reading, stored_reading
+from dist_resnet.runs.exported import description
 from dist_resnet.runs.weights import find_weights, trained_model
 
 
@@ -20,6 +21,7 @@ class Classifier(nn.Module):
         image_size: (height, width) of the images it was trained on.
         step: training step of its weights.
         reading: how the image files that it was trained on became pixels.
+        description: what a file of its weights says of itself.
     """
 
     mean: Tensor
@@ -34,6 +36,7 @@ class Classifier(nn.Module):
         std: list[float],
         step: int,
         reading: Reading,
+        description: dict[str, str],
     ) -> None:
         super().__init__()
         self.network = network
@@ -41,6 +44,7 @@ class Classifier(nn.Module):
         self.image_size = image_size
         self.step = step
         self.reading = reading
+        self.description = description
         shape = (1, 3, 1, 1)
         self.register_buffer("mean", torch.tensor(mean).view(shape) / 255)
         inverse = torch.tensor([255 / (value or 1.0) for value in std])
@@ -52,7 +56,7 @@ class Classifier(nn.Module):
 
 
 def load(path: str | Path, checkpoint: str = "newest") -> Classifier:
-    """The classifier of a run folder or of one checkpoint, on the CPU, in evaluation mode.
+    """The classifier of a run folder, a checkpoint or an exported file, on the CPU, to evaluate.
 
         model = dist_resnet.load("runs/NAME")
         names = [model.classes[i] for i in model(images).argmax(1)]
@@ -78,5 +82,6 @@ def load(path: str | Path, checkpoint: str = "newest") -> Classifier:
         saved.std,
         saved.state.step,
         reading,
+        description(saved),
     )
     return classifier.eval()

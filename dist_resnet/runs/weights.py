@@ -10,6 +10,7 @@ from dist_resnet.config.schema import Config
 from dist_resnet.distributed.group import rank
 from dist_resnet.models.build import build_model, in_layout
 from dist_resnet.runs.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from dist_resnet.runs.exported import SUFFIX, exported_checkpoint
 from dist_resnet.step.state import load_tensors
 from dist_resnet.tracking.tracker import say_on_stderr
 
@@ -17,7 +18,7 @@ CHECKPOINTS = ("newest", "best")
 
 
 def find_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, Checkpoint]:
-    """File and content of a checkpoint, or of the newest valid or the best one of a run folder.
+    """File and content of a checkpoint, an exported file, or of a run folder's newest or best one.
 
     Raises:
         UserError: there is none.
@@ -27,14 +28,25 @@ def find_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, Checkpoi
     if not path.is_dir():
         if checkpoint != CHECKPOINTS[0]:
             raise UserError(f"{path}: is no run folder, which alone has a {checkpoint} checkpoint")
-        return path, read_checkpoint(path)
+        return path, _exported(path) if path.suffix == SUFFIX else read_checkpoint(path)
     store = CheckpointStore(path / "checkpoints", keep=1)
     best = checkpoint == "best"
     found = store.best() if best else store.newest(say_on_stderr, set_aside=False)
     if found is None:
         kind = "best " if best else ""
-        raise UserError(f"{path}: holds no {kind}checkpoint; name a run folder or a .pt file")
+        raise UserError(
+            f"{path}: holds no {kind}checkpoint; name a run folder, a .pt or a .safetensors file"
+        )
     return found
+
+
+def _exported(path: Path) -> Checkpoint:
+    if (found := exported_checkpoint(path)) is not None:
+        return found
+    raise UserError(
+        f"{path}: holds weights alone, and does not say of which net: "
+        "python -m dist_resnet.evaluate takes it with model.name, a training as model.init"
+    )
 
 
 def trained_model(saved: Checkpoint, config: Config) -> nn.Module:

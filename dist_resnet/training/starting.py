@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dist_resnet.augment.trial import check_signatures
-from dist_resnet.base.errors import UserError, first_line
+from dist_resnet.base.errors import UserError
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.plugins import is_plugin
 from dist_resnet.config.schema import Config, ModelConfig
@@ -17,11 +17,10 @@ from dist_resnet.models.build import build_model, in_layout
 from dist_resnet.models.matching import Start, natural, start_from
 from dist_resnet.optim import build as optimizers
 from dist_resnet.runs.checkpoint import Checkpoint
+from dist_resnet.runs.exported import SUFFIX, tensors_of
 from dist_resnet.runs.weights import find_weights
 from dist_resnet.step.state import TrainState, build_state
 from dist_resnet.training.session import Session
-
-SAFETENSORS = ".safetensors"
 
 
 def check_own_code(config: Config) -> None:
@@ -96,7 +95,7 @@ def started_model(config: Config, classes: int) -> nn.Module:
 
 def _read(path: Path) -> Start:
     try:
-        if path.suffix == SAFETENSORS:
+        if path.suffix == SUFFIX:
             return safetensors_of(path)
         file, saved = find_weights(path)
     except UserError as error:
@@ -112,17 +111,6 @@ def safetensors_of(path: Path) -> Start:
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        from safetensors.torch import load
-    except ImportError:
-        raise UserError("needs a package: pip install 'dist-resnet[export]'") from None
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}") from None
-    try:
-        tensors = load(content)
-    except Exception as error:  # its own, from Rust
-        raise UserError(f"not a safetensors file, or damaged: {first_line(error)}") from None
+    tensors, _, checksum = tensors_of(path)
     ordered = {name: tensors[name] for name in natural(tensors)}  # the file keeps no order
-    return Start(str(path), hashlib.sha256(content).hexdigest(), ordered)
+    return Start(str(path), checksum, ordered)

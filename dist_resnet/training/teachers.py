@@ -14,10 +14,11 @@ from dist_resnet.config.schema import Config
 from dist_resnet.models.build import build_model, in_layout
 from dist_resnet.models.matching import start_from
 from dist_resnet.runs.checkpoint import Checkpoint
+from dist_resnet.runs.exported import SUFFIX, exported_checkpoint
 from dist_resnet.runs.weights import find_weights, trained_model
 from dist_resnet.step.distill import Distillation, Teacher
 from dist_resnet.training.session import Session
-from dist_resnet.training.starting import SAFETENSORS, safetensors_of
+from dist_resnet.training.starting import safetensors_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ def find_teachers(config: Config) -> list[FoundTeacher]:
     for name in config.distill.teachers:
         try:
             file, saved = user_path(name), None
-            if file.suffix != SAFETENSORS:
+            if file.suffix == SUFFIX:
+                saved = exported_checkpoint(file)
+            else:
                 file, saved = find_weights(file)
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
         except (UserError, OSError) as error:

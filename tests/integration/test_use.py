@@ -16,7 +16,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import dist_resnet
-from dist_resnet import export, predict
+from dist_resnet import evaluate, export, predict
 from dist_resnet.base.errors import UserError
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset
@@ -116,17 +116,42 @@ def test_exported_files_give_the_checkpoint_s_logits(
     elif form == "torch_export":
         got = torch.export.load(tmp_path / "model.pt2").module()(batch)
     else:
-        from safetensors.torch import load_file
-
-        fresh = dist_resnet.load(run)
-        for tensor in fresh.state_dict().values():
-            tensor.zero_()
-        fresh.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
-        got = fresh(batch)
+        got = dist_resnet.load(tmp_path / "model.safetensors")(batch)
     assert (wanted - got).abs().max() < 1e-4
     assert torch.equal(wanted.argmax(1), got.argmax(1))
     assert "README.md" in names
     assert not [name for name in names if name.startswith(".tmp")]
+
+
+def test_an_exported_file_is_as_good_as_its_checkpoint(
+    run: Path, digits: Dataset, tmp_path: Path
+) -> None:
+    assert _export(run, tmp_path / "one", "safetensors") == 0
+    file = tmp_path / "one" / "model.safetensors"
+    root = f"data.root={digits.folder.parent}"
+    theirs, ours = (evaluate.evaluate_checkpoint(path, [root]) for path in (run, file))
+    assert {**ours, "checkpoint": ""} == {**theirs, "checkpoint": ""}
+    assert _export(file, tmp_path / "two", "safetensors") == 0
+    assert (tmp_path / "two" / "model.safetensors").read_bytes() == file.read_bytes()
+    assert dist_resnet.load(file).reading == dist_resnet.load(run).reading
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, "holds weights alone, and does not say of which net"),
+        ({"dist_resnet": "[1]"}, "damaged: what it says of itself"),
+        ({"dist_resnet": '{"step": 1}'}, "damaged: what it says of itself"),
+    ],
+)
+def test_a_file_that_says_nothing_of_its_net(
+    metadata: dict[str, str] | None, message: str, tmp_path: Path
+) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    file = tmp_path / "w.safetensors"
+    save_file({"network.w": torch.zeros(2)}, file, metadata)
+    with pytest.raises(UserError, match=message):
+        dist_resnet.load(file)
 
 
 def test_export_refuses_a_file_that_differs(run: Path) -> None:
