@@ -4,20 +4,28 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from dist_resnet.tracking.tracker import Artifact, Media, Picture
+from dist_resnet.tracking.tracker import Artifact, Media, Picture, Say
 
 MOST_CELLS = 10_000
 """Rows of a table that W&B keeps; it would cut off the rest without a word."""
 
 
-def too_large(value: int | Picture | list[list[int]]) -> bool:
-    """Whether it is a confusion matrix that does not fit into a table."""
-    return isinstance(value, list) and len(value) ** 2 > MOST_CELLS
-
-
-def row(wandb: Any, media: Media, classes: Sequence[str]) -> dict[str, Any]:
-    """The row that `run.log` takes."""
-    return {key: _value(wandb, value, classes) for key, value in media.items()}
+def row(wandb: Any, media: Media, classes: Sequence[str], say: Say) -> dict[str, Any]:
+    """The row that `run.log` takes, without a confusion matrix that does not fit into a table."""
+    shown: dict[str, Any] = {}
+    for key, value in media.items():
+        if isinstance(value, int):
+            shown[key] = value
+        elif isinstance(value, Picture):
+            shown[key] = wandb.Image(value.pixels, caption=value.caption)
+        elif len(value) ** 2 <= MOST_CELLS:
+            shown[key] = _confusion_chart(wandb, value, classes)
+        else:
+            say(
+                f"wandb: no {key}: {len(classes):,} classes have more than the"
+                f" {MOST_CELLS:,} cells that a table takes; its picture shows all"
+            )
+    return shown
 
 
 def artifact(wandb: Any, wanted: Artifact) -> Any:
@@ -31,14 +39,6 @@ def artifact(wandb: Any, wanted: Artifact) -> Any:
     # By default the file is copied into the user's home folder first.
     made.add_file(str(wanted.path), policy="immutable", skip_cache=True)
     return made
-
-
-def _value(wandb: Any, value: int | Picture | list[list[int]], classes: Sequence[str]) -> Any:
-    if isinstance(value, int):
-        return value
-    if isinstance(value, Picture):
-        return wandb.Image(value.pixels, caption=value.caption)
-    return _confusion_chart(wandb, value, classes)
 
 
 def _confusion_chart(wandb: Any, counts: list[list[int]], classes: Sequence[str]) -> Any:

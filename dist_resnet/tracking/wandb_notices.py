@@ -1,8 +1,4 @@
-"""What W&B is told of a run beside its figures: alerts, and what to keep when it has finished.
-
-Trackers, so that they hear of every row and of the end; they only queue, and a failure of theirs is
-`Trackers`' to contain.
-"""
+"""What W&B is told of a run beside its figures: alerts, and what to keep when it has finished."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,14 +11,22 @@ STARVED = 0.5
 STARVED_ROWS = 3  # in a row: the first window holds the loader's compilation
 
 
-class Alerts(NullTracker):
-    """Alerts for starvation (once), divergence, failure and completion."""
+class Notices(NullTracker):
+    """Alerts for starvation (once), divergence, failure and completion; files of a finished run.
 
-    name = "alerts"
+    A tracker, so that it hears of every row and of the end; it only queues, and `Trackers` contains
+    its failures.
+    """
 
-    def __init__(self, wandb: WandbTracker, run: str) -> None:
+    name = "notices"
+
+    def __init__(
+        self, wandb: WandbTracker, run: str, find: Callable[[], Sequence[Artifact]]
+    ) -> None:
+        """`find` is called when a run has finished: then no checkpoint is replaced any more."""
         self._wandb = wandb
         self._run = run
+        self._find = find
         self._starved = 0
         self._step = 0
 
@@ -41,30 +45,15 @@ class Alerts(NullTracker):
             )
 
     def close(self, exit_code: int, summary: Mapping[str, object]) -> None:
-        """Tell how the run ended; one that was preempted goes on."""
+        """Tell how the run ended, and keep its files; one that was preempted goes on."""
         if exit_code == EXIT_DONE:
             figures = f"val/top1 {summary.get('val/top1')}, {self._step} steps"
             self._wandb.alert("finished", f"{self._run}: {figures}")
+            for artifact in self._find():
+                self._wandb.keep(artifact)
         elif exit_code == EXIT_DIVERGED:
             self._wandb.alert("diverged", f"{self._run}: {summary.get('reason')}", error=True)
         elif exit_code != EXIT_PREEMPTED:
             # Not the reason: an error's text may hold the names of machines.
             text = f"{self._run}: exit code {exit_code} after step {self._step}"
             self._wandb.alert("failed", text, error=True)
-
-
-class Artifacts(NullTracker):
-    """Keeps files with W&B when a run has finished: then no checkpoint is replaced any more."""
-
-    name = "artifacts"
-
-    def __init__(self, wandb: WandbTracker, find: Callable[[], Sequence[Artifact]]) -> None:
-        """`find` is called at the end."""
-        self._wandb = wandb
-        self._find = find
-
-    def close(self, exit_code: int, summary: Mapping[str, object]) -> None:
-        """Queue the files of a finished run."""
-        if exit_code == EXIT_DONE:
-            for artifact in self._find():
-                self._wandb.keep(artifact)

@@ -2,85 +2,49 @@
 
 import contextlib
 import json
-import netrc
 import os
 import shlex
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from typing import Any
 
 from dist_resnet.base.errors import one_line
+from dist_resnet.config.schema import WandbConfig
 from dist_resnet.tracking import wandb_media
 from dist_resnet.tracking.tracker import Artifact, Media, Row, Say
-from dist_resnet.tracking.wandb_options import wandb_options
 from dist_resnet.tracking.wandb_reach import why_unreachable
 
 GLOBS = ("train/*", "val/*", "gap/*", "perf/*")
 
 
-class WandbSettings(Protocol):
-    """The `wandb` section of the configuration."""
-
-    @property
-    def mode(self) -> str:
-        """auto, online, offline or disabled."""
-
-    @property
-    def project(self) -> str:
-        """Where the run goes."""
-
-    @property
-    def entity(self) -> str | None:
-        """Whose project; None or empty: the account's default."""
-
-    @property
-    def group(self) -> str | None:
-        """What ties the runs of one experiment together."""
-
-    @property
-    def tags(self) -> Sequence[str]:
-        """Words to find the run by."""
-
-
+@dataclass
 class WandbSession:
-    """`wandb_writer.Session` on wandb.run. Not thread-safe, but for `abandon`."""
+    """wandb.run, for one thread; all but `abandon` and `resend` may raise or block for ever."""
 
-    mode: str
-    asked: str
+    settings: WandbConfig
+    run_dir: Path
+    config: Mapping[str, object]
+    run_id: str
+    """The sweep agent's, once the run is open, where there is one."""
+    name: str
+    say: Say
+    mode: str = "auto"
+    """auto, online or offline; one of the last two, once the run is open."""
+    asked: str = ""
     """What asked for the mode; empty: nobody."""
-    resume_position: int | None
-    init_seconds: float
-    finish_seconds: float
-
-    def __init__(
-        self,
-        settings: WandbSettings,
-        run_dir: Path,
-        config: Mapping[str, object],
-        run_id: str,
-        name: str,
-        say: Say,
-    ) -> None:
-        self.run_id = run_id
-        self._folder = run_dir / "wandb"
-        self._say = say
-        self._run: Any = None
-        self._rewound = False
-        self._continues = False
-        self._init: dict[str, Any] = {"dir": str(run_dir), "config": dict(config), "name": name}
-        self._init |= {"group": settings.group or None, "tags": list(settings.tags)}
-        self._init |= {"job_type": "train"}
-        # A sweep agent has already decided these; wandb ignores others with a warning.
-        self._sweep = bool(os.environ.get("WANDB_SWEEP_ID"))
-        if not self._sweep:
-            self._init |= {"project": settings.project, "entity": settings.entity or None}
-            self._init |= {"id": run_id}
+    resume_position: int | None = None
+    """W&B's `_step` of the first row to come; None: after all that there are."""
+    init_seconds: float = 4.0
+    finish_seconds: float = 12.0
+    _run: Any = None
+    _rewound: bool = False
+    _continues: bool = False
 
     def open(self, on_stop: Callable[[], None]) -> None:
-        """Start the run in the best mode that works."""
+        """Start the best mode that works; `on_stop`: for a press of "Stop run" on the dashboard."""
         began = time.monotonic()
         # wandb itself would silently write to the system's temporary folder instead.
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -100,14 +64,13 @@ class WandbSession:
             if why is None and not proxied:
                 why = why_unreachable(library.settings.base_url)
             self.mode = "offline" if why else "online"
-        options = wandb_options(wandb, self.init_seconds, self.finish_seconds, on_stop)
         if self.mode == "online":
             try:
-                self._start(wandb, options, "online", deadline=began + 6.0)
+                self._start(wandb, on_stop, deadline=began + 6.0)
             except Exception as error:
                 why, self.mode = f"the online start failed ({one_line(error)})", "offline"
         if self.mode == "offline":
-            self._start(wandb, options, "offline", deadline=began + 60.0)
+            self._start(wandb, on_stop, deadline=began + 60.0)
         self._define_metrics()
         self._tell(why)
 
@@ -116,29 +79,23 @@ class WandbSession:
         self._run.log(dict(row))
 
     def show(self, media: Media, classes: Sequence[str]) -> None:
-        """Log one row of pictures."""
+        """Log one row of pictures, and what `classes` its matrices are of."""
         import wandb
 
-        shown = {key: value for key, value in media.items() if not wandb_media.too_large(value)}
-        for key in media.keys() - shown.keys():
-            self._say(
-                f"wandb: no {key}: {len(classes):,} classes have more than the"
-                f" {wandb_media.MOST_CELLS:,} cells that a table takes; its picture shows all"
-            )
-        self._run.log(wandb_media.row(wandb, shown, classes))
+        self._run.log(wandb_media.row(wandb, media, classes, self.say))
 
     def alert(self, title: str, text: str, error: bool) -> None:
         """W&B sends it by the ways that its reader has chosen; offline, when it is synced."""
         self._run.alert(title, text, level="ERROR" if error else "INFO")
 
     def keep(self, artifact: Artifact) -> None:
-        """Log the file as an artifact."""
+        """Log the file as an artifact; it must stay where it is until the run has been sent."""
         import wandb
 
         self._run.log_artifact(wandb_media.artifact(wandb, artifact))
 
     def next_step(self) -> int | None:
-        """W&B's `_step` of the next row."""
+        """W&B's `_step` of the next row; None if only the server could tell."""
         if self._rewound:
             return self.resume_position
         if self._continues and self.mode == "offline":
@@ -146,7 +103,11 @@ class WandbSession:
         return int(self._run.starting_step)  # run.step is 0 until the first row, resumed or not
 
     def finish(self, exit_code: int, summary: Mapping[str, object]) -> None:
-        """Write the summary, send the rest, and take the service down with its exit hook."""
+        """Write the summary, send the rest, and take the service down with its exit hook.
+
+        Raises:
+            TimeoutError: `finish_seconds` were not enough.
+        """
         import wandb
 
         # A path or a dtype among the values would fail all of them.
@@ -156,7 +117,10 @@ class WandbSession:
             wandb.teardown()
 
     def abandon(self) -> None:
-        """Kill wandb-core and take back its exit hook, which would raise or wait for ever."""
+        """Kill wandb-core and take back its exit hook, which would raise or wait for ever.
+
+        From any thread, at any time.
+        """
         with contextlib.suppress(Exception):
             from wandb.sdk import wandb_setup
 
@@ -176,37 +140,64 @@ class WandbSession:
             return f"wandb sync {folder}/offline-run-*-{run}*"
         return f"wandb sync --include-online {folder}/*run-*-{run}*"
 
-    def _start(self, wandb: Any, options: dict[str, Any], mode: str, deadline: float) -> None:
-        """wandb.init; where taking back rows is refused, continue after them, if there is time."""
+    @property
+    def _folder(self) -> Path:
+        return self.run_dir / "wandb"
 
-        def begin(**resume: str) -> Any:
-            # A Settings object of its own each time: init writes into it.
-            settings = wandb.Settings(**options)
+    def _start(self, wandb: Any, on_stop: Callable[[], None], deadline: float) -> None:
+        """wandb.init; where taking back rows is refused, continue after them, if there is time."""
+        sweep = bool(os.environ.get("WANDB_SWEEP_ID"))
+        wanted: dict[str, Any] = {
+            "dir": str(self.run_dir), "config": dict(self.config), "name": self.name,
+            "group": self.settings.group or None, "tags": list(self.settings.tags),
+            "job_type": "train", "mode": self.mode,
+        }  # fmt: skip
+        if not sweep:  # whose agent has already decided these; wandb ignores others with a warning
+            wanted |= {"project": self.settings.project, "entity": self.settings.entity or None}
+            wanted |= {"id": self.run_id}
+        ways = [{"resume": "allow"}]
+        if self.resume_position is not None and not sweep:
+            ways.insert(0, {"resume_from": f"{self.run_id}?_step={self.resume_position - 1}"})
+        refused = ""
+        for way in ways:
             try:
-                return wandb.init(**self._init, mode=mode, settings=settings, **resume)
-            except Exception:
+                self._run = wandb.init(**wanted, **way, settings=self._settings(wandb, on_stop))
+            except Exception as error:
                 # The service still holds the id and would refuse it to the next attempt.
                 self.abandon()
                 with contextlib.suppress(Exception, SystemExit):
                     wandb.teardown()
                 wandb.setup(wandb.Settings(silent=True))
-                raise
-
-        refused: Exception | None = None
-        if self.resume_position is not None and not self._sweep:
-            moment = f"{self.run_id}?_step={self.resume_position - 1}"
-            try:
-                self._run = begin(resume_from=moment)
-                self._rewound = True
-            except Exception as error:
-                if time.monotonic() > deadline:
+                if way is ways[-1] or time.monotonic() > deadline:
                     raise
-                refused = error
-        if self._run is None:
-            self._run = begin(resume="allow")
+                refused = one_line(error)
+            else:
+                self._rewound = "resume_from" in way
+                break
         if refused:
-            self._say(f"wandb: rows after the checkpoint stay ({one_line(refused)})")
+            self.say(f"wandb: rows after the checkpoint stay ({refused})")
         self.run_id = str(self._run.id)
+
+    def _settings(self, wandb: Any, on_stop: Callable[[], None]) -> Any:
+        """For one call of wandb.init, which writes into them."""
+        return wandb.Settings(
+            silent=True,  # our own line says it; wandb's ten would break the progress line
+            console="off",  # 4 s of a live progress line are 112 KB of control codes in its log
+            init_timeout=self.init_seconds,
+            login_timeout=1,  # should a prompt come up after all
+            finish_timeout=self.finish_seconds,  # default: retries for 7 days
+            finish_timeout_raises=True,
+            # Default 15 s, and nothing is flushed when the trainer is killed: 15 s of rows lost.
+            x_transaction_log_flush_interval=1.0,
+            save_code=False,
+            disable_code=True,
+            disable_git=True,  # the configuration has the commit; the diff may hold anything
+            x_disable_meta=True,  # holds the SLURM_* environment variables and the command line
+            x_stats_track_process_tree=True,
+            # torchrun's process is the root of all ranks on this machine.
+            x_stats_pid=os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid(),
+            stop_fn=on_stop,  # default: SIGINT to rank 0 alone; the others hang in all-reduce
+        )
 
     def _define_metrics(self) -> None:
         self._run.define_metric("step", hidden=True)
@@ -215,30 +206,21 @@ class WandbSession:
 
     def _tell(self, why: str | None) -> None:
         if self.mode == "online":
-            self._say(f"wandb: online, {self._run.url}")
+            self.say(f"wandb: online, {self._run.url}")
         else:
-            self._say(
+            self.say(
                 f"wandb: offline{', because ' + why if why else ''}; to send it: {self.resend()}"
             )
 
 
 def why_no_credentials(base_url: str) -> str | None:
     """None if there is a key for this server. Prompts nobody; wandb.init would, for ever."""
-    missing = "there is no API key (wandb login)"
     try:
         from wandb.sdk.lib import wbauth
 
         found = wbauth.authenticate_session(
             host=base_url, source="dist_resnet", prompt=False, update_session=False
         )
-        return None if found else missing
-    except (ImportError, AttributeError, TypeError):  # private; another version may lack it
-        if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-            return None
-        with contextlib.suppress(OSError, netrc.NetrcParseError):
-            hosts = netrc.netrc(os.environ.get("NETRC") or os.path.expanduser("~/.netrc")).hosts
-            if urlsplit(base_url).netloc in hosts:
-                return None
-        return missing
+        return None if found else "there is no API key (wandb login)"
     except Exception as error:  # a malformed key: wandb says what is wrong with it
         return one_line(error)

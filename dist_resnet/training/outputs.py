@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from dist_resnet.base import signals
@@ -19,8 +20,8 @@ from dist_resnet.step.state import Snapshot, TrainState
 from dist_resnet.tracking.console import Console
 from dist_resnet.tracking.jsonl import MetricsFile, rewind
 from dist_resnet.tracking.tracker import Artifact, NullTracker, Tracker, Trackers
-from dist_resnet.tracking.wandb_notices import Alerts, Artifacts
-from dist_resnet.tracking.wandb_run import WandbTracker, start_wandb
+from dist_resnet.tracking.wandb_notices import Notices
+from dist_resnet.tracking.wandb_writer import WandbTracker, start_wandb
 from dist_resnet.training.session import Session
 
 
@@ -132,10 +133,12 @@ def open_outputs(
     store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
     store.remove_leftovers()
     parts: list[Tracker] = [console, metrics]
-    if wandb is not None:
-        parts += _told_by_wandb(config, wandb, store, data, folder.path.name)
-    tracker = Trackers(parts, console.message)
     wandb_id = run_id if wandb is None else wandb.run_id
+    if wandb is not None:
+        find = partial(_to_keep, config, store, data, wandb_id)
+        # W&B last: its end sends what the notices have queued at theirs.
+        parts += [Notices(wandb, folder.path.name, find), wandb]
+    tracker = Trackers(parts, console.message)
     header = {"forks": forks, "wandb_id": wandb_id, **_header(config, session), **place, **origin}
     writer = RunWriter(folder, store, _checkpoints(header), tracker, wandb)
     writer.heartbeat(step)
@@ -166,17 +169,10 @@ def _header(config: Config, session: Session) -> dict[str, Any]:
     }
 
 
-def _told_by_wandb(
-    config: Config, wandb: WandbTracker, store: CheckpointStore, data: Dataset, name: str
-) -> list[Tracker]:
-    parts: list[Tracker] = [Alerts(wandb, name)]
-    if config.wandb.artifacts:
-        parts.append(Artifacts(wandb, lambda: _to_keep(store, data, wandb.run_id)))
-    return [*parts, wandb]  # last: its end sends what the others have queued at theirs
-
-
-def _to_keep(store: CheckpointStore, data: Dataset, run_id: str) -> list[Artifact]:
-    """The best checkpoint and the dataset's description; never the data itself."""
+def _to_keep(config: Config, store: CheckpointStore, data: Dataset, run_id: str) -> list[Artifact]:
+    """The best checkpoint and the dataset's description, if asked for; never the data itself."""
+    if not config.wandb.artifacts:
+        return []
     about: dict[str, object] = {"fingerprint": data.fingerprint, "name": data.name}
     found = [Artifact(f"dataset-{data.name}", "dataset", data.folder / DESCRIPTION, about)]
     best = store.best_path()

@@ -14,7 +14,7 @@ CHILD = """
 import json, os, signal, sys, time
 from types import SimpleNamespace as Settings
 import psutil
-from dist_resnet.tracking.wandb_run import start_wandb
+from dist_resnet.tracking.wandb_writer import start_wandb
 
 job = json.loads(sys.argv[1])
 settings = Settings(mode=job.get("mode", "auto"), project="p", entity=None, group="g", tags=["t"])

@@ -29,7 +29,7 @@ run_command(main)
 TRACKED = """
 def main():
     from dist_resnet.config.schema import WandbConfig
-    from dist_resnet.tracking.wandb_run import start_wandb
+    from dist_resnet.tracking.wandb_writer import start_wandb
     tracker = start_wandb(WandbConfig("offline"), sys.argv[1], {}, "the-run", "a name")
     mode = tracker.mode
     tracker.close(0, {})

@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 
 from dist_resnet.tracking.tracker import Artifact, Row
-from dist_resnet.tracking.wandb_notices import STARVED_ROWS, Alerts, Artifacts
+from dist_resnet.tracking.wandb_notices import STARVED_ROWS, Notices
 from tests.unit.test_wandb_writer import _Session, _started
 
 
 def _titles(rows: list[Row], exit_code: int, reason: str = "") -> list[object]:
     session = _Session()
     tracker = _started(session, [], 5.0)
-    alerts = Alerts(tracker, "the run")
+    notices = Notices(tracker, "the run", lambda: [])
     for row in rows:
-        alerts.log(row)
-    alerts.close(exit_code, {"reason": reason})
+        notices.log(row)
+    notices.close(exit_code, {"reason": reason})
     tracker.close(exit_code, {})
     return [title for _, title in session.others]
 
@@ -44,10 +44,10 @@ def test_files_are_kept_of_a_finished_run_only() -> None:
         def keep(self, artifact: Artifact) -> None:
             self.others.append(("kept", artifact.name))
 
-    for exit_code, expected in ((0, [("kept", "best")]), (3, []), (75, [])):
+    for exit_code, expected in ((0, ["best"]), (3, []), (75, [])):
         session = Keeping()
         tracker = _started(session, [], 5.0)
         best = Artifact("best", "model", Path("best.pt"), {})
-        Artifacts(tracker, lambda best=best: [best]).close(exit_code, {})
+        Notices(tracker, "the run", lambda best=best: [best]).close(exit_code, {})
         tracker.close(exit_code, {})
-        assert session.others == expected
+        assert [what for how, what in session.others if how == "kept"] == expected

@@ -18,10 +18,9 @@ from dist_resnet.tracking.wandb_writer import WandbTracker
 from tests.helpers.wandb_stub import WandbStub
 
 
-class _Session:
-    run_id, mode = "the-run", "offline"
-
+class _Session(WandbSession):
     def __init__(self) -> None:
+        super().__init__(WandbConfig(), Path(), {}, "the-run", "a name", lambda _: None, "offline")
         self.rows: list[Row] = []
         self.others: list[tuple[str, object]] = []
         self.finished: tuple[int, Mapping[str, object]] | None = None
@@ -65,8 +64,13 @@ class _Stuck(_Session):
         setattr(self, where, lambda *_: self.abandoned.wait(1000))
 
 
+def _tracker(session: _Session, said: list[str], close_seconds: float = 0.3) -> WandbTracker:
+    session.say = said.append
+    return WandbTracker(session, close_seconds)
+
+
 def _started(session: _Session, said: list[str], close_seconds: float = 0.3) -> WandbTracker:
-    tracker = WandbTracker(session, said.append, close_seconds)
+    tracker = _tracker(session, said, close_seconds)
     assert tracker.start(5.0)
     return tracker
 
@@ -107,7 +111,7 @@ def test_pictures_alerts_and_artifacts_cost_training_nothing() -> None:
 
 def test_a_start_that_hangs_is_given_up() -> None:
     session, said = _Stuck("open"), list[str]()
-    assert not WandbTracker(session, said.append).start(0.2)
+    assert not _tracker(session, said).start(0.2)
     assert session.abandoned.is_set()
     assert "did not start within 0.2 s" in said[0]
 
@@ -118,7 +122,7 @@ def test_a_start_that_fails_says_why_in_one_line() -> None:
             raise SystemExit("no\nroom")
 
     said: list[str] = []
-    assert not WandbTracker(Failing(), said.append).start(5.0)
+    assert not _tracker(Failing(), said).start(5.0)
     (line,) = said
     assert "SystemExit: no room" in line
 
@@ -133,6 +137,27 @@ def test_an_end_that_hangs_is_given_up(where: str) -> None:
     assert session.abandoned.is_set()
     (line,) = said
     assert "metrics.jsonl" in line
+    assert "wandb sync HERE" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(TimeoutError("late"), "not everything"), (SystemExit(1), "did not finish (SystemExit: 1)")],
+)
+def test_an_end_that_fails_says_why_and_leaves_nothing_behind(
+    error: BaseException, words: str
+) -> None:
+    class Failing(_Session):
+        def finish(self, exit_code: int, summary: Mapping[str, object]) -> None:
+            raise error
+
+    session, said = Failing(), list[str]()
+    tracker = _started(session, said, 5.0)
+    tracker.log({"step": 1})
+    tracker.close(0, {})
+    assert session.abandoned.is_set()
+    (line,) = said
+    assert words in line
     assert "wandb sync HERE" in line
 
 
@@ -157,6 +182,23 @@ def test_a_bad_value_costs_its_row_only() -> None:
     assert tracker.position() == 8
     tracker.close(0, {})
     assert [row["step"] for row in session.rows] == [2]
+    assert said == ["wandb: 1 rows are in metrics.jsonl only"]
+
+
+def test_a_row_that_wandb_refuses_is_counted_and_takes_no_position() -> None:
+    class Choosy(_Session):
+        def log(self, row: Row) -> None:
+            if row["step"] == 1:
+                raise TypeError("no")
+            super().log(row)
+
+    session, said = Choosy(), list[str]()
+    tracker = _started(session, said, 5.0)
+    for step in range(3):
+        tracker.log({"step": step})
+    tracker.close(0, {})
+    assert [row["step"] for row in session.rows] == [0, 2]
+    assert tracker.position() == 9
     assert said == ["wandb: 1 rows are in metrics.jsonl only"]
 
 
