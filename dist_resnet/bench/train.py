@@ -20,14 +20,11 @@ def run(settings: Settings) -> Report:
     steps = 2 if settings.quick else STEPS
     jobs = _jobs(settings, steps)
     report = Report("train", plot=("end to end", "images_per_second"))
-    batch = settings.config.data.batch_size_per_replica
+    data = settings.config.data
     report.settings = {
-        "batch_size_per_replica": batch,
+        "batch_size_per_replica": data.batch_size_per_replica,
         "steps_per_turn": steps,
-        "rounds": settings.rounds,
-        "dataset": settings.config.data.dataset,
-        "model": settings.config.model.name,
-        "loader": settings.config.data.loader,
+        "loader": data.loader,
     }
     timings = measure_jobs(jobs, settings.rounds)
     reference = _best(timings, jobs, ranks=1, tuned=False)
