@@ -5,7 +5,9 @@ each loop is as the framework has one write it. A framework that is not installe
 line that says so.
 """
 
+import contextlib
 import importlib.metadata
+import io
 import os
 import tempfile
 from pathlib import Path
@@ -55,9 +57,10 @@ def run(settings: Settings) -> Report:
         "dataset": "synthetic",
     }
     with tempfile.TemporaryDirectory() as root:
-        for dataset, side in (("tiny", SIDE), ("images", 32)):
-            images = load_synthetic(64 * max(batch, TINY_BATCH), 1, size=side)
-            prepare(images, Path(root) / dataset, "synthetic", dataset)
+        for dataset, side, size in (("tiny", SIDE, TINY_BATCH), ("images", 32, batch)):
+            with contextlib.redirect_stderr(io.StringIO()):
+                images = load_synthetic(64 * size, 1, size=side)
+                prepare(images, Path(root) / dataset, "synthetic", dataset)
         data = (f"data.root={root}", "data.dataset=images", "data.loader=resident")
         pairs = (*settings.pairs, *data, "train.epochs=5000")  # longer than all turns
         for ranks in (1, 2):
