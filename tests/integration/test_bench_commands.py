@@ -129,13 +129,13 @@ def test_a_worker_that_fails_or_dies_says_so(digits: Dataset) -> None:
         Job(name, "peer_loops:train", 1, ranks, pairs, {"framework": name, "steps": 1})
         for name, ranks, pairs in (
             ("Nothing", 2, (*PAIRS, *place)),
-            ("bare loop", 2, aborts),
+            ("bare loop", 1, aborts),
             ("bare loop", 1, (*PAIRS, *place)),
         )
     ]
     failing, aborting, dying = workers = [Worker(job) for job in jobs]
     try:
-        with pytest.raises(JobFailed, match="^KeyError: 'Nothing'$"):
+        with pytest.raises(JobFailed, match=r"^KeyError: 'Nothing'$"):
             failing.finish()
         with pytest.raises(JobFailed, match=r"^died \(exit code -6\): what\(\):  out of luck$"):
             aborting.finish()

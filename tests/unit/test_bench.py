@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from torch.profiler import DeviceType
 
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.tables import number, quartiles
-from dist_resnet.bench import load, parts, roofline
+from dist_resnet.bench import load, parts, roofline, startup
 from dist_resnet.bench.__main__ import main
 from dist_resnet.bench.load import LoadMeter, check_idle
 from dist_resnet.bench.measure import (
@@ -164,6 +165,19 @@ def test_our_own_work_is_no_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     meter = LoadMeter()
     stat.write_text(f"cpu {1010 * hertz} 0 {7 * hertz} 999 999 0 0 0 0 0\ncpu0 1 2 3 4\n")
     assert meter.others() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("prints", "told"),
+    [
+        ("print('dist_resnet: no data'); print('root cause'); print('====')", "no data"),
+        ("print('something'); raise SystemExit('broken')", "broken"),
+        ("raise SystemExit(3)", "ended with exit code 3"),
+    ],
+)
+def test_a_command_that_ends_before_its_first_step_says_why(prints: str, told: str) -> None:
+    with pytest.raises(UserError, match=f"^{told}$"):
+        startup._until_first_step([sys.executable, "-c", prints])
 
 
 # --- reports
