@@ -4,7 +4,6 @@ Ours also draw their choices from (seed, step, sample) and mix up; the others do
 """
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -58,7 +57,8 @@ def _ready(make: Callable[[], Epoch], size: int, seconds: float) -> tuple[int, R
     epoch = make()
 
     def draw(batches: int) -> None:
-        deque(epoch(batches), maxlen=0)
+        taken = sum(1 for _ in epoch(batches))
+        assert taken == batches, f"{taken} batches instead of {batches}"
 
     count = calibrate(draw, seconds, least=2)
     return count * size, partial(draw, count)
