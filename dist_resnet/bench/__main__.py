@@ -54,8 +54,10 @@ def main(arguments: Sequence[str]) -> int:
     meter = LoadMeter()
     report = importlib.import_module(f"dist_resnet.bench.{asked.name}").run(settings)
     during = meter.others()
+    given = {"rounds": rounds, "dataset": config.data.dataset, "model": config.model.name}
+    report.settings = given | report.settings
     report.facts = facts | {"other_load_cores": {"before": before, "during": during}}
-    if during is not None and during > LIMIT:
+    if during > LIMIT:
         report.notes.append(f"{during:.1f} cores were busy with something else: do not believe it")
     if asked.quick:
         report.notes.append("--quick: these figures mean nothing")

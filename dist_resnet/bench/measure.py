@@ -6,23 +6,18 @@ every round gives one ratio, and what is reported is the median of these and the
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dist_resnet.base.errors import one_line
+from dist_resnet.base.errors import DistResnetError, one_line
 from dist_resnet.base.tables import quartiles
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """Something whose speed is measured."""
-
-    name: str
-    images: int
-    """How many images one call of `run` processes; for what has none, how often it does it."""
-    run: Callable[[], None]
-    """Processes them; returns when the device is done."""
+Run = Callable[[], float | None]
+"""Takes one turn; returns its seconds where it knows better than whoever called it."""
+Candidate = Callable[[], tuple[int, Run]]
+"""Makes ready: how many images a turn processes (for what has none, how often it does it), and how
+to take one."""
 
 
 @dataclass
@@ -30,7 +25,8 @@ class Timing:
     """What was measured of one candidate."""
 
     name: str
-    images: int
+    images: int = 1
+    """Of one turn."""
     seconds: list[float] = field(default_factory=list)
     """Of each round."""
     failure: str | None = None
@@ -52,41 +48,60 @@ class Timing:
         return [own / other for own, other in pairs]
 
 
+def wait_for_device() -> None:
+    """Return when a GPU has done what it was given."""
+    import torch  # not above: a worker sets its environment first
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def now() -> float:
+    """Seconds, once the device has done what it was given."""
+    wait_for_device()
+    return time.perf_counter()
+
+
 def measure(
-    candidates: Sequence[Candidate],
-    rounds: int,
-    warm_up: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
+    candidates: Mapping[str, Candidate], rounds: int, clock: Callable[[], float] = now
 ) -> dict[str, Timing]:
     """Time all candidates, in turn, `rounds` times; forth and back, so that none is always first.
 
-    A candidate that raises is given up, and why is kept in its timing; the others go on.
-
-    Args:
-        warm_up: calls of each candidate before the first round, not timed.
+    Each has made ready and taken one turn before. One that raises is given up, and why is kept in
+    its timing; the others go on.
     """
-    timings = {c.name: Timing(c.name, c.images) for c in candidates}
-    assert len(timings) == len(candidates), "two candidates of one name"
-    for candidate in candidates:
-        for _ in range(warm_up):
-            _attempt(candidate, timings[candidate.name], clock)
-        timings[candidate.name].seconds.clear()
+    timings = {name: Timing(name) for name in candidates}
+    runs: dict[str, Run] = {}
+
+    def make_ready(timing: Timing) -> None:
+        timing.images, runs[timing.name] = candidates[timing.name]()
+        runs[timing.name]()
+
+    def take_turn(timing: Timing) -> None:
+        start = clock()
+        told = runs[timing.name]()
+        took = clock() - start
+        timing.seconds.append(took if told is None else told)
+
+    forth = list(timings.values())
+    _attempt(make_ready, forth)
     for number in range(rounds):
-        for candidate in candidates if number % 2 == 0 else reversed(candidates):
-            _attempt(candidate, timings[candidate.name], clock)
+        _attempt(take_turn, forth if number % 2 == 0 else forth[::-1])
     return timings
 
 
-def _attempt(candidate: Candidate, timing: Timing, clock: Callable[[], float]) -> None:
-    if timing.failure:
-        return
-    start = clock()
-    try:
-        candidate.run()
-    except Exception as error:  # a peer may fail in its own ways; the table says how
-        timing.failure = one_line(error)
-    else:
-        timing.seconds.append(clock() - start)
+def _attempt(action: Callable[[Timing], None], timings: Sequence[Timing]) -> None:
+    for timing in timings:
+        if timing.failure is None:
+            try:
+                action(timing)
+            except Exception as error:  # each may fail in its own way; the table says how
+                timing.failure = reason(error)
+
+
+def reason(error: Exception) -> str:
+    """Why something was given up, in one line."""
+    return str(error) if isinstance(error, DistResnetError) else one_line(error)
 
 
 def calibrate(work: Callable[[int], None], seconds: float, least: int = 1) -> int:
@@ -99,9 +114,9 @@ def calibrate(work: Callable[[int], None], seconds: float, least: int = 1) -> in
     work(least)
     count = least
     while True:
-        start = time.perf_counter()
+        start = now()
         work(count)
-        elapsed = time.perf_counter() - start
+        elapsed = now() - start
         if elapsed >= seconds / 4 or count >= 1 << 20:
             return max(least, round(count * seconds / max(elapsed, 1e-9)))
         count *= 4

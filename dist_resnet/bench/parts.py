@@ -1,97 +1,100 @@
-"""Where a step's time goes: the real step, its parts wrapped in timers; and its operators."""
+"""Where a step's time goes, by torch.profiler: the real step, its parts under names of their own;
+and its operators.
+"""
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.profiler import DeviceType, ProfilerActivity, profile, record_function
 
+from dist_resnet.bench.measure import now, wait_for_device
 from dist_resnet.data.stream import Batch
 from dist_resnet.step.train_step import TrainStep
 
-_AUGMENTING = ("augment", "index", "pad", "where", "lerp", "flip", "sub_", "aten::mul")
+Rows = list[dict[str, Any]]
+_AUGMENTATION = "choices and augmentation"
 _GROUPS: dict[str, tuple[str, ...]] = {
     "convolution": ("conv",),
     "BatchNorm, ReLU and addition, fused": ("_NormAct",),
     "BatchNorm": ("batch_norm",),
     "ReLU and additions": ("relu", "threshold", "aten::add"),
     "casts and copies": ("copy_", "_to_copy", "aten::to", "clone", "contiguous"),
-    "crop, flip, normalise, mixup": _AUGMENTING,
+    "crop, flip, normalise, mixup": (
+        _AUGMENTATION, "index", "pad", "where", "lerp", "flip", "sub_", "aten::mul",
+    ),
     "optimizer": ("sgd",),
     "matrix products": ("mm", "linear"),
-}
+}  # fmt: skip
 
 
-def now() -> float:
-    """Seconds, once the device has done what it was given."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def profiled(step: TrainStep, draw: Callable[[], Batch], steps: int) -> tuple[Rows, Rows]:
+    """Of `steps` steps on what `draw` gives: their parts, and their operators.
 
-
-def _timed(part: str, function: Callable[..., Any], seconds: dict[str, float]) -> Any:
-    def timed(*args: Any, **kwargs: Any) -> Any:
+    Returns:
+        Milliseconds a step in each part, and its share of the whole. Shares of the operators in
+        their own time, grouped, and how often each is called in a step.
+    """
+    methods = [
+        (step.replica_pass, "inputs", _AUGMENTATION),
+        (step.replica_pass, "objective", "loss"),
+        (step, "forward", "forward"),
+        (step, "update", "optimizer and totals"),
+        (step.reduction, "add", "reduction"),
+        (step.reduction, "finish", "reduction"),
+        (torch.autograd, "grad", "backward"),
+        (torch.autograd, "backward", "backward"),
+    ]
+    on_gpu = step.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
+    draw = _named("data", draw)
+    with ExitStack() as stack:
+        for owner, name, part in methods:
+            named = _named(part, getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, named))
+        step(draw())
+        # acc_events: else torch 2.11 warns
+        profiler = stack.enter_context(profile(activities=activities, acc_events=True))
         start = now()
-        result = function(*args, **kwargs)
-        seconds[part] = seconds.get(part, 0.0) + now() - start
+        for _ in range(steps):
+            step(draw())
+        seconds = now() - start
+    events, names = profiler.key_averages(), {"data", *(part for _, _, part in methods)}
+    return _parts(events, names, steps, seconds), _operators(events, names, steps, on_gpu)
+
+
+def _named(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def named(*args: Any, **kwargs: Any) -> Any:
+        with record_function(part):
+            result = function(*args, **kwargs)
+            wait_for_device()
         return result
 
-    return timed
+    return named
 
 
-def parts_of_step(step: TrainStep, draw: Callable[[], Batch], steps: int) -> list[dict[str, Any]]:
-    """Milliseconds a step in each part, over `steps` steps, and its share of the whole."""
-    seconds: dict[str, float] = {}
-    with ExitStack() as stack:
-        for owner, name, part in (
-            (step.replica_pass, "inputs", "choices and augmentation"),
-            (step.replica_pass, "objective", "loss"),
-            (step, "forward", "forward"),
-            (step, "update", "optimizer and totals"),
-            (step.reduction, "add", "reduction"),
-            (step.reduction, "finish", "reduction"),
-            (torch.autograd, "grad", "backward"),
-            (torch.autograd, "backward", "backward"),
-        ):
-            timer = _timed(part, getattr(owner, name), seconds)
-            stack.enter_context(mock.patch.object(owner, name, timer))
-        step(draw())
-        seconds.clear()
-        draw, start = _timed("data", draw, seconds), now()
-        for _ in range(steps):
-            step(draw())
-        total = now() - start
-    parts = seconds | {"the rest: host, statistics": total - sum(seconds.values())}
-    rows = [
-        {"name": name, "ms_per_step": 1000 * s / steps, "percent": 100 * s / total}
-        for name, s in sorted(parts.items(), key=lambda item: -item[1])
+def _parts(events: Any, names: Collection[str], steps: int, seconds: float) -> Rows:
+    found = {
+        event.key: event.cpu_time_total / 1e6
+        for event in events
+        if event.key in names and event.device_type == DeviceType.CPU
+    }
+    found["the rest: host, statistics"] = seconds - sum(found.values())
+    ordered = sorted(found.items(), key=lambda item: -item[1])
+    return [
+        {"name": name, "ms_per_step": 1000 * part / steps, "percent": 100 * part / seconds}
+        for name, part in [*ordered, ("whole step", seconds)]
     ]
-    return [*rows, {"name": "whole step", "ms_per_step": 1000 * total / steps, "percent": 100.0}]
 
 
-def operators_of_step(
-    step: TrainStep, draw: Callable[[], Batch], steps: int
-) -> list[dict[str, Any]]:
-    """Shares of the operators in a step's time, grouped, and how often each is called."""
-    from torch.profiler import DeviceType, ProfilerActivity, profile, record_function
-
-    activities = [ProfilerActivity.CPU]
-    if step.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    step(draw())
-    # Our kernel for CPUs is no operator of torch's, and has no name of its own there.
-    named = record_function("augment")(step.replica_pass.inputs)
-    with (
-        mock.patch.object(step.replica_pass, "inputs", named),
-        profile(activities=activities, acc_events=True) as profiler,  # else torch 2.11 warns
-    ):
-        for _ in range(steps):
-            step(draw())
+def _operators(events: Any, names: Collection[str], steps: int, on_gpu: bool) -> Rows:
     groups: dict[str, list[float]] = {}
-    on_gpu = len(activities) > 1
-    for event in profiler.key_averages():
+    for event in events:
+        # Our kernel for CPUs is no operator of torch's: its time is that of the part itself.
+        if event.key in names and (on_gpu or event.key != _AUGMENTATION):
+            continue
         if on_gpu and event.device_type != DeviceType.CUDA:
             continue  # an operator's device time is its kernels', which are there themselves
         own = event.self_device_time_total if on_gpu else event.self_cpu_time_total

@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_resnet.bench.our_loop import train_on
-from dist_resnet.bench.peers import DENSE
-from dist_resnet.bench.reference_loop import as_torch_makes_it, torch_sgd
+from dist_resnet.bench import our_loop
+from dist_resnet.bench.reference_loop import as_torch_makes_it, autocast, torch_sgd
 from dist_resnet.bench.workers import Gate, in_turns
 from dist_resnet.config.schema import Config
 from dist_resnet.distributed.group import World
-from dist_resnet.step.precision import choose_dtype
-from dist_resnet.training.session import choose_threads, sharing_cores
 
-SIDE, CLASSES, KEPT = 4, 10, 8
+SIDE = 4  # of the tiny model's images
+DENSE = "dist_resnet.bench.peer_loops:dense"
 _LIGHTNING = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
 _ACCELERATE = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _COMPOSER = {torch.float32: "fp32", torch.bfloat16: "amp_bf16", torch.float16: "amp_fp16"}
@@ -49,6 +47,16 @@ class Setup:
     def accelerator(self) -> str:
         return "gpu" if self.world.device.type == "cuda" else "cpu"
 
+    @property
+    def lightning(self) -> dict[str, Any]:
+        """What both of Lightning's trainers take."""
+        return {
+            "accelerator": self.accelerator,
+            "devices": self.world.local_size,
+            "strategy": "ddp" if self.world.size > 1 else "auto",
+            "precision": _LIGHTNING[self.precision],
+        }
+
 
 def dense(num_classes: int) -> nn.Module:
     """One dense layer, on images of SIDE x SIDE."""
@@ -61,36 +69,32 @@ def train(config: Config, world: World, gate: Gate, framework: str, steps: int) 
     Raises:
         Finished: it has.
     """
-    torch.set_num_threads(choose_threads(config, sharing_cores(world)))
-    side = SIDE if config.model.name == DENSE else 32
-    generator = torch.Generator().manual_seed(config.seed + world.rank)
-    size = config.data.batch_size_per_replica
-    pixels = torch.randint(256, (KEPT, size, side, side, 3), generator=generator).byte()
-    labels = torch.randint(CLASSES, (KEPT, size), generator=generator)
-    pixels, labels = pixels.to(world.device), labels.to(world.device)
     if framework == "ours":
-        train_on(config, world, gate, steps, pixels, labels, CLASSES)
+        our_loop.train(config, world, gate, steps, from_memory=True)
         return
-    model = as_torch_makes_it(config, CLASSES).to(world.device)
-    images = pixels.permute(0, 1, 4, 2, 3).float() / 255
-    if config.precision.channels_last and config.model.name != DENSE:
-        model = model.to(memory_format=torch.channels_last)
-    else:
-        images = images.contiguous()
-    draw = itertools.cycle(list(zip(images, labels, strict=True))).__next__
-    precision, _ = choose_dtype(config.precision, world.device)
+    loop = LOOPS[framework][1]
+    session, plan = our_loop.opened(config, world)
+    batches = our_loop.kept(session.batches(plan))
+    last = config.precision.channels_last and config.model.name != DENSE
+    layout = torch.channels_last if last else torch.contiguous_format
+    draw = itertools.cycle([
+        ((b.images.permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=layout), b.labels)
+        for b in batches
+    ]).__next__  # fmt: skip
+    model = as_torch_makes_it(config, len(session.dataset.classes))
+    model = model.to(world.device).to(memory_format=layout)
     optimizer = torch_sgd(config, model)
-    _LOOPS[framework](Setup(model, optimizer, draw, steps, world, precision, gate))
+    loop(Setup(model, optimizer, draw, steps, world, session.precision, gate))
 
 
 def _bare(setup: Setup) -> None:
     model = setup.model
     if setup.world.size > 1:
         model = DistributedDataParallel(model)
-    is_mixed = setup.precision != torch.float32
+    mixed = autocast(setup.world.device, setup.precision)
     for images, labels in setup.batches():
         setup.optimizer.zero_grad()
-        with torch.autocast(setup.world.device.type, setup.precision, enabled=is_mixed):
+        with mixed:
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
         setup.optimizer.step()
@@ -98,18 +102,26 @@ def _bare(setup: Setup) -> None:
 
 def _fabric(setup: Setup) -> None:
     lightning: Any = importlib.import_module("lightning.fabric")
-    fabric = lightning.Fabric(
-        accelerator=setup.accelerator,
-        devices=setup.world.local_size,
-        strategy="ddp" if setup.world.size > 1 else "auto",
-        precision=_LIGHTNING[setup.precision],
-    )
+    fabric = lightning.Fabric(**setup.lightning)
     fabric.launch()
-    model, optimizer = fabric.setup(setup.model, setup.optimizer)
+    _loop(setup, fabric.setup(setup.model, setup.optimizer), fabric.backward)
+
+
+def _accelerate(setup: Setup) -> None:
+    accelerate: Any = importlib.import_module("accelerate")
+    accelerator = accelerate.Accelerator(
+        cpu=setup.accelerator == "cpu", mixed_precision=_ACCELERATE[setup.precision]
+    )
+    _loop(setup, accelerator.prepare(setup.model, setup.optimizer), accelerator.backward)
+
+
+def _loop(setup: Setup, wrapped: Any, backward: Callable[[Tensor], None]) -> None:
+    """The loop to write where a framework wraps model and optimizer, and takes backward over."""
+    model, optimizer = wrapped
     for images, labels in setup.batches():
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images), labels)
-        fabric.backward(loss)
+        backward(loss)
         optimizer.step()
 
 
@@ -139,10 +151,7 @@ def _lightning(setup: Setup) -> None:
             return setup.optimizer
 
     trainer = lightning.Trainer(
-        accelerator=setup.accelerator,
-        devices=setup.world.local_size,
-        strategy="ddp" if setup.world.size > 1 else "auto",
-        precision=_LIGHTNING[setup.precision],
+        **setup.lightning,
         max_epochs=1,
         log_every_n_steps=50,
         logger=False,
@@ -153,19 +162,6 @@ def _lightning(setup: Setup) -> None:
     )
     loader = torch.utils.data.DataLoader(_Stream(setup.batches), batch_size=None)
     trainer.fit(Module(), loader)
-
-
-def _accelerate(setup: Setup) -> None:
-    accelerate: Any = importlib.import_module("accelerate")
-    accelerator = accelerate.Accelerator(
-        cpu=setup.accelerator == "cpu", mixed_precision=_ACCELERATE[setup.precision]
-    )
-    model, optimizer = accelerator.prepare(setup.model, setup.optimizer)
-    for images, labels in setup.batches():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
-        accelerator.backward(loss)
-        optimizer.step()
 
 
 def _composer(setup: Setup) -> None:
@@ -208,9 +204,9 @@ def _timm(setup: Setup) -> None:
     if world.size > 1:
         task.prepare_distributed([world.local_rank] if world.device.type == "cuda" else None)
     losses = utils.AverageMeter()
-    is_mixed = setup.precision != torch.float32
+    mixed = autocast(world.device, setup.precision)
     for images, labels in setup.batches():
-        with torch.autocast(world.device.type, setup.precision, enabled=is_mixed):
+        with mixed:
             loss = task(images, labels)["loss"]
         loss.backward()
         setup.optimizer.step()
@@ -218,11 +214,12 @@ def _timm(setup: Setup) -> None:
         losses.update(loss.item(), len(labels))
 
 
-_LOOPS: dict[str, Callable[[Setup], None]] = {
-    "bare loop": _bare,
-    "Fabric": _fabric,
-    "Lightning": _lightning,
-    "Accelerate": _accelerate,
-    "Composer": _composer,
-    "timm": _timm,
+LOOPS: dict[str, tuple[str | None, Callable[[Setup], None]]] = {
+    "bare loop": (None, _bare),
+    "Fabric": ("lightning", _fabric),
+    "Lightning": ("lightning", _lightning),
+    "Accelerate": ("accelerate", _accelerate),
+    "Composer": ("mosaicml", _composer),
+    "timm": ("timm", _timm),
 }
+"""Beside ours: the package that is measured, if any, and its loop."""

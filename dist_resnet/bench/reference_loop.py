@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, RandomSampler
 
 from dist_resnet.bench.other_loaders import ArrayDataset, torch_loader
 from dist_resnet.bench.workers import Gate, in_turns
@@ -29,7 +29,6 @@ class ReferenceLoop:
     Args:
         precision: float32, or what autocast computes in.
         channels_last: memory layout of model and images.
-        mixed_up: whether to mix images up as the recipe says; tests compare without.
     """
 
     def __init__(
@@ -39,12 +38,11 @@ class ReferenceLoop:
         world: World,
         precision: torch.dtype = torch.float32,
         channels_last: bool = False,
-        mixed_up: bool = True,
     ) -> None:
         self.device = world.device
-        self.precision = precision
+        self.autocast = autocast(world.device, precision)
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.alpha = config.augment.mixup_alpha if mixed_up else 0.0
+        self.alpha = config.augment.mixup_alpha
         self.model: nn.Module = as_torch_makes_it(config, classes)
         self.model.to(self.device).to(memory_format=self.layout)
         if world.size > 1:
@@ -65,9 +63,7 @@ class ReferenceLoop:
             images = lam * images + (1 - lam) * images[order]
             others = labels[order]
         self.optimizer.zero_grad()
-        with torch.autocast(
-            self.device.type, self.precision, enabled=self.precision != torch.float32
-        ):
+        with self.autocast:
             logits = self.model(images)
             loss = self.criterion(logits, labels)
             if self.alpha:
@@ -79,6 +75,11 @@ class ReferenceLoop:
         self.correct += int(logits.argmax(dim=1).eq(labels).sum().item())
         self.seen += len(labels)
         return value
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """To compute in `precision`; does nothing for float32."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 def as_torch_makes_it(config: Config, classes: int) -> nn.Module:
@@ -111,14 +112,16 @@ def train(config: Config, world: World, gate: Gate, steps: int, workers: int, tu
     session = open_session(config, world)
     precision = session.precision if tuned else torch.float32
     loop = ReferenceLoop(config, len(session.dataset.classes), world, precision, tuned)
-    data = ArrayDataset(session.dataset, config.augment.crop_padding, bool(config.augment.flip))
-    sampler: Any = DistributedSampler(data) if world.size > 1 else None
-    size = config.data.batch_size_per_replica
-    loader = torch_loader(data, size, workers, sampler, world.device)
+    data = ArrayDataset(session.dataset, config.augment)
+    sampler: Any = DistributedSampler(data) if world.size > 1 else RandomSampler(data)
+    loader = torch_loader(
+        data, workers, world.device, sampler=sampler, drop_last=True,
+        batch_size=config.data.batch_size_per_replica,
+    )  # fmt: skip
 
     def epochs() -> Iterator[tuple[Tensor, Tensor]]:
         for epoch in itertools.count():
-            if sampler is not None:
+            if world.size > 1:
                 sampler.set_epoch(epoch)
             yield from loader
 

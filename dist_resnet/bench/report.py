@@ -38,6 +38,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     """What a reader must know to read the rows."""
     settings: dict[str, Any] = field(default_factory=dict)
+    """Those that are this benchmark's own."""
     facts: dict[str, Any] = field(default_factory=dict)
     plot: tuple[str, str] = ("", "images_per_second")
     """Table and key that the plot shows."""

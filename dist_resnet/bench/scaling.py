@@ -5,11 +5,16 @@ What follows for more replicas on other networks is in docs/scaling.md.
 
 from collections.abc import Callable
 
-from dist_resnet.bench.measure import Candidate, Timing, figure, measure, speed_row
+import torch
+
+from dist_resnet.bench.measure import Run, figure, measure, speed_row, wait_for_device
 from dist_resnet.bench.report import Report, Settings
 from dist_resnet.bench.workers import Finished, Gate, Job, Worker, working
 from dist_resnet.config.schema import Config
-from dist_resnet.distributed.group import World
+from dist_resnet.distributed.flat import flatten_model
+from dist_resnet.distributed.group import World, all_reduce_sum
+from dist_resnet.distributed.shared_sum import build_sum
+from dist_resnet.models.build import build_model
 
 STEPS, CALLS = 50, 200
 ONE, OTHER, TWO = "1 rank", "the other rank", "2 ranks"
@@ -19,9 +24,6 @@ REDUCE = {"as in a step": False, "by a collective": True}
 
 def run(settings: Settings) -> Report:
     """Measure."""
-    from dist_resnet.distributed.flat import flatten_model
-    from dist_resnet.models.build import build_model
-
     steps, calls = (2, 5) if settings.quick else (STEPS, CALLS)
     batch = settings.config.data.batch_size_per_replica
     size = flatten_model(build_model(settings.config.model, 10)).exchange.numel()
@@ -30,7 +32,6 @@ def run(settings: Settings) -> Report:
     report.settings = {
         "batch_size_per_replica": batch,
         "steps_per_turn": steps,
-        "rounds": settings.rounds,
         "exchanged_bytes": 4 * size,
     }
     jobs = [
@@ -40,20 +41,16 @@ def run(settings: Settings) -> Report:
     for name, collective in REDUCE.items():
         asked = {"size": size, "calls": calls, "collective": collective}
         jobs.append(Job(name, "scaling:all_reduce", calls, 2, pairs, asked))
-    with working(jobs) as (workers, failed):
-        candidates = [
-            Candidate(name, workers[name].job.images, workers[name].run)
-            for name in (ONE, TWO, *REDUCE)
-            if name in workers
-        ]
-        if ONE in workers and OTHER in workers:
-            apart = _together(workers[ONE], workers[OTHER])
-            candidates.insert(1, Candidate(APART, 2 * steps * batch, apart))
-        timings = failed | measure(candidates, settings.rounds)
+    with working(jobs) as workers:
+        candidates = {
+            ONE: workers[ONE].ready,
+            APART: lambda: _side_by_side(workers[ONE], workers[OTHER]),
+            **{name: workers[name].ready for name in (TWO, *REDUCE)},
+        }
+        timings = measure(candidates, settings.rounds)
     for name, ranks in ((ONE, 1), (APART, 2), (TWO, 2)):
-        timing = timings.get(name, Timing(name, 1))
-        row = speed_row(timing, timings[ONE])
-        if shares := [ratio / ranks for ratio in timing.ratios(timings[ONE])]:
+        row = speed_row(timings[name], timings[ONE])
+        if shares := [ratio / ranks for ratio in timings[name].ratios(timings[ONE])]:
             row |= figure("efficiency", shares)
         report.add("measured", row)
     for name in REDUCE:
@@ -70,14 +67,17 @@ def run(settings: Settings) -> Report:
     return report
 
 
-def _together(first: Worker, second: Worker) -> Callable[[], None]:
-    def both() -> None:
-        for worker in (first, second):
+def _side_by_side(one: Worker, other: Worker) -> tuple[int, Run]:
+    """Both at once; `one` is ready already."""
+    images, _ = other.ready()
+
+    def run() -> None:
+        for worker in (one, other):
             worker.begin()
-        for worker in (first, second):
+        for worker in (one, other):
             worker.finish()
 
-    return both
+    return one.job.images + images, run
 
 
 def all_reduce(
@@ -91,11 +91,6 @@ def all_reduce(
     Raises:
         Finished: the gate has closed.
     """
-    import torch
-
-    from dist_resnet.distributed.group import all_reduce_sum
-    from dist_resnet.distributed.shared_sum import build_sum
-
     buffer = torch.zeros(size, device=world.device)
     replace_by_sum: Callable[[torch.Tensor], None] = all_reduce_sum
     if not collective:
@@ -103,6 +98,5 @@ def all_reduce(
     while gate():
         for _ in range(calls):
             replace_by_sum(buffer)
-            if world.device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for_device()
     raise Finished

@@ -4,6 +4,7 @@ The plain loop is fp32 and NCHW; the tuned one has our precision and channels-la
 credit is taken for flags that anyone could set. Both do the recipe's mixup and dropout.
 """
 
+import itertools
 import os
 
 from dist_resnet.bench.measure import Timing, fastest, figure, speed_row
@@ -12,7 +13,8 @@ from dist_resnet.bench.workers import Job, measure_jobs
 
 STEPS = 50  # a turn: the default interval between two logs, so every turn of ours logs once
 OURS, MEMORY = "ours", "ours, fed from memory"
-PLAIN, TUNED = "plain loop", "plain loop, bf16, channels-last"
+TWO, MEMORY_TWO = f"{OURS}, 2 ranks", f"{MEMORY}, 2 ranks"
+PLAIN, TUNED = "plain loop, fp32", "plain loop, bf16, channels-last"
 
 
 def run(settings: Settings) -> Report:
@@ -20,22 +22,30 @@ def run(settings: Settings) -> Report:
     steps = 2 if settings.quick else STEPS
     jobs = _jobs(settings, steps)
     report = Report("train", plot=("end to end", "images_per_second"))
-    batch = settings.config.data.batch_size_per_replica
+    data = settings.config.data
     report.settings = {
-        "batch_size_per_replica": batch,
+        "batch_size_per_replica": data.batch_size_per_replica,
         "steps_per_turn": steps,
-        "rounds": settings.rounds,
-        "dataset": settings.config.data.dataset,
-        "model": settings.config.model.name,
-        "loader": settings.config.data.loader,
+        "loader": data.loader,
     }
     timings = measure_jobs(jobs, settings.rounds)
-    reference = _best(timings, jobs, ranks=1, tuned=False)
+    plain = _best(timings, jobs, ranks=1, tuned=False)
     for job in jobs:
-        report.add("end to end", speed_row(timings[job.name], reference, ranks=job.ranks))
-    _compare(report, timings, jobs)
+        report.add("end to end", speed_row(timings[job.name], plain, ranks=job.ranks))
+    tuned, ddp = (_best(timings, jobs, ranks, tuned=True) for ranks in (1, 2))
+    for name, own, other in (
+        ("ours, 1 process / plain loop", OURS, plain),
+        ("ours, 1 process / plain loop with bf16 and channels-last", OURS, tuned),
+        ("ours, 2 ranks / plain loop, 1 process", TWO, plain),
+        ("ours, 2 ranks / DDP with bf16 and channels-last, 2 ranks", TWO, ddp),
+    ):
+        report.add("ratios", {"name": name} | figure("ratio", timings[own].ratios(other)))
+    for name, own, memory in (("1 process", OURS, MEMORY), ("2 ranks", TWO, MEMORY_TWO)):
+        shares = [100 * (1 - ratio) for ratio in timings[own].ratios(timings[memory])]
+        table = "share of loader, augmentation, logging and W&B"
+        report.add(table, {"name": name} | figure("percent", shares))
     report.notes += [
-        f"ratio: to {reference.name!r}, the faster of the plain one-process loops; medians and"
+        f"ratio: to {plain.name!r}, the faster of the plain one-process loops; medians and"
         " quartiles of the ratios of each round",
         "ours: training.loop.Trainer with loader, device augmentation, metrics.jsonl and W&B"
         " offline; fed from memory: the same loop and step, which then normalises and mixes only;"
@@ -50,19 +60,20 @@ def _jobs(settings: Settings, steps: int) -> list[Job]:
     pairs = ("wandb.mode=offline", *settings.pairs)
     batch, cores = settings.config.data.batch_size_per_replica, len(os.sched_getaffinity(0))
     jobs = []
-    for ranks in (1, 2):
-        suffix, ddp = ("", "") if ranks == 1 else (", 2 ranks", ", 2 ranks DDP")
-        shared, turn = (ranks, pairs), steps * batch * ranks
+    for ranks, ddp, names in (
+        (1, "", (OURS, MEMORY)),
+        (2, ", 2 ranks DDP", (TWO, MEMORY_TWO)),
+    ):
+        turn = steps * batch * ranks
         # Two ranks on two cores have none left for the DataLoader's workers.
         many = (0, 2) if (ranks == 1 or cores > 4) and not settings.quick else (0,)
-        for tuned, name in ((False, f"{PLAIN}, fp32"), (True, TUNED)):
-            for workers in many:
-                options = {"steps": steps, "workers": workers, "tuned": tuned}
-                full = f"{name}{ddp}, {workers} workers"
-                jobs.append(Job(full, "reference_loop:train", turn, *shared, options))
-        for memory, name in ((False, OURS), (True, MEMORY)):
-            options = {"steps": steps, "from_memory": memory}
-            jobs.append(Job(name + suffix, "our_loop:train", turn, *shared, options))
+        for name, workers in itertools.product((PLAIN, TUNED), many):
+            options = {"steps": steps, "workers": workers, "tuned": name == TUNED}
+            full = f"{name}{ddp}, {workers} workers"
+            jobs.append(Job(full, "reference_loop:train", turn, ranks, pairs, options))
+        for name in names:
+            options = {"steps": steps, "from_memory": name in (MEMORY, MEMORY_TWO)}
+            jobs.append(Job(name, "our_loop:train", turn, ranks, pairs, options))
     return jobs
 
 
@@ -71,25 +82,3 @@ def _best(timings: dict[str, Timing], jobs: list[Job], ranks: int, tuned: bool) 
     return fastest(
         [timings[j.name] for j in jobs if j.ranks == ranks and j.options.get("tuned") is tuned]
     )
-
-
-def _compare(report: Report, timings: dict[str, Timing], jobs: list[Job]) -> None:
-    """The figures that the goals are about."""
-    plain = _best(timings, jobs, ranks=1, tuned=False)
-    tuned = _best(timings, jobs, ranks=1, tuned=True)
-    ddp = _best(timings, jobs, ranks=2, tuned=True)
-    two = f"{OURS}, 2 ranks"
-    for name, own, other in (
-        ("ours, 1 process / plain loop", timings[OURS], plain),
-        ("ours, 1 process / plain loop with bf16 and channels-last", timings[OURS], tuned),
-        ("ours, 2 ranks / plain loop, 1 process", timings[two], plain),
-        ("ours, 2 ranks / DDP with bf16 and channels-last, 2 ranks", timings[two], ddp),
-    ):
-        report.add("ratios", {"name": name} | figure("ratio", own.ratios(other)))
-    for name, own, memory in (
-        ("1 process", timings[OURS], timings[MEMORY]),
-        ("2 ranks", timings[two], timings[f"{MEMORY}, 2 ranks"]),
-    ):
-        shares = [100 * (1 - ratio) for ratio in own.ratios(memory)]
-        table = "share of loader, augmentation, logging and W&B"
-        report.add(table, {"name": name} | figure("percent", shares))

@@ -12,14 +12,15 @@ import importlib
 import multiprocessing
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 from dist_resnet.base.cli import run_command
-from dist_resnet.base.errors import EXIT_DONE, DistResnetError, one_line
-from dist_resnet.bench.measure import Candidate, Timing, measure
+from dist_resnet.base.errors import EXIT_DONE, DistResnetError
+from dist_resnet.bench.measure import Timing, measure, reason, wait_for_device
 from dist_resnet.config.load import load_config
 
 T = TypeVar("T")
@@ -29,17 +30,13 @@ waits for the next; False: there is none."""
 
 _PATIENCE_SECONDS = 300.0  # for a start, or for one turn
 _CLOSE_SECONDS = 20.0
-# What torchrun would set for a rank; others' must not make a single process one.
-_RANK = ("RANK", "LOCAL_RANK")
-_RANKS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
-_PLACE = ("MASTER_ADDR", "MASTER_PORT")
 
 
 class Finished(Exception):
     """Leaves a loop that would go on."""
 
 
-class JobFailed(Exception):
+class JobFailed(DistResnetError):
     """Why a worker gave up, or that it died."""
 
 
@@ -76,24 +73,34 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self._stderr = tempfile.NamedTemporaryFile()  # noqa: SIM115, closed by `close`
+        self._ranks: dict[Connection, Any] = {}
         context = multiprocessing.get_context("spawn")
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        self._ranks: dict[Connection, Any] = {}
         for rank in range(job.ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, job, rank, port))
+            place = theirs, job, rank, port, self._stderr.name
+            process = context.Process(target=_work, args=place)
             process.start()
             theirs.close()
             self._ranks[ours] = process
 
+    def ready(self) -> tuple[int, Callable[[], None]]:
+        """A candidate, once it is ready."""
+        self.finish()
+        return self.job.images, self.run
+
+    def run(self) -> None:
+        """One whole turn."""
+        self.begin()
+        self.finish()
+
     def begin(self) -> None:
         """Let it take a turn."""
-        for pipe, process in self._ranks.items():
-            try:
+        for pipe in self._ranks:
+            with contextlib.suppress(OSError):  # `finish` says that it is dead
                 pipe.send(True)
-            except OSError:
-                raise JobFailed(_died(process)) from None
 
     def finish(self) -> None:
         """Wait until its turn is over; the first: until it is ready.
@@ -112,14 +119,9 @@ class Worker:
                 try:
                     failure = pipe.recv()
                 except (EOFError, OSError):
-                    failure = _died(process)
+                    failure = self._death_of(process)
                 if failure is not None:
                     raise JobFailed(failure)
-
-    def run(self) -> None:
-        """One whole turn."""
-        self.begin()
-        self.finish()
 
     def close(self) -> None:
         """End it; bounded in time."""
@@ -133,58 +135,49 @@ class Worker:
                 if process.exitcode is None:
                     end()
             process.join()
+        self._stderr.close()
 
-
-def _died(process: Any) -> str:
-    process.join(2)
-    return f"died without a word (exit code {process.exitcode})"
+    def _death_of(self, process: Any) -> str:
+        """How it died, and the last line that it wrote to stderr."""
+        process.join(2)
+        self._stderr.seek(0)
+        said = self._stderr.read().decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(said) if line.strip()), "without a word")
+        return f"died (exit code {process.exitcode}): {last[:200]}"
 
 
 def measure_jobs(jobs: Sequence[Job], rounds: int) -> dict[str, Timing]:
     """Let all jobs take turns; those that cannot start have their failure."""
-    with working(jobs) as (workers, failed):
-        candidates = [Candidate(name, w.job.images, w.run) for name, w in workers.items()]
-        return measure(candidates, rounds) | failed
+    with working(jobs) as workers:
+        return measure({name: worker.ready for name, worker in workers.items()}, rounds)
 
 
 @contextlib.contextmanager
-def working(jobs: Sequence[Job]) -> Iterator[tuple[dict[str, Worker], dict[str, Timing]]]:
-    """Start all jobs at once; those that are ready, and why the others are not, by name."""
-    workers: dict[str, Worker] = {}
-    failed: dict[str, Timing] = {}
-    try:
-        for job in jobs:
-            workers[job.name] = Worker(job)
-        for name, worker in workers.items():
-            try:
-                worker.finish()
-            except JobFailed as error:
-                failed[name] = Timing(name, 1, failure=str(error))
-        yield {name: w for name, w in workers.items() if name not in failed}, failed
-    finally:
-        for worker in workers.values():
-            worker.close()
+def working(jobs: Sequence[Job]) -> Iterator[dict[str, Worker]]:
+    """Start all jobs at once; their workers, by name."""
+    with contextlib.ExitStack() as stack:
+        yield {job.name: stack.enter_context(contextlib.closing(Worker(job))) for job in jobs}
 
 
-def _work(pipe: Connection, job: Job, rank: int, port: int) -> None:
+def _work(pipe: Connection, job: Job, rank: int, port: int, stderr: str) -> None:
     """One rank of a worker, in its own process."""
-    for name in (*_RANK, *_RANKS, *_PLACE):
+    places = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+    places |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(job.ranks))
+    places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name in places:  # others' must not make a single process a rank
         os.environ.pop(name, None)
     if job.ranks > 1:  # as torchrun does, OMP_NUM_THREADS included
-        os.environ |= dict.fromkeys(_RANK, str(rank)) | dict.fromkeys(_RANKS, str(job.ranks))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.environ["TORCHELASTIC_RUN_ID"] = "none"
+        os.environ |= places | {"TORCHELASTIC_RUN_ID": "none"}
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     silent = os.open(os.devnull, os.O_RDWR)
-    for descriptor in range(3):
-        os.dup2(silent, descriptor)
+    heard = os.open(stderr, os.O_WRONLY | os.O_APPEND)
+    for descriptor, target in enumerate((silent, silent, heard)):
+        os.dup2(target, descriptor)
     run_command(lambda: _run_task(pipe, job))
 
 
 def _run_task(pipe: Connection, job: Job) -> int:
     try:
-        import torch
-
         from dist_resnet.distributed.group import start, stop
 
         config = load_config(job.pairs)
@@ -192,8 +185,7 @@ def _run_task(pipe: Connection, job: Job) -> int:
         world = start(config.parallel.device, timeout_seconds=24 * 3600)
 
         def gate() -> bool:
-            if world.device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for_device()
             pipe.send(None)
             return bool(pipe.recv())
 
@@ -203,8 +195,7 @@ def _run_task(pipe: Connection, job: Job) -> int:
             task(config, world, gate, **job.options)
         stop()
     except Exception as error:
-        said = str(error) if isinstance(error, DistResnetError) else one_line(error)
         with contextlib.suppress(OSError):
-            pipe.send(said)
+            pipe.send(reason(error))
         raise
     return EXIT_DONE

@@ -58,8 +58,9 @@ def failures(found: dict[str, Any]) -> list[str]:
 def test_loader(digits: Dataset, tmp_path: Path) -> None:
     found, text = bench("loader", digits, tmp_path)
     assert failures(found) == []
-    assert len(rows(found, "images per second")) == 7
-    assert all(row["ratio"] > 0 for row in rows(found, "ratios"))
+    speeds = rows(found, "images per second")
+    assert len(speeds) == 7
+    assert all(row["ratio"] > 0 and row["ratio_to"].startswith("torchvision") for row in speeds)
     assert "torchvision, 2 workers" in text
 
 
@@ -120,20 +121,28 @@ def test_peers(digits: Dataset, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_that_fails_or_dies_says_so() -> None:
-    pairs = (*PAIRS, "parallel.threads=1")
+def test_a_worker_that_fails_or_dies_says_so(digits: Dataset) -> None:
+    """Failed in Python, aborted by some library, killed from outside."""
+    place = (f"data.root={digits.folder.parent}", "data.loader=resident", "parallel.threads=1")
+    aborts = (*PAIRS, *place, "model.name=tests.helpers.nets:aborts")
     jobs = [
         Job(name, "peer_loops:train", 1, ranks, pairs, {"framework": name, "steps": 1})
-        for name, ranks in (("Nothing", 2), ("bare loop", 1))
+        for name, ranks, pairs in (
+            ("Nothing", 2, (*PAIRS, *place)),
+            ("bare loop", 1, aborts),
+            ("bare loop", 1, (*PAIRS, *place)),
+        )
     ]
-    failing, dying = workers = [Worker(job) for job in jobs]
+    failing, aborting, dying = workers = [Worker(job) for job in jobs]
     try:
-        with pytest.raises(JobFailed, match="Nothing"):
+        with pytest.raises(JobFailed, match=r"^KeyError: 'Nothing'$"):
             failing.finish()
+        with pytest.raises(JobFailed, match=r"^died \(exit code -6\): what\(\):  out of luck$"):
+            aborting.finish()
         dying.finish()
         dying.run()
         next(iter(dying._ranks.values())).kill()
-        with pytest.raises(JobFailed, match=r"died .*-9"):
+        with pytest.raises(JobFailed, match=r"^died \(exit code -9\)"):
             dying.run()
     finally:
         for worker in workers:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,11 +20,12 @@ from torch.profiler import DeviceType
 
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.tables import number, quartiles
-from dist_resnet.bench import load, roofline
+from dist_resnet.bench import load, parts, roofline, startup
 from dist_resnet.bench.__main__ import main
 from dist_resnet.bench.load import LoadMeter, check_idle
 from dist_resnet.bench.measure import (
     Candidate,
+    Run,
     Timing,
     calibrate,
     fastest,
@@ -31,7 +33,7 @@ from dist_resnet.bench.measure import (
     measure,
     speed_row,
 )
-from dist_resnet.bench.parts import operators_of_step, parts_of_step
+from dist_resnet.bench.parts import profiled
 from dist_resnet.bench.reference_loop import ReferenceLoop
 from dist_resnet.bench.report import Report
 from dist_resnet.bench.roofline import count_work, limits
@@ -75,13 +77,20 @@ def test_quartiles_by_hand() -> None:
 
 def test_candidates_take_turns_forth_and_back() -> None:
     calls: list[str] = []
-    candidates = [Candidate(name, 10, lambda name=name: calls.append(name)) for name in "abc"]
+    candidates: dict[str, Candidate] = {
+        name: lambda name=name: (10, lambda: calls.append(name)) for name in "abc"
+    }
     times = iter(float(n * n) for n in range(100))
-    timings = measure(candidates, rounds=3, warm_up=1, clock=lambda: next(times))
+    timings = measure(candidates, rounds=3, clock=lambda: next(times))
     assert "".join(calls) == "abc" + "abc" + "cba" + "abc"
     assert all(len(timing.seconds) == 3 for timing in timings.values())
-    # Warm-up took the clock's first six values; the first round's first turn is from 6 to 7.
-    assert timings["a"].seconds[0] == 7**2 - 6**2
+    assert timings["a"].seconds[0] == 1**2 - 0**2  # the warm-up is not timed
+    assert timings["a"].images == 10
+
+
+def test_a_turn_may_know_better_what_it_took() -> None:
+    timings = measure({"a": lambda: (1, lambda: 7.0)}, rounds=2)
+    assert timings["a"].seconds == [7.0, 7.0]
 
 
 def test_a_candidate_that_fails_is_given_up_and_the_others_go_on() -> None:
@@ -91,8 +100,14 @@ def test_a_candidate_that_fails_is_given_up_and_the_others_go_on() -> None:
         if next(turns) == 2:
             raise RuntimeError("out of\nsomething")
 
-    timings = measure([Candidate("bad", 1, fail), Candidate("good", 1, lambda: None)], rounds=4)
+    def missing() -> tuple[int, Run]:
+        raise UserError("no such mode; use another")
+
+    timings = measure(
+        {"bad": lambda: (1, fail), "missing": missing, "good": lambda: (1, lambda: None)}, rounds=4
+    )
     assert timings["bad"].failure == "RuntimeError: out of something"
+    assert timings["missing"].failure == "no such mode; use another"
     assert len(timings["good"].seconds) == 4
     assert speed_row(timings["bad"])["failure"] == "RuntimeError: out of something"
     assert timings["bad"].ratios(timings["good"]) == []
@@ -131,17 +146,12 @@ def test_batches_come_in_turns() -> None:
 
 
 def test_a_loaded_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "getloadavg", lambda: (3.0, 3.0, 3.0))
     monkeypatch.setattr(LoadMeter, "others", lambda self: 1.8)
     with pytest.raises(UserError, match=r"1\.8 cores are busy .*--force"):
         check_idle(force=False, sample_seconds=0)
     assert check_idle(force=True, sample_seconds=0) == 1.8
-    # The average still remembers what has ended.
     monkeypatch.setattr(LoadMeter, "others", lambda self: 0.1)
     assert check_idle(force=False, sample_seconds=0) == 0.1
-    monkeypatch.setattr(os, "getloadavg", lambda: (0.2, 3.0, 3.0))
-    monkeypatch.setattr(LoadMeter, "others", lambda self: 1.8)
-    assert check_idle(force=False, sample_seconds=0) == 0.2
 
 
 def test_our_own_work_is_no_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,10 +161,23 @@ def test_our_own_work_is_no_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("time.monotonic", iter([100.0, 110.0]).__next__)
     own = iter([(30.0, 1.0, 7.0, 0.5, 9e9), (38.0, 2.0, 9.0, 1.5, 9e9)])
     monkeypatch.setattr(os, "times", own.__next__)
-    stat.write_text(f"cpu {1000 * hertz} 0 0 900 900 0 0 0\n")
+    stat.write_text(f"cpu {1000 * hertz} 0 0 900 900 0 0 0 0 0\ncpu0 1 2 3 4\n")
     meter = LoadMeter()
-    stat.write_text(f"cpu {1010 * hertz} 0 {7 * hertz} 999 999 0 0 0\n")
+    stat.write_text(f"cpu {1010 * hertz} 0 {7 * hertz} 999 999 0 0 0 0 0\ncpu0 1 2 3 4\n")
     assert meter.others() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("prints", "told"),
+    [
+        ("print('dist_resnet: no data'); print('root cause'); print('====')", "no data"),
+        ("print('something'); raise SystemExit('broken')", "broken"),
+        ("raise SystemExit(3)", "ended with exit code 3"),
+    ],
+)
+def test_a_command_that_ends_before_its_first_step_says_why(prints: str, told: str) -> None:
+    with pytest.raises(UserError, match=f"^{told}$"):
+        startup._until_first_step([sys.executable, "-c", prints])
 
 
 # --- reports
@@ -256,33 +279,38 @@ def test_resnet20_takes_244_megaflop_an_image() -> None:
     model = resnet(config.model, 10)
     images = torch.randn(2, 3, 32, 32)
     labels = torch.zeros(2, dtype=torch.int64)
-    work = count_work(lambda: F.cross_entropy(model(images), labels).backward(), model)
+    work = count_work(lambda: F.cross_entropy(model(images), labels).backward())
     assert work.flops / 2 == pytest.approx(244.0e6, rel=2e-3)
     # 188,416 outputs of the 3x3 convolutions and 12,288 of the projections, in float32
     assert work.saved_bytes / 2 == 4 * 200_704
     # More than every convolution's output, written and read in both directions.
     assert 4 * work.saved_bytes < work.bytes_moved < 40 * work.saved_bytes
+    # 19 of 3x3 and two projections, in both directions; what they give again is the same.
+    assert len(work.convolutions) == 2 * 21
+    first = work.convolutions[0]()
+    assert torch.equal(first, F.conv2d(images, model.stem.weight, padding=1))
 
 
 def test_limits_are_positive() -> None:
     model, images = resnet(small_config().model, CLASSES), torch.randn(2, 3, SIDE, SIDE)
-    train = lambda: model(images).sum().backward()  # noqa: E731
-    found = limits(train, model, images, torch.float32, seconds=0.0)
+    work = count_work(lambda: model(images).sum().backward())
+    found = limits(work, len(images), torch.float32, CPU, seconds=0.0)
+    assert found["mflop_per_image"] == work.flops / 2e6
     assert min(found["matmul_gflops"], found["conv_gflops"], found["gb_per_second"]) > 1e-3
     assert 0 < found["convolutions_ms"] < 5000
 
 
-def test_the_parts_of_a_step_add_up_and_the_timers_are_taken_away() -> None:
+def test_the_parts_of_a_step_add_up_and_the_names_are_taken_away() -> None:
     step, reference = train_step(small_config(), 1), train_step(small_config(), 1)
     numbers = iter(range(100))
-    rows = parts_of_step(step, lambda: batch_of(next(numbers), 1), steps=3)
+    rows, operators = profiled(step, lambda: batch_of(next(numbers), 1), steps=3)
     *parts, whole = rows
     assert whole["name"] == "whole step"
     assert sum(row["percent"] for row in parts) == pytest.approx(100)
     assert all(row["ms_per_step"] >= 0 for row in parts)
     named = {row["name"] for row in parts}
-    assert {"forward", "backward", "loss", "choices and augmentation", "reduction"} <= named
-    operators = operators_of_step(step, lambda: batch_of(next(numbers), 1), steps=2)
+    assert {"data", "forward", "backward", "loss", "reduction"} <= named
+    assert {"choices and augmentation", "optimizer and totals"} <= named
     assert sum(row["percent"] for row in operators) == pytest.approx(100)
     shares = {row["name"]: row["calls_per_step"] for row in operators}
     assert shares["convolution"] >= 2 * 21
@@ -292,7 +320,7 @@ def test_the_parts_of_a_step_add_up_and_the_timers_are_taken_away() -> None:
     for number_ in range(4):
         again(batch_of(number_, 1))
     assert torch.equal(reference.state.flat.values, again.state.flat.values)
-    assert "timed" not in repr(torch.Tensor.backward)
+    assert torch.autograd.grad.__name__ == "grad"
 
 
 def test_a_gpus_time_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +329,7 @@ def test_a_gpus_time_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def event(name: str, kind: DeviceType, time: float, count: int) -> SimpleNamespace:
         return SimpleNamespace(
             key=name, device_type=kind, self_device_time_total=time, self_cpu_time_total=9.0,
-            count=count,
+            cpu_time_total=1000.0, count=count,
         )  # fmt: skip
 
     class Profiled(nullcontext[Any]):
@@ -314,11 +342,14 @@ def test_a_gpus_time_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
                 event("sm90_xmma_conv", DeviceType.CUDA, 30.0, 4),
                 event("fused_sgd", DeviceType.CUDA, 10.0, 2),
                 event("cudaLaunchKernel", DeviceType.CPU, 0.0, 6),
+                event("forward", DeviceType.CPU, 0.0, 2),
+                event("forward", DeviceType.CUDA, 30.0, 2),  # a name, over the kernels
             ]
 
     step: Any = MagicMock(device=torch.device("cuda"))
-    monkeypatch.setattr(torch.profiler, "profile", lambda **options: Profiled())
-    rows = operators_of_step(step, lambda: batch_of(0, 1), steps=2)
+    monkeypatch.setattr(parts, "profile", lambda **options: Profiled())
+    named, rows = profiled(step, lambda: batch_of(0, 1), steps=2)
+    assert [row["ms_per_step"] for row in named if row["name"] == "forward"] == [0.5]
     assert rows == [
         {"name": "convolution", "percent": 75.0, "calls_per_step": 2.0},
         {"name": "optimizer", "percent": 25.0, "calls_per_step": 1.0},
