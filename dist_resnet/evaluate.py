@@ -55,16 +55,22 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
     from dist_resnet.augment import Normalisation
     from dist_resnet.config.load import stored_config
     from dist_resnet.distributed.group import start, stop
-    from dist_resnet.runs.exported import SUFFIX, exported_checkpoint
+    from dist_resnet.runs.checkpoint import SAFETENSORS
+    from dist_resnet.runs.exported import exported_checkpoint
     from dist_resnet.runs.weights import find_weights, trained_model
     from dist_resnet.training.session import open_session
 
-    if path.suffix == SUFFIX and exported_checkpoint(path) is None:
+    if path.suffix == SAFETENSORS and path.is_file() and exported_checkpoint(path) is None:
         return _evaluate_file(path, pairs)
     file, saved = find_weights(path)
     config = stored_config(saved.config, pairs)
-    if config.data.normalisation != stored_config(saved.config).data.normalisation:
-        raise UserError("data.normalisation: is the model's own; leave it out")
+    own = stored_config(saved.config)
+    for key, mine, theirs in (
+        ("data.normalisation", own.data.normalisation, config.data.normalisation),
+        ("model.init", own.model.init, config.model.init),
+    ):
+        if mine != theirs:
+            raise UserError(f"{key}: {file} says what net and normalisation it is of; leave it out")
     world = start(config.parallel.device, config.parallel.timeout_seconds)
     try:
         session = open_session(config, world)
@@ -119,7 +125,7 @@ def evaluate(path: str | Path, *pairs: str, **settings: Any) -> dict[str, Any]:
     """Figures of a run's newest checkpoint, or of one checkpoint, on its test set.
 
     Args:
-        path: a run folder or a checkpoint.
+        path: a run folder, a checkpoint or a safetensors file.
         pairs, settings: "key=value" texts, and keys such as eval={"flip_tta": True}, over the
             checkpoint's own configuration.
 

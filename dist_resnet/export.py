@@ -11,6 +11,7 @@ Several formats go into one folder; what this command did not write there is nev
 import argparse
 import contextlib
 import io
+import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -132,7 +133,12 @@ def _safetensors(model: Classifier) -> tuple[bytes, Logits]:
         raise UserError(f"--format safetensors needs a package: {_INSTALL}") from None
     # Clones, as tied weights share memory, which the format does not have.
     tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-    content = save(tensors, metadata=model.description)
+    facts = {
+        "classes": json.dumps(model.classes),
+        "image_size": json.dumps(model.image_size),
+        "step": str(model.step),
+    }
+    content = save(tensors, metadata=facts | model.description)
     stored = load(content)
 
     def again(images: Tensor) -> Tensor:

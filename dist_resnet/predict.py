@@ -1,5 +1,7 @@
 """Classify images: python -m dist_resnet.predict CHECKPOINT_OR_RUN IMAGE_OR_FOLDER ...
 
+CHECKPOINT may be an exported FILE.safetensors.
+
 IMAGE is a file that Pillow reads, a folder (all images below it, hidden files and litter left out,
 as data.prepare does) or - (one image on standard input). Images of another size are resized as
 the training images were. What is no image is told on standard error and the rest goes on; the exit

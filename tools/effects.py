@@ -3,6 +3,8 @@
 Shapes: R runs, F factors.
 """
 
+import json
+import math
 from collections.abc import Sequence
 from itertools import product
 from statistics import fmean, median
@@ -22,8 +24,8 @@ def effects_table(runs: Sequence[Kept]) -> list[list[str]]:
     first. Keys that change together are one factor.
 
     Raises:
-        UserError: a key has more than two values, or a factor's levels are not balanced against
-            another's.
+        UserError: no factor, a key of more than two values, or levels that are not balanced against
+            another factor's.
     """
     factors = _factors(runs)
     columns = {
@@ -62,10 +64,10 @@ def _effect(runs: Sequence[Kept], figure: str, second: Sequence[bool]) -> float:
 def _factors(runs: Sequence[Kept]) -> list[tuple[list[str], list[bool]]]:
     """(keys, whether each run has the second level)."""
     found: dict[tuple[bool, ...], list[str]] = {}
-    keys = dict.fromkeys(key for run in runs for key in run["settings"])
+    keys = dict.fromkeys(key for run in runs for key in run["settings"] if key != "seed")
     # Of keys that change together, one with a default says which level is the second.
     for key in sorted(keys, key=lambda key: all(key in run["settings"] for run in runs)):
-        values = [run["settings"].get(key, _ABSENT) for run in runs]
+        values = [json.dumps(run["settings"].get(key, _ABSENT)) for run in runs]
         levels = sorted(set(values), key=_order)
         if len(levels) == 1:
             continue
@@ -74,6 +76,8 @@ def _factors(runs: Sequence[Kept]) -> list[tuple[list[str], list[bool]]]:
         pattern = tuple(value == levels[1] for value in values)
         inverse = tuple(not second for second in pattern)
         found.setdefault(inverse if inverse in found else pattern, []).append(key)
+    if not found:
+        raise UserError("these runs differ in nothing but their seed: no factor")
     for one, other in product(found, repeat=2):
         share = 2 if one == other else 4
         if share * sum(a and b for a, b in zip(one, other, strict=True)) != len(runs):
@@ -82,6 +86,7 @@ def _factors(runs: Sequence[Kept]) -> list[tuple[list[str], list[bool]]]:
     return [(keys, list(pattern)) for pattern, keys in found.items()]
 
 
-def _order(value: Any) -> tuple[bool, str]:
-    """The default first, then by size or text; True before a text."""
-    return value != _ABSENT, f"{value:020.6f}" if isinstance(value, int | float) else str(value)
+def _order(written: str) -> tuple[bool, float, str]:
+    """The default first, then numbers by size, then text."""
+    value: Any = json.loads(written)
+    return value != _ABSENT, value if isinstance(value, int | float) else math.inf, written

@@ -62,7 +62,8 @@ def run(settings: Settings) -> Report:
                 images = load_synthetic(64 * size, 1, size=side)
                 prepare(images, Path(root) / dataset, "synthetic", dataset)
         data = (f"data.root={root}", "data.dataset=images", "data.loader=resident")
-        pairs = (*settings.pairs, *data, "train.epochs=5000")  # longer than all turns
+        # One loss for all; longer than all turns.
+        pairs = (*settings.pairs, *data, "augment.mixup_alpha=0", "train.epochs=5000")
         for ranks in (1, 2):
             for row in _rows(settings, names, (*pairs, *_TINY), TINY_STEPS, TINY_BATCH, ranks):
                 report.add("overhead, tiny model", _as_overhead(row, TINY_BATCH * ranks))

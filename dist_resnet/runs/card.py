@@ -16,6 +16,7 @@ from dist_resnet.runs.trained import Classifier
 from dist_resnet.step.state import weights_sha256
 
 NAME = "README.md"
+_LOADED = "\n`dist_resnet.load` takes `model.safetensors`, which says what net it is of.\n"
 _BEGIN, _END = "<!-- dist_resnet.export ", " -->\n"
 
 
@@ -93,4 +94,4 @@ A classifier of {width}x{height} RGB images, trained by dist_resnet for {model.s
 Compared with the checkpoint, by the largest difference of a logit:
 
 {listed}
-"""
+{_LOADED if model.description else ""}"""

@@ -2,25 +2,37 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dist_resnet.base.errors import UserError, first_line
-from dist_resnet.runs.checkpoint import Checkpoint
-from dist_resnet.step.state import Snapshot
+from dist_resnet.base.errors import UserError, first_line, one_line
+from dist_resnet.config.plugins import is_plugin
+from dist_resnet.runs.checkpoint import Checkpoint, checkpoint_of
 
-SUFFIX = ".safetensors"
 _KEY = "dist_resnet"  # of the metadata in a file's header
-_KEPT = ("config", "classes", "mean", "std", "image_size", "fingerprint", "reading", "code")
+_KEPT = ("classes", "mean", "std", "image_size", "fingerprint", "reading", "code")
+# Written and read: no folders and projects, as files are published; no names of code.
+_CONFIG = {
+    "model": ("name", "widths", "shortcut", "dropout", "bn_momentum"),
+    "data": ("dataset", "normalisation", "val_split"),
+    "precision": ("dtype", "channels_last"),
+    "eval": ("flip_tta",),
+}
 _NETWORK = "network."  # as `trained.Classifier` names the net's tensors
 
 
 def description(saved: Checkpoint) -> dict[str, str]:
-    """Metadata by which a file of the checkpoint's weights is as good as the checkpoint."""
-    kept = {name: getattr(saved, name) for name in _KEPT} | {"step": saved.state.step}
-    return {_KEY: json.dumps(kept)}
+    """Metadata by which a file of the checkpoint's weights is as good as the checkpoint.
+
+    Empty of a net of the user's own: whoever loads a file of weights expects to run no code of it.
+    """
+    if is_plugin(saved.config["model"]["name"]):
+        return {}
+    kept = {name: getattr(saved, name) for name in _KEPT}
+    return {_KEY: json.dumps(kept | {"step": saved.state.step, "config": _told(saved.config)})}
 
 
 def tensors_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
@@ -58,12 +70,24 @@ def exported_checkpoint(path: Path) -> Checkpoint | None:
         raise UserError(f"{path}: {error}") from None
     if _KEY not in metadata:
         return None
-    model = {n.removeprefix(_NETWORK): t for n, t in tensors.items() if n.startswith(_NETWORK)}
     try:
-        facts: dict[str, Any] = json.loads(metadata[_KEY])
-        state = Snapshot(
-            facts.pop("step"), model, optimizer={}, ema=None, loss_scale=None, totals={}, best={}
-        )
-        return Checkpoint(state, **facts)
+        facts = json.loads(metadata[_KEY])
+        facts["config"] = config = _told(facts["config"])
+        name, step = config["model"]["name"], int(facts["step"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: damaged: what it says of itself: {first_line(error)}") from None
+        raise UserError(f"{path}: damaged: what it says of itself: {one_line(error)}") from None
+    if is_plugin(str(name)):
+        raise UserError(f"{path}: names code, {name}, which a file of weights may not run")
+    model = {n.removeprefix(_NETWORK): t for n, t in tensors.items() if n.startswith(_NETWORK)}
+    state = {"step": step, "model": model, "optimizer": {}, "ema": None, "loss_scale": None}
+    return checkpoint_of(path, facts | {"state": state | {"totals": {}, "best": {}}})
+
+
+def _told(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration a file says."""
+    found: dict[str, Any] = {
+        section: {key: config[section][key] for key in keys if key in config[section]}
+        for section, keys in _CONFIG.items()
+        if section in config
+    }
+    return found | {"seed": config.get("seed", 0)}

@@ -10,8 +10,9 @@ from dist_resnet.config.load import flatten, trajectory_hash
 from dist_resnet.config.schema import Config
 from dist_resnet.distributed.group import broadcast_object, on_rank_zero
 from dist_resnet.machine.environment import differences
-from dist_resnet.runs.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from dist_resnet.runs.checkpoint import Checkpoint, read_checkpoint
 from dist_resnet.runs.folder import RunFolder
+from dist_resnet.runs.store import CheckpointStore
 from dist_resnet.tracking.tracker import say_on_stderr
 
 

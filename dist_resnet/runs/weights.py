@@ -9,8 +9,9 @@ from dist_resnet.config.code import told_of_net_code
 from dist_resnet.config.schema import Config
 from dist_resnet.distributed.group import rank
 from dist_resnet.models.build import build_model, in_layout
-from dist_resnet.runs.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
-from dist_resnet.runs.exported import SUFFIX, exported_checkpoint
+from dist_resnet.runs.checkpoint import SAFETENSORS, Checkpoint, read_checkpoint
+from dist_resnet.runs.exported import exported_checkpoint
+from dist_resnet.runs.store import CheckpointStore
 from dist_resnet.step.state import load_tensors
 from dist_resnet.tracking.tracker import say_on_stderr
 
@@ -28,7 +29,7 @@ def find_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, Checkpoi
     if not path.is_dir():
         if checkpoint != CHECKPOINTS[0]:
             raise UserError(f"{path}: is no run folder, which alone has a {checkpoint} checkpoint")
-        return path, _exported(path) if path.suffix == SUFFIX else read_checkpoint(path)
+        return path, _exported(path) if path.suffix == SAFETENSORS else read_checkpoint(path)
     store = CheckpointStore(path / "checkpoints", keep=1)
     best = checkpoint == "best"
     found = store.best() if best else store.newest(say_on_stderr, set_aside=False)

@@ -172,15 +172,27 @@ class KernelPass:
             logits.detach(), labels, mixup, self.smoothing, scale, self.replicas, self.weights
         )
         row = found.sum(dim=0)
-        further = [measure for name, measure in MEASURES.items() if name != "top1"]
-        if further:  # of all images at once, each with its own replica's share of the mixing
-            each = choices
-            if choices.lam is not None:
-                lam = choices.lam.repeat_interleave(len(logits) // self.replicas)
-                each = replace(choices, lam=lam)
-            means = [measure(logits.detach(), labels, each) for measure in further]
-            row = torch.cat([row, self.replicas * torch.stack(means)])
+        if len(MEASURES) > 1:  # no launch more for top-1 alone
+            loss, top1 = row
+            parts = self._parts(logits.detach(), labels, choices)
+            row = torch.stack([loss, *(
+                top1 if name == "top1" else _summed([measure(*part) for part in parts])
+                for name, measure in MEASURES.items()
+            )])  # fmt: skip
         return Objective(logits, gradient, row)
+
+    def _parts(
+        self, logits: Tensor, labels: Tensor, choices: Choices
+    ) -> list[tuple[Tensor, Tensor, Choices]]:
+        """What a `Measure` takes, of each replica."""
+        size, parts = len(labels) // self.replicas, []
+        for number in range(self.replicas):
+            at, own = slice(number * size, (number + 1) * size), choices
+            if choices.partner is not None and choices.lam is not None:
+                partner = choices.partner[at] - number * size
+                own = replace(choices, partner=partner, lam=choices.lam[number])
+            parts.append((logits[at], labels[at], own))
+        return parts
 
 
 def build_pass(

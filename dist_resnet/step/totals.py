@@ -28,7 +28,7 @@ class Totals:
     LOG, EPOCH = 0, 1
 
     def __init__(self, device: torch.device, measures: Sequence[str] = ("top1",)) -> None:
-        self._measures = measures
+        self._measures = list(measures)
         self.sums = torch.zeros(2, len(measures) + 4, dtype=torch.float64, device=device)
         self._finite = torch.ones((), device=device)
         self._finite_steps = torch.zeros((), dtype=torch.int64, device=device)
@@ -63,11 +63,12 @@ class Totals:
 
     def state_dict(self) -> dict[str, Any]:
         finite = bool(self._finite > 0), int(self._finite_steps)
-        return {"sums": self.sums.cpu().clone(), "finite": finite[0], "finite_steps": finite[1]}
+        kept = {"finite": finite[0], "finite_steps": finite[1], "measures": self._measures}
+        return {"sums": self.sums.cpu().clone(), **kept}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         # A version with other measures begins its windows anew.
-        if saved["sums"].shape == self.sums.shape:
+        if saved.get("measures", ["top1"]) == self._measures:
             self.sums.copy_(saved["sums"])
         self._finite.fill_(saved["finite"])
         self._finite_steps.fill_(saved["finite_steps"])

@@ -69,7 +69,7 @@ class WandbTracker:
         self._close_seconds = close_seconds
         self._queue: queue.Queue[tuple[str, Callable[[], None]]] = queue.Queue(QUEUE_ROWS)
         self._broken: str | None = None
-        self._closing = False
+        self._closing = self._finished = False
         self._first_step: int | None = None
         self._accepted = 0
         self._stop, self._ready = threading.Event(), threading.Event()
@@ -152,6 +152,8 @@ class WandbTracker:
             self._thread.join(max(0.1, end - time.monotonic()))
             if self._thread.is_alive():
                 self._broken = f"it did not finish within {self._close_seconds:g} s"
+            elif not (self._broken or self._finished):
+                self._broken = "its thread has ended"
         if self._broken:
             self._session.abandon()
             # How many rows it lost nobody knows: some sit in the socket of a service that is gone.
@@ -215,3 +217,4 @@ class WandbTracker:
                     return
                 elif what != "row":
                     self._say(f"wandb: no {what} ({one_line(error)})")
+        self._finished = True

@@ -14,8 +14,9 @@ from dist_resnet.config.plan import Plan
 from dist_resnet.config.schema import Config
 from dist_resnet.data.dataset import DESCRIPTION, Dataset
 from dist_resnet.machine.environment import git_commit, machine, versions
-from dist_resnet.runs.checkpoint import Checkpoint, CheckpointStore
+from dist_resnet.runs.checkpoint import Checkpoint
 from dist_resnet.runs.folder import RunFolder
+from dist_resnet.runs.store import CheckpointStore
 from dist_resnet.step.state import Snapshot, TrainState
 from dist_resnet.tracking.console import Console
 from dist_resnet.tracking.jsonl import MetricsFile, rewind

@@ -16,8 +16,8 @@ from dist_resnet.models import build as models
 from dist_resnet.models.build import build_model, in_layout
 from dist_resnet.models.matching import Start, natural, start_from
 from dist_resnet.optim import build as optimizers
-from dist_resnet.runs.checkpoint import Checkpoint
-from dist_resnet.runs.exported import SUFFIX, tensors_of
+from dist_resnet.runs.checkpoint import SAFETENSORS, Checkpoint
+from dist_resnet.runs.exported import tensors_of
 from dist_resnet.runs.weights import find_weights
 from dist_resnet.step.state import TrainState, build_state
 from dist_resnet.training.session import Session
@@ -95,7 +95,7 @@ def started_model(config: Config, classes: int) -> nn.Module:
 
 def _read(path: Path) -> Start:
     try:
-        if path.suffix == SUFFIX:
+        if path.suffix == SAFETENSORS:
             return safetensors_of(path)
         file, saved = find_weights(path)
     except UserError as error:

@@ -13,8 +13,8 @@ from dist_resnet.config.load import stored_config
 from dist_resnet.config.schema import Config
 from dist_resnet.models.build import build_model, in_layout
 from dist_resnet.models.matching import start_from
-from dist_resnet.runs.checkpoint import Checkpoint
-from dist_resnet.runs.exported import SUFFIX, exported_checkpoint
+from dist_resnet.runs.checkpoint import SAFETENSORS, Checkpoint
+from dist_resnet.runs.exported import exported_checkpoint
 from dist_resnet.runs.weights import find_weights, trained_model
 from dist_resnet.step.distill import Distillation, Teacher
 from dist_resnet.training.session import Session
@@ -43,7 +43,7 @@ def find_teachers(config: Config) -> list[FoundTeacher]:
     for name in config.distill.teachers:
         try:
             file, saved = user_path(name), None
-            if file.suffix == SUFFIX:
+            if file.suffix == SAFETENSORS:
                 saved = exported_checkpoint(file)
             else:
                 file, saved = find_weights(file)

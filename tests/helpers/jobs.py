@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from dist_resnet.runs.checkpoint import CheckpointStore
+from dist_resnet.runs.store import CheckpointStore
 from dist_resnet.step.precision import choose_precision
 from tests.helpers.preloaded import Command
 

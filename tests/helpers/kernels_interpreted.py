@@ -363,7 +363,16 @@ RECIPES = {
 def test_a_whole_step(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two replicas, twice, from equal states: all kernels together against none of them."""
     monkeypatch.setattr(conv, "accepts", lambda *args: False)  # seen above; slow to interpret
-    monkeypatch.setitem(MEASURES, "top1 by torch", weighted_top1)
+    smoothing = small_config(*RECIPES[recipe]).optim.label_smoothing
+    measures = {
+        "loss": lambda logits, labels, own: mixed_cross_entropy(logits, labels, own, smoothing),
+        "top1": weighted_top1,
+        "top1 by torch": weighted_top1,
+    }
+    for name in list(MEASURES):
+        monkeypatch.delitem(MEASURES, name)
+    for name, measure in measures.items():
+        monkeypatch.setitem(MEASURES, name, measure)
     states = []
     for mode, usable in (("fused", True), ("eager", False)):
         monkeypatch.setattr(support, "usable", lambda device, usable=usable: usable)
@@ -373,8 +382,12 @@ def test_a_whole_step(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for number in range(2):
             step(batch_of(number, 2))
         states.append(step.state.tensors())
-        top1 = step.state.totals.take(Totals.EPOCH).measures
-        assert top1["top1"] == pytest.approx(top1["top1 by torch"], abs=1e-6)
+        means = step.state.totals.take(Totals.EPOCH)
+        found = means.measures
+        assert list(found) == list(measures)
+        assert found["top1"] == pytest.approx(found["top1 by torch"], abs=1e-6)
+        assert found["loss"] == pytest.approx(means.loss, rel=1e-5)
+        assert 0 < found["top1"] < 1
     assert step.group == 2
     for found, expected in zip(*states, strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)

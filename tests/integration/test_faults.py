@@ -16,7 +16,7 @@ import torch
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.prepare import prepare
 from dist_resnet.data.sources.embedded import load_synthetic
-from dist_resnet.runs.checkpoint import CheckpointStore
+from dist_resnet.runs.store import CheckpointStore
 from tests.helpers.jobs import (
     HELD,
     command,

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.runs.checkpoint import CheckpointStore, read_checkpoint
+from dist_resnet.runs.checkpoint import read_checkpoint
+from dist_resnet.runs.store import CheckpointStore
 from tests.helpers.jobs import differences, final_state, metric_rows, run_job
 
 MIDDLE = 28  # of 40 steps; an epoch of digits has 44 at batch 32

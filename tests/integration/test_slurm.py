@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.runs.checkpoint import CheckpointStore
 from dist_resnet.runs.folder import RunFolder
+from dist_resnet.runs.store import CheckpointStore
 from tests.helpers.jobs import ROOT, current_step, differences
 from tests.helpers.launching import EPOCH, PATIENCE, STEPS, training, wait_until
 

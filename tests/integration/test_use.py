@@ -18,8 +18,13 @@ from torch.nn import functional as F
 import dist_resnet
 from dist_resnet import evaluate, export, predict
 from dist_resnet.base.errors import UserError
+from dist_resnet.config.load import stored_config
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset
+from dist_resnet.runs.checkpoint import read_checkpoint
+from dist_resnet.runs.exported import tensors_of
+from dist_resnet.runs.weights import find_weights
+from dist_resnet.step.state import weights_sha256
 from tests.helpers.jobs import run_job
 
 
@@ -132,8 +137,19 @@ def test_an_exported_file_is_as_good_as_its_checkpoint(
     theirs, ours = (evaluate.evaluate_checkpoint(path, [root]) for path in (run, file))
     assert {**ours, "checkpoint": ""} == {**theirs, "checkpoint": ""}
     assert _export(file, tmp_path / "two", "safetensors") == 0
-    assert (tmp_path / "two" / "model.safetensors").read_bytes() == file.read_bytes()
+    one, two = (tensors_of(path) for path in (file, tmp_path / "two" / "model.safetensors"))
+    assert (weights_sha256(one[0]), one[1]) == (weights_sha256(two[0]), two[1])
     assert dist_resnet.load(file).reading == dist_resnet.load(run).reading
+    assert str(digits.folder.parent).encode() not in file.read_bytes()  # nor any other folder
+    with pytest.raises(UserError, match=r"model\.init: .* leave it out"):
+        evaluate.evaluate_checkpoint(file, [root, "model.init=w.pt"])
+    with pytest.raises(UserError, match="holds weights, not a training"):
+        read_checkpoint(file)
+
+
+def _said(**changed: object) -> dict[str, str]:
+    facts = {"config": {"model": {"name": "resnet20"}}, "classes": ["a"], "step": 1}
+    return {"dist_resnet": json.dumps(facts | changed)}
 
 
 @pytest.mark.parametrize(
@@ -142,6 +158,9 @@ def test_an_exported_file_is_as_good_as_its_checkpoint(
         (None, "holds weights alone, and does not say of which net"),
         ({"dist_resnet": "[1]"}, "damaged: what it says of itself"),
         ({"dist_resnet": '{"step": 1}'}, "damaged: what it says of itself"),
+        (_said(config=3), "damaged: what it says of itself"),
+        (_said(classes=3), "damaged: its classes"),
+        (_said(config={"model": {"name": "os:abort"}}), "names code, os:abort, which a file"),
     ],
 )
 def test_a_file_that_says_nothing_of_its_net(
@@ -152,6 +171,21 @@ def test_a_file_that_says_nothing_of_its_net(
     save_file({"network.w": torch.zeros(2)}, file, metadata)
     with pytest.raises(UserError, match=message):
         dist_resnet.load(file)
+
+
+def test_a_file_of_weights_names_no_code(run: Path, tmp_path: Path) -> None:
+    """Whatever else its configuration holds is not read."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    own = dist_resnet.load(run)
+    facts = json.loads(own.description["dist_resnet"])
+    facts["config"]["data"] |= {"source": "os:abort", "root": "/elsewhere"}
+    facts["config"] |= {"augment": {"extra": ["os:abort"]}, "optim": {"name": "os:abort"}}
+    file = tmp_path / "w.safetensors"
+    tensors = {name: tensor.contiguous() for name, tensor in own.state_dict().items()}
+    save_file(tensors, file, {"dist_resnet": json.dumps(facts)})
+    config = stored_config(find_weights(file)[1].config)
+    assert (config.data.source, config.data.root) == (None, "data")
+    assert (config.augment.extra, config.optim.name) == ([], "sgd")
 
 
 def test_export_refuses_a_file_that_differs(run: Path) -> None:

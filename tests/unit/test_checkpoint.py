@@ -20,7 +20,8 @@ import torch
 
 from dist_resnet.base import files
 from dist_resnet.base.errors import Preempted, UserError
-from dist_resnet.runs.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from dist_resnet.runs.checkpoint import Checkpoint, read_checkpoint
+from dist_resnet.runs.store import CheckpointStore
 from dist_resnet.step.state import weights_sha256
 from tests.helpers.checkpoints import checkpoint_of
 from tests.helpers.training import batch_of, small_config, train_step
@@ -73,7 +74,7 @@ def test_a_lower_keep_makes_room_before_it_writes(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dist_resnet.runs.checkpoint.write_atomically", full)
+    monkeypatch.setattr("dist_resnet.runs.store.write_atomically", full)
     with pytest.raises(OSError, match="No space left"):
         _store(tmp_path).save(checkpoint_of(20), best=False)
     assert _names(_store(tmp_path)) == [
@@ -368,7 +369,7 @@ def test_a_reader_looks_again_where_a_run_goes_on(
             break
         return read_checkpoint(path)
 
-    monkeypatch.setattr("dist_resnet.runs.checkpoint.read_checkpoint", too_late)
+    monkeypatch.setattr("dist_resnet.runs.store.read_checkpoint", too_late)
     said: list[str] = []
     found = store.best() if kind == "best" else store.newest(said.append, set_aside=False)
     assert found is not None
@@ -407,7 +408,7 @@ def test_a_full_disk_leaves_what_was_there(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from dist_resnet.runs.checkpoint import CheckpointStore
+from dist_resnet.runs.store import CheckpointStore
 from dist_resnet.step.state import weights_sha256
 from tests.helpers.checkpoints import checkpoint_of
 store = CheckpointStore(Path(sys.argv[1]), 1)

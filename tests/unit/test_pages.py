@@ -110,6 +110,17 @@ def test_what_is_no_two_level_design_is_refused() -> None:
     with pytest.raises(UserError, match="not balanced in these runs"):
         effects_table(_designed([DESIGN[n] for n in (0, 1, 3, 4)]))
     runs = _designed(DESIGN)
-    runs[0]["settings"]["f3"] = 7
+    with pytest.raises(UserError, match="no factor"):
+        effects_table(runs[:1])
+    runs[0]["settings"]["f3"] = [7]
     with pytest.raises(UserError, match="f3 has 3 values"):
         effects_table(runs)
+
+
+def test_levels_are_in_the_order_of_numbers() -> None:
+    runs = _designed(DESIGN)
+    for run in runs:
+        run["settings"]["f1"] = -run["settings"]["f1"]
+        run["settings"]["seed"] = len(run["settings"])
+    rows = {row[0]: row[1:] for row in effects_table(runs)}
+    assert rows["f1"] == ["-10", "-2", "+1.00", "-0.0100"]

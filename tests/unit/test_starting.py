@@ -15,8 +15,8 @@ from dist_resnet.config.schema import ModelConfig
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.models.matching import Start, matched, natural, start_from
 from dist_resnet.models.resnet import resnet
-from dist_resnet.runs.checkpoint import CheckpointStore
 from dist_resnet.runs.fork import starting_point
+from dist_resnet.runs.store import CheckpointStore
 from dist_resnet.step.state import build_state
 from dist_resnet.training.starting import read_start, started_model
 from tests.helpers.checkpoints import checkpoint_of

@@ -89,9 +89,20 @@ def test_round_trip_in_the_middle_of_a_window() -> None:
 
 
 def test_another_versions_measures_begin_anew() -> None:
-    old, new = Totals(CPU), Totals(CPU, ("top1", "confidence"))
+    old = Totals(CPU)
     _add(old, 0)
     _add(old, 1, bad=True)
-    new.load_state_dict(old.state_dict())
-    assert new.take(Totals.EPOCH) == Means(0, {"top1": 0, "confidence": 0}, 0, 0)
-    assert new.bad_step() == 1
+    for names in (["top1", "confidence"], ["confidence"]):
+        new = Totals(CPU, names)
+        new.load_state_dict(old.state_dict())
+        assert new.take(Totals.EPOCH) == Means(0, dict.fromkeys(names, 0), 0, 0)
+        assert new.bad_step() == 1
+
+
+def test_checkpoints_from_before_the_names_are_of_top1() -> None:
+    old, new = Totals(CPU), Totals(CPU)
+    _add(old, 0)
+    saved = old.state_dict()
+    del saved["measures"]
+    new.load_state_dict(saved)
+    assert new.take(Totals.EPOCH) == Means(2.0, {"top1": 0.25}, 1.5, 1)

@@ -161,6 +161,23 @@ def test_an_end_that_fails_says_why_and_leaves_nothing_behind(
     assert "wandb sync HERE" in line
 
 
+def test_a_writer_that_dies_is_told_of_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what nobody foresaw, such as a console that fails."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    session, said = _Session(), list[str]()
+    tracker = _started(session, said, 5.0)
+    tracker._say = lambda _: (_ for _ in ()).throw(RuntimeError("no console"))
+    tracker.keep(Artifact("a", "model", Path("none"), {}))
+    tracker._thread.join(5.0)
+    tracker._say = said.append
+    tracker.close(0, {})
+    assert session.abandoned.is_set()
+    assert said == [
+        "wandb: its thread has ended; metrics.jsonl has every row; "
+        "send what wandb has: wandb sync HERE"
+    ]
+
+
 def test_a_full_queue_drops_rows_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wandb_writer, "QUEUE_ROWS", 4)
     session, said = _Stuck("log"), list[str]()
