@@ -70,7 +70,7 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
         ("model.init", own.model.init, config.model.init),
     ):
         if mine != theirs:
-            raise UserError(f"{key}: {file} says what net and normalisation it is of; leave it out")
+            raise UserError(f"{key}: is the model's own; leave it out")
     world = start(config.parallel.device, config.parallel.timeout_seconds)
     try:
         session = open_session(config, world)

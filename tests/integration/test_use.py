@@ -141,7 +141,7 @@ def test_an_exported_file_is_as_good_as_its_checkpoint(
     assert (weights_sha256(one[0]), one[1]) == (weights_sha256(two[0]), two[1])
     assert dist_resnet.load(file).reading == dist_resnet.load(run).reading
     assert str(digits.folder.parent).encode() not in file.read_bytes()  # nor any other folder
-    with pytest.raises(UserError, match=r"model\.init: .* leave it out"):
+    with pytest.raises(UserError, match=r"model\.init: is the model's own"):
         evaluate.evaluate_checkpoint(file, [root, "model.init=w.pt"])
     with pytest.raises(UserError, match="holds weights, not a training"):
         read_checkpoint(file)
