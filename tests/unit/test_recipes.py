@@ -177,7 +177,12 @@ def test_kept_runs_were_made_by_committed_code() -> None:
 
 @pytest.mark.parametrize(
     ("config", "group"),
-    [("resnet20", "recipe"), ("resnet20_fast", "fast"), ("resnet20_best", "best")],
+    [
+        ("resnet20", "recipe"),
+        ("resnet20_fast", "fast"),
+        ("resnet20_8gpu", "large"),
+        ("resnet20_best", "best"),
+    ],
 )
 def test_a_recipe_is_what_was_run(config: str, group: str) -> None:
     """But for what the machine settled, the evaluations, the seed and fast's shorter runs."""
