@@ -15,6 +15,7 @@ from dist_resnet.distributed.flat import flatten_model
 from dist_resnet.distributed.group import World, all_reduce_sum
 from dist_resnet.distributed.shared_sum import build_sum
 from dist_resnet.models.build import build_model
+from dist_resnet.step.measures import MEASURES
 
 STEPS, CALLS = 50, 200
 ONE, OTHER, TWO = "1 rank", "the other rank", "2 ranks"
@@ -26,7 +27,7 @@ def run(settings: Settings) -> Report:
     """Measure."""
     steps, calls = (2, 5) if settings.quick else (STEPS, CALLS)
     batch = settings.config.data.batch_size_per_replica
-    size = flatten_model(build_model(settings.config.model, 10)).exchange.numel()
+    size = flatten_model(build_model(settings.config.model, 10), len(MEASURES)).exchange.numel()
     pairs, options = ("wandb.mode=offline", "parallel.threads=1", *settings.pairs), {"steps": steps}
     report = Report("scaling", plot=("measured", "images_per_second"))
     report.settings = {

@@ -16,7 +16,8 @@ from dist_resnet.runs.trained import Classifier
 from dist_resnet.step.state import weights_sha256
 
 NAME = "README.md"
-_LOADED = "\n`dist_resnet.load` takes `model.safetensors`, which says what net it is of.\n"
+_LOADABLE = "model.safetensors"
+_LOADED = f"\n`dist_resnet.load` takes `{_LOADABLE}`, which says what net it is of.\n"
 _BEGIN, _END = "<!-- dist_resnet.export ", " -->\n"
 
 
@@ -94,4 +95,4 @@ A classifier of {width}x{height} RGB images, trained by dist_resnet for {model.s
 Compared with the checkpoint, by the largest difference of a logit:
 
 {listed}
-{_LOADED if model.description else ""}"""
+{_LOADED if model.description and _LOADABLE in files else ""}"""

@@ -125,6 +125,8 @@ def test_exported_files_give_the_checkpoint_s_logits(
     assert (wanted - got).abs().max() < 1e-4
     assert torch.equal(wanted.argmax(1), got.argmax(1))
     assert "README.md" in names
+    card = (tmp_path / "README.md").read_text()
+    assert ("dist_resnet.load" in card) == (form == "safetensors")
     assert not [name for name in names if name.startswith(".tmp")]
 
 
