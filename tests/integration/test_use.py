@@ -181,11 +181,14 @@ def test_a_file_of_weights_names_no_code(run: Path, tmp_path: Path) -> None:
     own = dist_resnet.load(run)
     facts = json.loads(own.description["dist_resnet"])
     facts["config"]["data"] |= {"source": "os:abort", "root": "/elsewhere"}
+    facts["classes"][0] = "\x1b[31mred"
     facts["config"] |= {"augment": {"extra": ["os:abort"]}, "optim": {"name": "os:abort"}}
     file = tmp_path / "w.safetensors"
     tensors = {name: tensor.contiguous() for name, tensor in own.state_dict().items()}
     save_file(tensors, file, {"dist_resnet": json.dumps(facts)})
-    config = stored_config(find_weights(file)[1].config)
+    saved = find_weights(file)[1]
+    assert saved.classes[0].isprintable()  # as of a checkpoint: it goes to a terminal
+    config = stored_config(saved.config)
     assert (config.data.source, config.data.root) == (None, "data")
     assert (config.augment.extra, config.optim.name) == ([], "sgd")
 
