@@ -21,10 +21,25 @@ from dist_resnet.data.sources.embedded import load_cifar, load_digits, load_synt
 NAMES = ["airplane", "automobile", "bird"]
 
 
-def _batch(seed: int, number: int) -> dict[str, Any]:
+def _batch(seed: int, number: int, key: str = "labels") -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     data = rng.integers(0, 256, (number, 3072), dtype=np.uint8)
-    return {"data": data, "labels": rng.integers(0, 3, number).tolist()}
+    return {"data": data, key: rng.integers(0, 3, number).tolist()}
+
+
+def _fake(kind: Any, content: dict[str, Any], root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The extracted files of a `kind`, to whose checksums torchvision then holds them."""
+    base = root / kind.base_folder
+    base.mkdir(parents=True)
+    sums = {}
+    for name, value in content.items():
+        (base / name).write_bytes(pickle.dumps(value))
+        sums[name] = hashlib.md5((base / name).read_bytes()).hexdigest()
+    for of in ("train_list", "test_list"):
+        listed = [[name, sums[name]] for name, _ in getattr(kind, of) if name in sums]
+        monkeypatch.setattr(kind, of, listed)
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": sums[kind.meta["filename"]]})
+    return base
 
 
 @pytest.fixture
@@ -33,26 +48,17 @@ def fake_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from torchvision.datasets import CIFAR10
 
     root = tmp_path / "site"
-    base = root / CIFAR10.base_folder
-    base.mkdir(parents=True)
     content = {
         "data_batch_1": _batch(1, 4),
         "data_batch_2": _batch(2, 3),
         "test_batch": _batch(3, 2),
+        "batches.meta": {"label_names": NAMES},
     }
-    content["batches.meta"] = {"label_names": NAMES}
-    sums = {}
-    for name, value in content.items():
-        (base / name).write_bytes(pickle.dumps(value))
-        sums[name] = hashlib.md5((base / name).read_bytes()).hexdigest()
+    base = _fake(CIFAR10, content, root, monkeypatch)
     archive = root / CIFAR10.filename
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(base, CIFAR10.base_folder)
     monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-    monkeypatch.setattr(CIFAR10, "train_list", [[k, v] for k, v in sums.items() if "data" in k])
-    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
-    meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
-    monkeypatch.setattr(CIFAR10, "meta", meta)
     return root
 
 
@@ -104,6 +110,25 @@ def test_cifar_from_disk_in_each_form(fake_cifar: Path, tmp_path: Path, form: st
     elif form == "root with archive only":
         (fake_cifar / "cifar-10-batches-py").rename(tmp_path / "elsewhere")
     _assert_is_the_fake(load_cifar("cifar10", given, tmp_path / "extracted"))
+
+
+def test_cifar100_by_its_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import CIFAR100
+
+    names = [f"class {i}" for i in range(100)]
+    coarse = {"coarse_labels": [19] * 5}
+    content = {
+        "train": _batch(1, 5, "fine_labels") | coarse,
+        "test": _batch(2, 3, "fine_labels") | coarse,
+        "meta": {"fine_label_names": names, "coarse_label_names": ["animal"] * 20},
+    }
+    content["train"]["fine_labels"][0] = 99
+    _fake(CIFAR100, content, tmp_path / "site", monkeypatch)
+    image_set = load_cifar("cifar100", tmp_path / "site", tmp_path / "new")
+    assert image_set.classes == tuple(names)
+    assert image_set.train.labels.tolist() == content["train"]["fine_labels"]
+    assert image_set.test.labels.tolist() == content["test"]["fine_labels"]
+    image_set.validate()
 
 
 def test_damaged_cifar_on_disk(fake_cifar: Path, tmp_path: Path) -> None:
