@@ -1,7 +1,6 @@
 """Where a run leaves its traces: console, metrics.jsonl, W&B, checkpoints and status."""
 
 import secrets
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from dist_resnet.machine.environment import git_commit, machine, versions
 from dist_resnet.runs.checkpoint import Checkpoint
 from dist_resnet.runs.folder import RunFolder
 from dist_resnet.runs.store import CheckpointStore
-from dist_resnet.step.state import Snapshot, TrainState
+from dist_resnet.step.state import TrainState
 from dist_resnet.tracking.console import Console
 from dist_resnet.tracking.jsonl import MetricsFile, rewind
 from dist_resnet.tracking.tracker import Artifact, NullTracker, Tracker, Trackers
@@ -32,8 +31,8 @@ class RunWriter:
 
     folder: RunFolder
     store: CheckpointStore
-    checkpoint: Callable[[Snapshot, float, Any], Checkpoint]
-    """Of a state, the seconds of training and W&B's position."""
+    header: dict[str, Any]
+    """What of a checkpoint does not change during the run."""
     tracker: Tracker
     wandb: WandbTracker | None
 
@@ -50,7 +49,9 @@ class RunWriter:
             UserError: it cannot be written though it `must`; else that is told, and we go on.
         """
         position = self.wandb and self.wandb.position()
-        content = self.checkpoint(state.snapshot(), seconds, position)
+        content = Checkpoint(
+            state=state.snapshot(), seconds=seconds, wandb_position=position, **self.header
+        )
         try:
             self.store.save(content, best)
         except OSError as error:
@@ -107,7 +108,9 @@ def open_outputs(
     derived = plan.as_dict() | ({"forks": forks} if forks else {}) | origin
     derived["hash"] = run_hash(config, origin["code"])
     run_id = folder.wandb_id(
-        lambda: _new_id(folder.path.name), known, anew=bool(forks) and known is None
+        lambda: f"{folder.path.name[:52]}-{secrets.token_hex(4)}",
+        known,
+        anew=bool(forks) and known is None,
     )
     try:
         folder.write_text("config.yaml", to_yaml(config))
@@ -141,18 +144,9 @@ def open_outputs(
         parts += [Notices(wandb, folder.path.name, find), wandb]
     tracker = Trackers(parts, console.message)
     header = {"forks": forks, "wandb_id": wandb_id, **_header(config, session), **place, **origin}
-    writer = RunWriter(folder, store, _checkpoints(header), tracker, wandb)
+    writer = RunWriter(folder, store, header, tracker, wandb)
     writer.heartbeat(step)
     return Outputs(tracker, writer)
-
-
-def _checkpoints(header: dict[str, Any]) -> Callable[[Snapshot, float, Any], Checkpoint]:
-    """What makes a checkpoint of a state, the seconds of training and the place on W&B."""
-
-    def make(state: Snapshot, seconds: float, position: Any) -> Checkpoint:
-        return Checkpoint(state=state, seconds=seconds, wandb_position=position, **header)
-
-    return make
 
 
 def _header(config: Config, session: Session) -> dict[str, Any]:
@@ -182,7 +176,3 @@ def _to_keep(config: Config, store: CheckpointStore, data: Dataset, run_id: str)
         about = {"step": step, "dataset": data.fingerprint, "classes": list(data.classes)}
         found.append(Artifact(f"best-{run_id}", "model", best, about))
     return found
-
-
-def _new_id(name: str) -> str:
-    return f"{name[:52]}-{secrets.token_hex(4)}"
