@@ -19,7 +19,7 @@ from dist_resnet.runs.store import CheckpointStore
 from dist_resnet.step.state import TrainState
 from dist_resnet.tracking.console import Console
 from dist_resnet.tracking.jsonl import MetricsFile, rewind
-from dist_resnet.tracking.tracker import Artifact, NullTracker, Tracker, Trackers
+from dist_resnet.tracking.tracker import Artifact, Tracker, Trackers
 from dist_resnet.tracking.wandb_notices import Notices
 from dist_resnet.tracking.wandb_writer import WandbTracker, start_wandb
 from dist_resnet.training.session import Session
@@ -103,7 +103,7 @@ def open_outputs(
         UserError: the folder cannot be written.
     """
     if not session.world.is_main:
-        return Outputs(NullTracker(), None)
+        return Outputs(Tracker(), None)
     known, forks = (saved.wandb_id, saved.forks) if saved is not None else (None, [])
     derived = plan.as_dict() | ({"forks": forks} if forks else {}) | origin
     derived["hash"] = run_hash(config, origin["code"])
