@@ -154,11 +154,14 @@ def on_every_rank(action: Callable[[], T]) -> T:
     return result[0]
 
 
-def on_rank_zero(action: Callable[[], None]) -> None:
-    """Run `action` on rank 0 while the others wait; a UserError there becomes one on all."""
-    message = _attempt(action)[1] if environment_rank() == 0 else None
-    if message := broadcast_object(message):
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """What `action` gives on rank 0, for which the others wait; a UserError there is one on all."""
+    attempt = _attempt(action) if environment_rank() == 0 else (None, None)
+    result, message = broadcast_object(attempt)
+    if message:
         raise UserError(message)
+    assert result is not None
+    return result[0]
 
 
 def broadcast_object(value: T) -> T:

@@ -1,6 +1,7 @@
 """One run from start to end: open what it needs, train, close whatever happened."""
 
 from collections.abc import Collection, Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ from dist_resnet.tracking.jsonl import read_rows
 from dist_resnet.training.ending import (
     at_exit,
     ending,
-    exit_code,
     of_all_ranks,
     raise_told,
     tell_ending,
@@ -197,13 +197,10 @@ def _fit_and_close(
         label = f"rank {world.rank} of {world.size}"
         watchdog.call_as(label, trainer.fit)
     except BaseException as error:
-        status, reason = ending(error)
-        code = exit_code(error)
-        if isinstance(error, Preempted):
-            # All ranks are here. Those that left before rank 0 has closed would end it early.
-            on_rank_zero(lambda: outputs.close(code, status, state.step, reason, {}))
-        else:
-            outputs.close(code, status, state.step, reason, {})
+        status, reason, code = ending(error)
+        close = partial(outputs.close, code, status, state.step, reason, {})
+        # Then all ranks are here. Those that left before rank 0 has closed would end it early.
+        on_rank_zero(close) if isinstance(error, Preempted) else close()
         raise
     finally:
         trainer.batches.close()

@@ -11,7 +11,7 @@ from dist_resnet.base.errors import UserError
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.plugins import is_plugin
 from dist_resnet.config.schema import Config, ModelConfig
-from dist_resnet.distributed.group import broadcast_object, on_every_rank, on_rank_zero
+from dist_resnet.distributed.group import on_every_rank, on_rank_zero
 from dist_resnet.models import build as models
 from dist_resnet.models.build import build_model, in_layout
 from dist_resnet.models.matching import Start, start_from
@@ -65,12 +65,10 @@ def read_start(config: ModelConfig) -> Start | None:
     Raises:
         UserError: on all ranks, where there are none.
     """
-    found: list[Start] = []
     if config.init is None:
         return None
     path = user_path(config.init)
-    on_rank_zero(lambda: found.append(_read(path)))
-    return broadcast_object(found[0] if found else None)
+    return on_rank_zero(lambda: _read(path))
 
 
 def started_model(config: Config, classes: int, start: Start) -> nn.Module:
