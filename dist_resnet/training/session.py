@@ -32,7 +32,7 @@ from dist_resnet.runs.checkpoint import Checkpoint
 from dist_resnet.step.distill import Distillation
 from dist_resnet.step.mode import choose_step_mode
 from dist_resnet.step.precision import (
-    choose_dtype,
+    TYPES,
     choose_precision,
     make_deterministic,
     set_up_cuda,
@@ -161,7 +161,8 @@ def open_session(config: Config, world: World) -> Session:
     torch.set_num_threads(threads)
     if config.precision.deterministic:
         make_deterministic()
-    precision, reason = on_every_rank(lambda: choose_dtype(config.precision, world.device))
+    wanted = config.precision.dtype
+    precision, reason = on_every_rank(lambda: choose_precision(wanted, world.device))
     if world.device.type == "cuda":
         exact = config.parallel.reduction == "exact"
         reason = f"{reason}, {set_up_cuda(exact or config.precision.deterministic)}"
@@ -172,7 +173,7 @@ def open_session(config: Config, world: World) -> Session:
             f"data.val_split={held_out}: the training set has {dataset.num_train} images"
         )
     kept, out = split_indices(config.seed, dataset.num_train, held_out)
-    return Session(config, world, dataset, precision, reason, threads, kept, out)
+    return Session(config, world, dataset, TYPES[precision], reason, threads, kept, out)
 
 
 def sharing_cores(world: World) -> int:

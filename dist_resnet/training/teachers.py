@@ -70,8 +70,8 @@ def build_distillation(
     for teacher in found:
         saved = teacher.saved
         if isinstance(saved, Start):
-            model = _of_file(teacher.name, saved, config, len(data.classes)).to(device)
-            teachers.append(Teacher.of(model.requires_grad_(False), students, students))
+            model = _of_file(teacher.name, saved, config, len(data.classes))
+            teachers.append(Teacher(model.to(device), students, students))
             continue
         if tuple(saved.classes) != tuple(data.classes):
             raise UserError(
@@ -82,8 +82,8 @@ def build_distillation(
             raise UserError(
                 f"distill.teachers={teacher.name}: was trained on images of {width}x{height}"
             )
-        model = trained_model(saved, stored_config(saved.config)).to(device)
+        model = trained_model(saved, stored_config(saved.config))
         own = Normalisation.of(saved.mean, saved.std, data.width, device)
-        teachers.append(Teacher.of(model.requires_grad_(False), own, students))
+        teachers.append(Teacher(model.to(device), own, students))
     settings = config.distill
     return Distillation(teachers, settings.temperature, settings.weight) if teachers else None
