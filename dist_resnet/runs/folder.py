@@ -68,8 +68,10 @@ class RunFolder:
                 )
             os.truncate(self._lock, 0)
             os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-            for left in (*self.path.glob(".tmp.*"), *self.path.glob(".metrics.jsonl.rewind-*")):
-                left.unlink(missing_ok=True)
+            for pattern in (".tmp.*", "checkpoints/.tmp.*", ".metrics.jsonl.rewind-*"):
+                for left in self.path.glob(pattern):  # unfinished files of dead processes
+                    with contextlib.suppress(OSError):
+                        left.unlink()
         except BlockingIOError:
             assert self._lock is not None
             owner = os.pread(self._lock, 200, 0).decode(errors="replace")

@@ -135,7 +135,6 @@ def open_outputs(
         say=console.message,
     )
     store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
-    store.remove_leftovers()
     parts: list[Tracker] = [console, metrics]
     wandb_id = run_id if wandb is None else wandb.run_id
     if wandb is not None:
