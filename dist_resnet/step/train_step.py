@@ -84,15 +84,9 @@ class TrainStep:
         self.dropouts = dropouts(flat.model)
         dropped = probability_of(self.dropouts), num_features(self.dropouts)
         draw = ChoiceDrawer(config.augment, image_size, *dropped, self.device)
-        self.replica_pass = pass_kind(config.augment, self.device)(
-            config.augment,
-            config.optim.label_smoothing,
-            draw,
-            statistics,
-            self.group,
-            precision,
-            class_weights,
-        )
+        settings = config.augment, config.optim.label_smoothing, draw, statistics
+        kind = pass_kind(config.augment, self.device)
+        self.replica_pass = kind(*settings, self.group, precision, class_weights)
 
     @contextmanager
     def by_torch(self) -> Iterator[None]:

@@ -107,11 +107,8 @@ def open_outputs(
     known, forks = (saved.wandb_id, saved.forks) if saved is not None else (None, [])
     derived = plan.as_dict() | ({"forks": forks} if forks else {}) | origin
     derived["hash"] = run_hash(config, origin["code"])
-    run_id = folder.wandb_id(
-        lambda: f"{folder.path.name[:52]}-{secrets.token_hex(4)}",
-        known,
-        anew=bool(forks) and known is None,
-    )
+    name, anew = folder.path.name, bool(forks) and known is None
+    run_id = folder.wandb_id(lambda: f"{name[:52]}-{secrets.token_hex(4)}", known, anew)
     try:
         folder.write_text("config.yaml", to_yaml(config))
         folder.write_json("plan.json", derived)
@@ -130,7 +127,7 @@ def open_outputs(
         folder.path,
         resolved | facts | {"plan": derived},
         run_id,
-        folder.path.name,
+        name,
         resume_position=saved.wandb_position if saved is not None and run_id == known else None,
         say=console.message,
     )
@@ -140,7 +137,7 @@ def open_outputs(
     if wandb is not None:
         find = partial(_to_keep, config, store, data, wandb_id)
         # W&B last: its end sends what the notices have queued at theirs.
-        parts += [Notices(wandb, folder.path.name, find), wandb]
+        parts += [Notices(wandb, name, find), wandb]
     tracker = Trackers(parts, console.message)
     header = {"forks": forks, "wandb_id": wandb_id, **_header(config, session), **place, **origin}
     writer = RunWriter(folder, store, header, tracker, wandb)
