@@ -25,6 +25,7 @@ from dist_resnet.base.tables import columns
 from dist_resnet.training.api import callable_module, threads_kept
 
 if TYPE_CHECKING:
+    from dist_resnet.models.matching import Start
     from dist_resnet.training.evaluation import Evaluation
     from dist_resnet.training.session import Session
 
@@ -55,14 +56,13 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
     from dist_resnet.augment import Normalisation
     from dist_resnet.config.load import stored_config
     from dist_resnet.distributed.group import start, stop
-    from dist_resnet.runs.checkpoint import SAFETENSORS
-    from dist_resnet.runs.exported import exported_checkpoint
-    from dist_resnet.runs.weights import find_weights, trained_model
+    from dist_resnet.models.matching import Start
+    from dist_resnet.runs.weights import read_weights, trained_model
     from dist_resnet.training.session import open_session
 
-    if path.suffix == SAFETENSORS and path.is_file() and exported_checkpoint(path) is None:
-        return _evaluate_file(path, pairs)
-    file, saved = find_weights(path)
+    file, saved = read_weights(path)
+    if isinstance(saved, Start):
+        return _evaluate_file(saved, pairs)
     config = stored_config(saved.config, pairs)
     own = stored_config(saved.config)
     for key, mine, theirs in (
@@ -89,22 +89,23 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
     return {"checkpoint": str(file), "step": saved.state.step} | _figures(session, result)
 
 
-def _evaluate_file(path: Path, pairs: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
+def _evaluate_file(weights: "Start", pairs: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
     """As `evaluate_checkpoint`, of weights alone: all else is the configuration's."""
     from dist_resnet.config.load import stored_config
-    from dist_resnet.distributed.group import start, stop
+    from dist_resnet.distributed.group import on_every_rank, start, stop
     from dist_resnet.training.session import open_session
     from dist_resnet.training.starting import started_model
 
-    config = stored_config({}, [*pairs, {"model": {"init": str(path)}}])
+    config = stored_config({}, [*pairs, {"model": {"init": weights.file}}])
     world = start(config.parallel.device, config.parallel.timeout_seconds)
     try:
         session = open_session(config, world)
-        model = started_model(config, len(session.dataset.classes)).to(world.device)
+        classes = len(session.dataset.classes)
+        model = on_every_rank(lambda: started_model(config, classes, weights)).to(world.device)
         result = session.evaluator(session.normalisation())(model)
     finally:
         stop()
-    return {"weights": str(path)} | _figures(session, result)
+    return {"weights": weights.file} | _figures(session, result)
 
 
 def _figures(session: "Session", result: "Evaluation") -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dist_resnet.distributed.group import World, broadcast_object, on_rank_zero
 from dist_resnet.runs.folder import RunFolder
 from dist_resnet.step.captured import as_configured
 from dist_resnet.step.train_step import TrainStep
-from dist_resnet.tracking.tracker import NullTracker
+from dist_resnet.tracking.tracker import Tracker
 from dist_resnet.training.evaluation import Evaluator
 from dist_resnet.training.loop import Trainer
 from dist_resnet.training.outputs import Outputs, open_outputs
@@ -94,7 +94,7 @@ def kept(batches: Generator[Batch, None, None], count: int = 8) -> list[Batch]:
 def _outputs(session: Session, plan: Plan, silent: bool) -> Iterator[Outputs]:
     """Everything that records, in a folder that is removed afterwards."""
     if silent:
-        yield Outputs(NullTracker(), None)
+        yield Outputs(Tracker(), None)
         return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         folder = RunFolder(Path(broadcast_object(place)) / "bench")

@@ -22,11 +22,9 @@ class Counters:
             if not buffers:
                 continue
             flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-            offset = 0
-            for buffer in buffers:
-                shape, size = buffer.shape, buffer.numel()
-                buffer.data = flat[offset : offset + size].view(shape)
-                offset += size
+            parts = flat.split([buffer.numel() for buffer in buffers])
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.data = part.view(buffer.shape)
             self.values.append(flat)
         self._starts = [flat.clone() for flat in self.values]
         self.size = sum(flat.numel() for flat in self.values)

@@ -148,27 +148,20 @@ def on_every_rank(action: Callable[[], T]) -> T:
     Without this the others would wait for the failed rank until the time limit.
     """
     result, message = _attempt(action)
-    if dist.is_initialized():
-        messages: list[str | None] = [None] * world_size()
-        with collective():
-            dist.all_gather_object(messages, message, group=_patient)
-        message = next((text for text in messages if text), None)
-    if message:
+    if message := next(filter(None, gather_objects(message)), None):
         raise UserError(message)
     assert result is not None
     return result[0]
 
 
-def on_rank_zero(action: Callable[[], None]) -> None:
-    """Run `action` on rank 0 while the others wait; a UserError there becomes one on all."""
-    message = _attempt(action)[1] if environment_rank() == 0 else None
-    if dist.is_initialized():
-        box = [message]
-        with collective():
-            dist.broadcast_object_list(box, src=0, group=_patient)
-        message = box[0]
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """What `action` gives on rank 0, for which the others wait; a UserError there is one on all."""
+    attempt = _attempt(action) if environment_rank() == 0 else (None, None)
+    result, message = broadcast_object(attempt)
     if message:
         raise UserError(message)
+    assert result is not None
+    return result[0]
 
 
 def broadcast_object(value: T) -> T:

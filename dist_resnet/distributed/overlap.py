@@ -96,8 +96,3 @@ def _chunks(flat: FlatModel) -> list[tuple[slice, list[Tensor]]]:
             found.append((slice(start, stop), members))
             stop, members = start, []
     return found
-
-
-def bytes_of(flat: FlatModel) -> int:
-    """Of what a rank exchanges in a step."""
-    return flat.exchange.numel() * flat.exchange.itemsize

@@ -8,7 +8,7 @@ from torch import Tensor
 from dist_resnet.distributed import overlap
 from dist_resnet.distributed.flat import FlatModel
 from dist_resnet.distributed.group import all_reduce_sum, gather_rows, world_size
-from dist_resnet.distributed.overlap import OverlappedSum, bytes_of
+from dist_resnet.distributed.overlap import OverlappedSum
 from dist_resnet.distributed.shared_sum import build_sum
 
 
@@ -52,9 +52,9 @@ class FastReduction:
         self._total = torch.zeros(size, dtype=dtype, device=device) if needed else None
         self._sum = build_sum(size, dtype, device)
         self._chunks: OverlappedSum | None = None
-        if world_size() == 1 or bytes_of(flat) < overlap.LARGE:
+        if world_size() == 1 or flat.exchange.nbytes < overlap.LARGE:
             return
-        shown = f"gradients: {bytes_of(flat) / 1e6:.0f} MB a step, summed"
+        shown = f"gradients: {flat.exchange.nbytes / 1e6:.0f} MB a step, summed"
         if overlaps and self._sum is all_reduce_sum:
             self._chunks = OverlappedSum(flat)
             self.remark = f"{shown} in {len(self._chunks)} chunks during the backward pass"

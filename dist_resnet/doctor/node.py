@@ -24,7 +24,7 @@ from dist_resnet.distributed.group import backends
 from dist_resnet.doctor import Examination, Finding, examine
 from dist_resnet.doctor.gpu import device_finding, gpu_examinations, usable_gpus
 from dist_resnet.machine.environment import versions
-from dist_resnet.step.precision import choose_dtype
+from dist_resnet.step.precision import choose_precision
 from dist_resnet.tracking.wandb_reach import wanted_mode
 from dist_resnet.training.session import choose_threads
 
@@ -70,7 +70,7 @@ def _torch() -> Finding:
 
 
 def _precision(config: Config, gpus: int) -> Finding:
-    _, reason = choose_dtype(config.precision, torch.device("cuda" if gpus else "cpu"))
+    _, reason = choose_precision(config.precision.dtype, torch.device("cuda" if gpus else "cpu"))
     return Finding("ok", "precision", reason)
 
 

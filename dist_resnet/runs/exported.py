@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from dist_resnet.base.errors import UserError, first_line, one_line
 from dist_resnet.config.plugins import is_plugin
+from dist_resnet.models.matching import Start, natural
 from dist_resnet.runs.checkpoint import Checkpoint, checkpoint_of
 
 _KEY = "dist_resnet"  # of the metadata in a file's header
@@ -35,41 +34,41 @@ def description(saved: Checkpoint) -> dict[str, str]:
     return {_KEY: json.dumps(kept | {"step": saved.state.step, "config": _told(saved.config)})}
 
 
-def tensors_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
-    """Tensors, metadata and SHA-256 of a file.
-
-    Raises:
-        UserError: it cannot be read; the line does not name the file.
-    """
-    try:
-        from safetensors.torch import load
-    except ImportError:
-        raise UserError("needs a package: pip install 'dist-resnet[export]'") from None
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}") from None
-    try:
-        tensors = load(content)
-        # The library tells metadata of files on disk alone: 8 bytes of length, then JSON.
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    except Exception as error:  # its own, from Rust
-        raise UserError(f"not a safetensors file, or damaged: {first_line(error)}") from None
-    return tensors, header.get("__metadata__", {}), hashlib.sha256(content).hexdigest()
-
-
-def exported_checkpoint(path: Path) -> Checkpoint | None:
-    """What `description` was written of, with the file's weights; None: it holds weights alone.
+def read_tensors(path: Path) -> tuple[Start, dict[str, str]]:
+    """A file's tensors, and its metadata.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
-        tensors, metadata, _ = tensors_of(path)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        from safetensors.torch import load
+    except ImportError:
+        raise UserError(f"{path}: needs a package: pip install 'dist-resnet[export]'") from None
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        tensors = load(content)
+        # The library tells metadata of files on disk alone: 8 bytes of length, then JSON.
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except Exception as error:  # its own, from Rust
+        line = first_line(error)
+        raise UserError(f"{path}: not a safetensors file, or damaged: {line}") from None
+    ordered = {name: tensors[name] for name in natural(tensors)}  # the file keeps no order
+    start = Start(str(path), hashlib.sha256(content).hexdigest(), ordered)
+    return start, header.get("__metadata__", {})
+
+
+def read_exported(path: Path) -> Checkpoint | Start:
+    """What `description` was written of, with the file's weights; else the weights alone.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    start, metadata = read_tensors(path)
     if _KEY not in metadata:
-        return None
+        return start
     try:
         facts = json.loads(metadata[_KEY])
         facts["config"] = config = _told(facts["config"])
@@ -78,7 +77,8 @@ def exported_checkpoint(path: Path) -> Checkpoint | None:
         raise UserError(f"{path}: damaged: what it says of itself: {one_line(error)}") from None
     if is_plugin(str(name)):
         raise UserError(f"{path}: names code, {name}, which a file of weights may not run")
-    model = {n.removeprefix(_NETWORK): t for n, t in tensors.items() if n.startswith(_NETWORK)}
+    tensors = start.tensors.items()
+    model = {n.removeprefix(_NETWORK): t for n, t in tensors if n.startswith(_NETWORK)}
     state = {"step": step, "model": model, "optimizer": {}, "ema": None, "loss_scale": None}
     return checkpoint_of(path, facts | {"state": state | {"totals": {}, "best": {}}})
 

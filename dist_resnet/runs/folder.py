@@ -68,8 +68,10 @@ class RunFolder:
                 )
             os.truncate(self._lock, 0)
             os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-            for left in (*self.path.glob(".tmp.*"), *self.path.glob(".metrics.jsonl.rewind-*")):
-                left.unlink(missing_ok=True)
+            for pattern in (".tmp.*", "checkpoints/.tmp.*", ".metrics.jsonl.rewind-*"):
+                for left in self.path.glob(pattern):  # unfinished files of dead processes
+                    with contextlib.suppress(OSError):
+                        left.unlink()
         except BlockingIOError:
             assert self._lock is not None
             owner = os.pread(self._lock, 200, 0).decode(errors="replace")
@@ -125,9 +127,9 @@ class RunFolder:
         """Raises OSError: disk full, read-only."""
         self.write_text(_JOB, job)
 
-    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+    def write_json(self, name: str, values: Mapping[str, Any], durable: bool = True) -> None:
         """Raises OSError: disk full, read-only."""
-        write_atomically(self.path / name, (json.dumps(values, indent=2) + "\n").encode())
+        write_atomically(self.path / name, (json.dumps(values, indent=2) + "\n").encode(), durable)
 
     def write_text(self, name: str, text: str) -> None:
         """Raises OSError: disk full, read-only."""
@@ -142,11 +144,10 @@ class RunFolder:
         values: dict[str, Any] = {"state": state, "step": step, "reason": reason}
         if exit_code is not None:  # torchrun itself returns 1 for all of them
             values["exit_code"] = exit_code
-        content = (json.dumps(values, indent=2) + "\n").encode()
         self.begun = True
         try:
             # A heartbeat may be lost with the power; how the run ended may not.
-            write_atomically(self.path / "status.json", content, durable=state != "running")
+            self.write_json("status.json", values, durable=state != "running")
         except OSError as error:
             say(f"status.json cannot be written: {error.strerror}", sys.stderr)
 

@@ -8,7 +8,7 @@ from dist_resnet.base.launcher import job_id, restart_count
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.load import flatten, trajectory_hash
 from dist_resnet.config.schema import Config
-from dist_resnet.distributed.group import broadcast_object, on_rank_zero
+from dist_resnet.distributed.group import on_rank_zero
 from dist_resnet.machine.environment import differences
 from dist_resnet.runs.checkpoint import Checkpoint, read_checkpoint
 from dist_resnet.runs.folder import RunFolder
@@ -65,29 +65,25 @@ def find_checkpoint(config: Config, folder: RunFolder) -> Checkpoint | None:
         UserError: on all ranks, where none of the existing ones is valid.
     """
     store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
-    found: list[Checkpoint] = []
 
-    def choose() -> None:
+    def choose() -> Checkpoint | None:
         wanted = config.run.resume
         begun = _goes_on(folder) and store.newest_path()
         if wanted in ("auto", "never") or begun:
             newest = None if folder.to_clear else store.newest(say_on_stderr)
-            if newest is not None:
-                found.append(newest[1])
-            elif config.run.extend:
+            if newest is None and config.run.extend:
                 raise UserError(
                     f"run.extend=true: {folder.path} holds no run to extend; "
                     "name it with run.name, or a checkpoint with run.resume"
                 )
-        else:
-            content = read_checkpoint(user_path(wanted))
-            if user_path(wanted).resolve().parent != folder.checkpoints.resolve():
-                # Another run's: that one's record on W&B is not this one's to rewind.
-                content = replace(content, wandb_id=None, wandb_position=None)
-            found.append(content)
+            return None if newest is None else newest[1]
+        content = read_checkpoint(user_path(wanted))
+        if user_path(wanted).resolve().parent != folder.checkpoints.resolve():
+            # Another run's: that one's record on W&B is not this one's to rewind.
+            content = replace(content, wandb_id=None, wandb_position=None)
+        return content
 
-    on_rank_zero(choose)
-    return broadcast_object(found[0] if found else None)
+    return on_rank_zero(choose)
 
 
 def take_over(config: Config, folder: RunFolder, step: int) -> None:

@@ -119,12 +119,6 @@ class CheckpointStore:
             if _step(path) > step:
                 path.rename(path.with_suffix(".pt.superseded"))
 
-    def remove_leftovers(self) -> None:
-        """Delete unfinished files of dead processes; only for the holder of the run's lock."""
-        for path in self.folder.glob(".tmp.*"):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-
     def _by_step(self) -> list[Path]:
         return sorted([*self._named("step"), *self._named("best")], key=_step, reverse=True)
 

@@ -9,6 +9,7 @@ from dist_resnet.base.errors import UserError
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.load import stored_config
 from dist_resnet.data.decoding import Reading, stored_reading
+from dist_resnet.runs.checkpoint import Checkpoint
 from dist_resnet.runs.exported import description
 from dist_resnet.runs.weights import find_weights, trained_model
 
@@ -27,27 +28,18 @@ class Classifier(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(
-        self,
-        network: nn.Module,
-        classes: tuple[str, ...],
-        image_size: tuple[int, int],
-        mean: list[float],
-        std: list[float],
-        step: int,
-        reading: Reading,
-        description: dict[str, str],
-    ) -> None:
+    def __init__(self, network: nn.Module, saved: Checkpoint, reading: Reading) -> None:
         super().__init__()
         self.network = network
-        self.classes = classes
-        self.image_size = image_size
-        self.step = step
+        self.classes = tuple(saved.classes)
+        height, width = saved.image_size
+        self.image_size = height, width
+        self.step = saved.state.step
         self.reading = reading
-        self.description = description
+        self.description = description(saved)
         shape = (1, 3, 1, 1)
-        self.register_buffer("mean", torch.tensor(mean).view(shape) / 255)
-        inverse = torch.tensor([255 / (value or 1.0) for value in std])
+        self.register_buffer("mean", torch.tensor(saved.mean).view(shape) / 255)
+        inverse = torch.tensor([255 / (value or 1.0) for value in saved.std])
         self.register_buffer("scale", inverse.view(shape))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -73,15 +65,4 @@ def load(path: str | Path, checkpoint: str = "newest") -> Classifier:
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: damaged: {error}") from None
     network = trained_model(saved, stored_config(saved.config))
-    height, width = saved.image_size
-    classifier = Classifier(
-        network,
-        tuple(saved.classes),
-        (height, width),
-        saved.mean,
-        saved.std,
-        saved.state.step,
-        reading,
-        description(saved),
-    )
-    return classifier.eval()
+    return Classifier(network, saved, reading).eval()

@@ -9,8 +9,9 @@ from dist_resnet.config.code import told_of_net_code
 from dist_resnet.config.schema import Config
 from dist_resnet.distributed.group import rank
 from dist_resnet.models.build import build_model, in_layout
+from dist_resnet.models.matching import Start
 from dist_resnet.runs.checkpoint import SAFETENSORS, Checkpoint, read_checkpoint
-from dist_resnet.runs.exported import exported_checkpoint
+from dist_resnet.runs.exported import read_exported
 from dist_resnet.runs.store import CheckpointStore
 from dist_resnet.step.state import load_tensors
 from dist_resnet.tracking.tracker import say_on_stderr
@@ -19,7 +20,24 @@ CHECKPOINTS = ("newest", "best")
 
 
 def find_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, Checkpoint]:
+    """As `read_weights`, of files that say what net they are of.
+
+    Raises:
+        UserError: there is none.
+    """
+    file, found = read_weights(path, checkpoint)
+    if isinstance(found, Checkpoint):
+        return file, found
+    raise UserError(
+        f"{path}: holds weights alone, and does not say of which net: "
+        "python -m dist_resnet.evaluate takes it with model.name, a training as model.init"
+    )
+
+
+def read_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, Checkpoint | Start]:
     """File and content of a checkpoint, an exported file, or of a run folder's newest or best one.
+
+    Of a file of weights that does not say what net they are of, these alone.
 
     Raises:
         UserError: there is none.
@@ -29,7 +47,7 @@ def find_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, Checkpoi
     if not path.is_dir():
         if checkpoint != CHECKPOINTS[0]:
             raise UserError(f"{path}: is no run folder, which alone has a {checkpoint} checkpoint")
-        return path, _exported(path) if path.suffix == SAFETENSORS else read_checkpoint(path)
+        return path, read_exported(path) if path.suffix == SAFETENSORS else read_checkpoint(path)
     store = CheckpointStore(path / "checkpoints", keep=1)
     best = checkpoint == "best"
     found = store.best() if best else store.newest(say_on_stderr, set_aside=False)
@@ -39,15 +57,6 @@ def find_weights(path: Path, checkpoint: str = "newest") -> tuple[Path, Checkpoi
             f"{path}: holds no {kind}checkpoint; name a run folder, a .pt or a .safetensors file"
         )
     return found
-
-
-def _exported(path: Path) -> Checkpoint:
-    if (found := exported_checkpoint(path)) is not None:
-        return found
-    raise UserError(
-        f"{path}: holds weights alone, and does not say of which net: "
-        "python -m dist_resnet.evaluate takes it with model.name, a training as model.init"
-    )
 
 
 def trained_model(saved: Checkpoint, config: Config) -> nn.Module:

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from dist_resnet.data.stream import Batch
 from dist_resnet.distributed.group import gather_objects
-from dist_resnet.step.cuda_graph import Graph, capture, warm_up
-from dist_resnet.step.state import TrainState
+from dist_resnet.step.cuda_graph import capture, free, warm_up
 from dist_resnet.step.train_step import TrainStep
 from dist_resnet.step.update import clip
 
@@ -36,6 +35,7 @@ class CapturedStep:
         """`report` is told if the steps run without a graph, and why."""
         self._step = step
         self._report = report
+        self.state, self.rates = step.state, step.rates
         device = step.device
         self._position = torch.tensor([step.state.step], device=device)
         self._rates = torch.tensor(step.rates, dtype=torch.float32, device=device)
@@ -44,15 +44,7 @@ class CapturedStep:
         self._batch: Batch | None = None
         self._calls = 0
         self._run: Callable[[], None] | None = None
-        self._graph: Graph | None = None
-
-    @property
-    def state(self) -> TrainState:
-        return self._step.state
-
-    @property
-    def rates(self) -> Sequence[float]:
-        return self._step.rates
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Batch) -> None:
         """Train on `batch`, which must be that of step `state.step`."""
@@ -71,7 +63,7 @@ class CapturedStep:
     def close(self) -> None:
         """Give the graph up, before the process group: NCCL waits for graphs that refer to it."""
         if self._graph is not None:
-            self._graph.reset()
+            free(self._graph)
         self._graph, self._run = None, self._launch
 
     def _hold(self, batch: Batch) -> None:

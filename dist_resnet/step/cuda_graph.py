@@ -27,21 +27,14 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-class Graph:
-    """A recorded action: torch's graph, and what it must outlive."""
-
-    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
-        self._graph = graph
-        self.replay = graph.replay
-
-    def reset(self) -> None:
-        """Free it when the device is done with it."""
-        with suppress(RuntimeError):  # of a device that has failed; its own error is told
-            torch.cuda.synchronize()
-        self._graph.reset()
+def free(graph: torch.cuda.CUDAGraph) -> None:
+    """Give a graph up when the device is done with it."""
+    with suppress(RuntimeError):  # of a device that has failed; its own error is told
+        torch.cuda.synchronize()
+    graph.reset()
 
 
-def capture(action: Callable[[], object]) -> Graph:
+def capture(action: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """What repeats the device work of `action`, which is recorded and not executed.
 
     Raises:
@@ -58,4 +51,4 @@ def capture(action: Callable[[], object]) -> Graph:
         # would be copied unordered with the steps that read them.
         torch.cuda.set_stream(current)
         raise
-    return Graph(graph)
+    return graph

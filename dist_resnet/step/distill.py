@@ -16,24 +16,15 @@ from dist_resnet.augment import Normalisation
 from dist_resnet.step.replica_pass import Objective
 
 
-@dataclass(frozen=True)
 class Teacher:
     """A trained net, and what takes images as the student sees them to those that it knows."""
 
-    model: nn.Module
-    factor: Tensor
-    """float32 (1, 3, 1, 1): the ratio of the two normalisations' deviations."""
-    offset: Tensor
-    """float32 (1, 3, 1, 1)."""
-
-    @staticmethod
-    def of(model: nn.Module, own: Normalisation, students: Normalisation) -> "Teacher":
+    def __init__(self, model: nn.Module, own: Normalisation, students: Normalisation) -> None:
         """With the normalisations that each was trained under."""
-        mean, scale = (part[:3].view(1, 3, 1, 1) for part in (own.mean, own.scale))
-        other_mean, other_scale = (
-            part[:3].view(1, 3, 1, 1) for part in (students.mean, students.scale)
-        )
-        return Teacher(model.eval(), scale / other_scale, (other_mean - mean) * scale)
+        self.model = model.eval().requires_grad_(False)
+        rows = own.mean, own.scale, students.mean, students.scale
+        mean, scale, other_mean, other_scale = (row[:3].view(1, 3, 1, 1) for row in rows)
+        self.factor, self.offset = scale / other_scale, (other_mean - mean) * scale
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits, float32 (N, K), of images that are normalised for the student."""

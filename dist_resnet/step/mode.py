@@ -16,7 +16,6 @@ from dist_resnet.step.state import TrainState
 
 # On two cores 4 replicas of 32 images are 1.3 times as fast as one after the other, 8 no faster.
 _AT_ONCE_ON_CPU = 4
-_ANY = Traits()
 
 
 def choose_step_mode(wanted: str, config: Config, device: torch.device) -> tuple[str, str]:
@@ -33,26 +32,20 @@ def choose_step_mode(wanted: str, config: Config, device: torch.device) -> tuple
     """
     if wanted == "graph" and device.type != "cuda":
         raise UserError("train.step_mode=graph: only on GPUs; use auto on a CPU")
-    if wanted == "graph" or (wanted == "auto" and device.type == "cuda"):
-        try:
-            _require_fused(config, device)
-        except UserError as error:
-            return "graph", f"graph (one CUDA graph; no kernels of ours: {error})"
-        return "graph", "graph (one CUDA graph, our kernels)"
-    if wanted not in ("auto", "fused"):
+    if wanted in ("eager", "compile"):
         return wanted, wanted
-    try:
-        _require_fused(config, device)
-    except UserError as error:
-        if wanted == "fused":
-            raise UserError(f"train.step_mode=fused: {error}; or use eager") from None
-        return "eager", f"eager (slower than fused: {error})"
-    return "fused", "fused (BatchNorm, ReLU and addition as one kernel)"
+    lacking = _lacking(config, device)
+    if wanted == "graph" or (wanted == "auto" and device.type == "cuda"):
+        kernels = f"; no kernels of ours: {lacking}" if lacking else ", our kernels"
+        return "graph", f"graph (one CUDA graph{kernels})"
+    if not lacking:
+        return "fused", "fused (BatchNorm, ReLU and addition as one kernel)"
+    if wanted == "fused":
+        raise UserError(f"train.step_mode=fused: {lacking}; or use eager")
+    return "eager", f"eager (slower than fused: {lacking})"
 
 
-def replicas_at_once(
-    config: Config, local: int, device: torch.device, traits: Traits = _ANY
-) -> int:
+def replicas_at_once(config: Config, local: int, device: torch.device, traits: Traits) -> int:
     """How many of a rank's `local` replicas run as one forward and backward pass; divides them.
 
     One with parallel.reduction=exact, as the sum over the images of several rounds otherwise than
@@ -94,10 +87,14 @@ def forward_function(mode: str, model: nn.Module, replicas: int = 1) -> Callable
     return model
 
 
-def _require_fused(config: Config, device: torch.device) -> None:
+def _lacking(config: Config, device: torch.device) -> str:
+    """What our fused kernels need and do not find; empty: nothing."""
     if not config.precision.channels_last:
-        raise UserError("needs precision.channels_last=true")
-    if device.type == "cpu":
+        return "needs precision.channels_last=true"
+    if device.type != "cpu":
+        return "" if support.usable(device) else "Triton is missing"
+    try:
         load("norm_act")
-    elif not support.usable(device):
-        raise UserError("Triton is missing")
+    except UserError as error:
+        return str(error)
+    return ""

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from dist_resnet.base.errors import UserError
-from dist_resnet.config.schema import PrecisionConfig
 from dist_resnet.machine.environment import onednn_limit
 
-_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
 
 
@@ -36,12 +35,6 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     if wanted == "bf16":
         return wanted, f"bf16 ({place} {'computes in it' if has_bf16 else 'emulates it: slow'})"
     return wanted, wanted if has_bf16 else f"{wanted} ({place} has no bf16 arithmetic)"
-
-
-def choose_dtype(config: PrecisionConfig, device: torch.device) -> tuple[torch.dtype, str]:
-    """As `choose_precision`, with the type itself for autocast."""
-    name, reason = choose_precision(config.dtype, device)
-    return _TYPES[name], reason
 
 
 def _cpu_has_bf16() -> bool:

@@ -3,9 +3,9 @@
 Shapes: R replicas of N images each, one replica's after the other's; H W pixels, K classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from dist_resnet.config.schema import AugmentConfig
 from dist_resnet.kernels import support
 from dist_resnet.step.loss import mixed_cross_entropy
 from dist_resnet.step.measures import MEASURES
+
+Part: TypeAlias = tuple[Tensor, Tensor, Choices]
+"""Of one replica: logits, labels and random choices."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,18 @@ class Objective:
     """float32 (1 + M,): loss and what `MEASURES` finds, each summed over the replicas."""
 
 
-class ReplicaPass(Protocol):
+@dataclass
+class ReplicaPass:
     """Prepares the images of R replicas, and judges the logits made of them."""
+
+    config: AugmentConfig
+    smoothing: float
+    draw: ChoiceDrawer
+    statistics: Normalisation
+    replicas: int
+    precision: torch.dtype
+    weights: Tensor | None = None
+    """float32 (K,): of the classes in the loss; None: 1."""
 
     def inputs(
         self, images: Tensor, samples: Tensor, key: Tensor, turn: Tensor | None = None
@@ -43,6 +56,7 @@ class ReplicaPass(Protocol):
             key: int64, 0-dimensional, of the step.
             turn: int64, 0-dimensional, of its epoch; None where nothing asks for it.
         """
+        raise NotImplementedError
 
     def objective(
         self, logits: Tensor, labels: Tensor, choices: Any, scale: Tensor | None
@@ -53,6 +67,11 @@ class ReplicaPass(Protocol):
             logits: (R N, K).
             scale: float32, 0-dimensional: factor of the gradient alone; None: 1.
         """
+        raise NotImplementedError
+
+    def by_torch(self) -> "ReplicaPass":
+        """What does the same by PyTorch's operations."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -68,21 +87,12 @@ class ReplicaChoices:
         return _joined(keeps) if keeps else None
 
 
-class TorchPass:
+@dataclass
+class TorchPass(ReplicaPass):
     """By PyTorch's operations and, on a CPU, our C++: one replica after the other."""
 
-    def __init__(
-        self,
-        config: AugmentConfig,
-        smoothing: float,
-        draw: Callable[[Tensor, Tensor, Tensor | None], Choices],
-        statistics: Normalisation,
-        replicas: int,
-        weights: Tensor | None = None,
-    ) -> None:
-        self.smoothing, self.draw = smoothing, draw
-        self.augment, self.replicas = Augmenter(config, statistics), replicas
-        self.weights = weights
+    def __post_init__(self) -> None:
+        self.augment = Augmenter(self.config, self.statistics)
 
     def inputs(
         self, images: Tensor, samples: Tensor, key: Tensor, turn: Tensor | None = None
@@ -95,38 +105,15 @@ class TorchPass:
     def objective(
         self, logits: Tensor, labels: Tensor, choices: ReplicaChoices, scale: Tensor | None
     ) -> Objective:
-        losses = []
-        found: list[list[Tensor]] = [[] for _ in MEASURES]
-        for part, own, chosen in zip(
-            _parted(logits, self.replicas),
-            _parted(labels, self.replicas),
-            choices.parts,
-            strict=True,
-        ):
-            losses.append(mixed_cross_entropy(part, own, chosen, self.smoothing, self.weights))
-            for values, measure in zip(found, MEASURES.values(), strict=True):
-                values.append(measure(part.detach(), own, chosen))
-        loss = _summed(losses)
-        row = torch.stack([loss.detach(), *map(_summed, found)])
+        rows, own = _parted(logits, self.replicas), _parted(labels, self.replicas)
+        parts = list(zip(rows, own, choices.parts, strict=True))
+        loss = _summed([mixed_cross_entropy(*part, self.smoothing, self.weights) for part in parts])
+        row = torch.stack([loss.detach(), *_measured(parts)])
         return Objective(loss if scale is None else loss * scale, None, row)
 
 
-class KernelPass:
+class KernelPass(ReplicaPass):
     """By our Triton kernels, all replicas at once."""
-
-    def __init__(
-        self,
-        config: AugmentConfig,
-        smoothing: float,
-        draw: ChoiceDrawer,
-        statistics: Normalisation,
-        replicas: int,
-        precision: torch.dtype,
-        weights: Tensor | None = None,
-    ) -> None:
-        self.config, self.smoothing, self.draw = config, smoothing, draw
-        self.statistics, self.replicas, self.precision = statistics, replicas, precision
-        self.weights = weights
 
     def inputs(
         self, images: Tensor, samples: Tensor, key: Tensor, turn: Tensor | None = None
@@ -173,18 +160,13 @@ class KernelPass:
         )
         row = found.sum(dim=0)
         if len(MEASURES) > 1:  # no launch more for top-1 alone
-            loss, top1 = row
-            parts = self._parts(logits.detach(), labels, choices)
-            row = torch.stack([loss, *(
-                top1 if name == "top1" else _summed([measure(*part) for part in parts])
-                for name, measure in MEASURES.items()
-            )])  # fmt: skip
+            row = torch.stack([row[0], *_measured(self._parts(logits, labels, choices))])
         return Objective(logits, gradient, row)
 
-    def _parts(
-        self, logits: Tensor, labels: Tensor, choices: Choices
-    ) -> list[tuple[Tensor, Tensor, Choices]]:
-        """What a `Measure` takes, of each replica."""
+    def by_torch(self) -> TorchPass:
+        return TorchPass(**vars(self))
+
+    def _parts(self, logits: Tensor, labels: Tensor, choices: Choices) -> list[Part]:
         size, parts = len(labels) // self.replicas, []
         for number in range(self.replicas):
             at, own = slice(number * size, (number + 1) * size), choices
@@ -195,31 +177,15 @@ class KernelPass:
         return parts
 
 
-def build_pass(
-    config: AugmentConfig,
-    smoothing: float,
-    draw: ChoiceDrawer,
-    statistics: Normalisation,
-    replicas: int,
-    precision: torch.dtype,
-    weights: Tensor | None = None,
-) -> ReplicaPass:
-    """The kernels' where they run and do all that is wanted, else PyTorch's.
-
-    Args:
-        weights: of the classes in the loss, float32 (K,); None: 1.
-    """
-    if support.usable(statistics.mean.device) and within_kernels(config):
-        return KernelPass(config, smoothing, draw, statistics, replicas, precision, weights)
-    return TorchPass(config, smoothing, draw, statistics, replicas, weights)
+def pass_kind(config: AugmentConfig, device: torch.device) -> type[ReplicaPass]:
+    """The kernels' where they run and do all that is wanted, else PyTorch's."""
+    return KernelPass if support.usable(device) and within_kernels(config) else TorchPass
 
 
-def torch_pass(own: ReplicaPass) -> ReplicaPass:
-    """The pass by PyTorch's operations that does what `own` does."""
-    if not isinstance(own, KernelPass):
-        return own
-    draw = own.draw.by_torch
-    return TorchPass(own.config, own.smoothing, draw, own.statistics, own.replicas, own.weights)
+def _measured(parts: Sequence[Part]) -> list[Tensor]:
+    """What each of `MEASURES` finds, summed over the replicas."""
+    parts = [(logits.detach(), labels, choices) for logits, labels, choices in parts]
+    return [_summed([measure(*part) for part in parts]) for measure in MEASURES.values()]
 
 
 def _parted(tensor: Tensor, replicas: int) -> Sequence[Tensor]:

@@ -3,20 +3,16 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_resnet.distributed.flat import FlatModel
 
 
-def fits(flat: FlatModel) -> bool:
-    """Whether autocast would cast every decayed parameter: those of no other modules."""
-    modules = [m for m in flat.model.modules() if type(m) in (nn.Conv2d, nn.Linear)]
-    cast = {id(module.weight) for module in modules}
-    return all(id(p) in cast for _, p in flat.named_parameters() if p.ndim >= 2)
-
-
 class Shadow:
-    """A copy, in a lower type, of the weights of a model's convolutions and dense layers."""
+    """A copy, in a lower type, of the weights of a model's convolutions and dense layers.
+
+    For models that have no other parameters of two dimensions and more: autocast casts no others.
+    """
 
     def __init__(self, flat: FlatModel, dtype: torch.dtype) -> None:
         self._source = flat.values[: flat.num_decayed]

@@ -86,11 +86,13 @@ class TrainState:
 
     def snapshot(self) -> Snapshot:
         """A copy of all of it."""
+        with self.evaluated_weights():
+            evaluated = _by_name(self.flat.model)
         return Snapshot(
             step=self.step,
-            model={name: _plain(t) for name, t in self.flat.model.state_dict().items()},
+            model=evaluated if self.ema is None else _by_name(self.flat.model),
             optimizer=self.optimizer.state.state_dict(),
-            ema=None if self.ema is None else self._ema_by_name(self.ema),
+            ema=None if self.ema is None else evaluated,
             loss_scale=None if self.loss_scale is None else self.loss_scale.state_dict(),
             totals=self.totals.state_dict(),
             best=dict(self.best),
@@ -136,10 +138,6 @@ class TrainState:
         size = self.flat.values.numel()
         self.flat.values.copy_(values[:size])
         self.flat.statistics.copy_(values[size:])
-
-    def _ema_by_name(self, ema: Tensor) -> dict[str, Tensor]:
-        with self.evaluated_weights():
-            return {name: _plain(t) for name, t in self.flat.model.state_dict().items()}
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -194,5 +192,9 @@ def _averaged_values(flat: FlatModel) -> Tensor:
     return torch.cat([flat.values, flat.statistics])
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def _by_name(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of its parameters and buffers, on the CPU and dense."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }

@@ -22,8 +22,8 @@ from dist_resnet.optim.sgd import ema_weight
 from dist_resnet.step.cuda_graph import capturing
 from dist_resnet.step.distill import Distillation
 from dist_resnet.step.mode import choose_step_mode, forward_function, replicas_at_once
-from dist_resnet.step.replica_pass import build_pass, torch_pass
-from dist_resnet.step.shadow import Shadow, fits
+from dist_resnet.step.replica_pass import pass_kind
+from dist_resnet.step.shadow import Shadow
 from dist_resnet.step.state import TrainState
 from dist_resnet.step.update import build_update, update_by_torch
 
@@ -63,8 +63,8 @@ class TrainStep:
         )
         self.shadow = None
         # A net of the user's own may use its weights outside of autocast.
-        ours = not self.own and mode != "compile" and not self.reduction.in_chunks
-        if ours and precision != torch.float32 and fits(flat):
+        casts = precision != torch.float32 and not self.own and mode != "compile"
+        if casts and not self.reduction.in_chunks:
             self.shadow = Shadow(flat, precision)
         self.leaves = flat.parameters if self.shadow is None else self.shadow.leaves
         # Each gradient where it belongs, as soon as it is there; on a GPU that is a launch each.
@@ -85,15 +85,16 @@ class TrainStep:
         dropped = probability_of(self.dropouts), num_features(self.dropouts)
         draw = ChoiceDrawer(config.augment, image_size, *dropped, self.device)
         settings = config.augment, config.optim.label_smoothing, draw, statistics
-        self.replica_pass = build_pass(*settings, self.group, precision, class_weights)
+        kind = pass_kind(config.augment, self.device)
+        self.replica_pass = kind(*settings, self.group, precision, class_weights)
 
     @contextmanager
     def by_torch(self) -> Iterator[None]:
         """While open, steps are made of PyTorch's operations: what our kernels are held to."""
         own, update, model = self.replica_pass, self.update, self.state.flat.model
         fused = {m: m.fused for m in model.modules() if isinstance(m, NormAct)}
-        by_torch = update_by_torch(self.state, self.config.optim)
-        self.replica_pass, self.update = torch_pass(own), by_torch
+        self.replica_pass = own.by_torch()
+        self.update = update_by_torch(self.state, self.config.optim)
         for module in fused:
             module.fused = False
         try:

@@ -20,14 +20,35 @@ def build_update(state: TrainState, config: OptimConfig) -> Update:
     plain = config.name == "sgd" and state.loss_scale is None
     plain = plain and config.clip_norm == 0 and config.bias_lr_factor == 1
     if plain and support.usable(state.flat.values.device):
-        momentum = _joined_momentum(state)
-        return lambda lr, ema_weight: _by_kernels(state, config, momentum, lr, ema_weight)
+        return _update_by_kernels(state, config)
     return update_by_torch(state, config)
 
 
 def update_by_torch(state: TrainState, config: OptimConfig) -> Update:
     """On any device, for any optimizer, with loss scaling where the state has it."""
-    return lambda lr, ema_weight: _by_torch(state, config.clip_norm, lr, ema_weight)
+    flat, scaling = state.flat, state.loss_scale
+
+    def update(lr: float | Tensor, ema_weight: float | Tensor) -> None:
+        overflow = None
+        if scaling is not None:
+            flat.gradients.div_(scaling.scale)
+        torch.linalg.vector_norm(flat.gradients, out=flat.norm)
+        clip(flat.gradients, flat.norm, config.clip_norm)  # what is logged is the norm before
+        if scaling is not None:
+            # fp16 probes for overflow: an infinite gradient is then a skipped step, no divergence,
+            # unless no scale is small enough. Skipped steps leave the mean norm finite.
+            overflow = (~torch.isfinite(flat.norm)).float()
+            scaling.update(overflow)
+            norm = torch.where(overflow > 0, 0.0, flat.norm)
+            flat.norm.copy_(torch.where(scaling.scale > SMALLEST_SCALE, norm, torch.inf))
+        state.optimizer.step(lr, overflow)
+        if state.ema is not None:
+            size = flat.values.numel()
+            state.ema[:size].lerp_(flat.values, ema_weight)
+            state.ema[size:].lerp_(flat.statistics, ema_weight)
+        state.totals.add(flat.row)
+
+    return update
 
 
 def clip(gradients: Tensor, norm: Tensor, limit: float) -> None:
@@ -39,27 +60,27 @@ def clip(gradients: Tensor, norm: Tensor, limit: float) -> None:
         gradients.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
 
 
-def _by_torch(
-    state: TrainState, clip_norm: float, lr: float | Tensor, ema_weight: float | Tensor
-) -> None:
-    flat, scaling, overflow = state.flat, state.loss_scale, None
-    if scaling is not None:
-        flat.gradients.div_(scaling.scale)
-    torch.linalg.vector_norm(flat.gradients, out=flat.norm)
-    clip(flat.gradients, flat.norm, clip_norm)  # what is logged is the norm before
-    if scaling is not None:
-        # fp16 probes for overflow: an infinite gradient is then a skipped step, no divergence,
-        # unless no scale is small enough. Skipped steps leave the mean norm finite.
-        overflow = (~torch.isfinite(flat.norm)).float()
-        scaling.update(overflow)
-        norm = torch.where(overflow > 0, 0.0, flat.norm)
-        flat.norm.copy_(torch.where(scaling.scale > SMALLEST_SCALE, norm, torch.inf))
-    state.optimizer.step(lr, overflow)
-    if state.ema is not None:
-        size = flat.values.numel()
-        state.ema[:size].lerp_(flat.values, ema_weight)
-        state.ema[size:].lerp_(flat.statistics, ema_weight)
-    state.totals.add(flat.row)
+def _update_by_kernels(state: TrainState, config: OptimConfig) -> Update:
+    from dist_resnet.kernels import update as kernels  # Triton is not everywhere
+
+    flat, momentum = state.flat, _joined_momentum(state)
+
+    def update(lr: float | Tensor, ema_weight: float | Tensor) -> None:
+        squares = kernels.update(
+            flat.values,
+            flat.exchange,
+            momentum,
+            state.ema,
+            flat.num_decayed,
+            lr,
+            ema_weight,
+            config.momentum,
+            config.weight_decay,
+            config.nesterov,
+        )
+        kernels.account(squares, flat.row, *state.totals.tensors)
+
+    return update
 
 
 def _joined_momentum(state: TrainState) -> Tensor:
@@ -71,28 +92,3 @@ def _joined_momentum(state: TrainState) -> Tensor:
     for entry, part in zip(kept, parts, strict=True):
         entry["momentum_buffer"] = part
     return joined
-
-
-def _by_kernels(
-    state: TrainState,
-    config: OptimConfig,
-    momentum: Tensor,
-    lr: float | Tensor,
-    ema_weight: float | Tensor,
-) -> None:
-    from dist_resnet.kernels import update as kernels  # Triton is not everywhere
-
-    flat = state.flat
-    squares = kernels.update(
-        flat.values,
-        flat.exchange,
-        momentum,
-        state.ema,
-        flat.num_decayed,
-        lr,
-        ema_weight,
-        config.momentum,
-        config.weight_decay,
-        config.nesterov,
-    )
-    kernels.account(squares, flat.row, *state.totals.tensors)

@@ -11,7 +11,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from dist_resnet.base.terminal import say, shows_live_line
-from dist_resnet.tracking.tracker import Row
+from dist_resnet.tracking.tracker import Row, Tracker
 
 EVERY_SECONDS = 10.0  # plain lines: at most 360 an hour, however short a step is
 # A stream that has closed, or cannot hold the text: a line for people ends nothing.
@@ -19,7 +19,7 @@ _LOST = contextlib.suppress(OSError, ValueError)
 WINDOW_ROWS = 128  # at a row each 50 steps: 6,400 steps, which hold several evaluations
 
 
-class Console:
+class Console(Tracker):
     """Shows progress, loss, accuracy, throughput and time left.
 
     A terminal gets one line that is rewritten; evaluations and messages scroll above it. Anything

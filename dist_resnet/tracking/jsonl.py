@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dist_resnet.base.files import write_atomically
-from dist_resnet.tracking.tracker import Row, Say, say_on_stderr
+from dist_resnet.tracking.tracker import Row, Say, Tracker, say_on_stderr
 
 
-class MetricsFile:
+class MetricsFile(Tracker):
     """Appends rows to a file; a killed process leaves at most one torn last line.
 
     A number that is not finite is written as null: JSON has no NaN, and a reader that meets one
@@ -22,8 +22,8 @@ class MetricsFile:
 
     name = "metrics.jsonl"
 
-    def __init__(self, path: Path | str, say: Say = say_on_stderr) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path, say: Say = say_on_stderr) -> None:
+        self.path = path
         self._say = say
         self._waiting: list[bytes] = []
         _cut_torn_line(self.path)
@@ -49,9 +49,6 @@ class MetricsFile:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             del self._waiting[0]
 
-    def message(self, text: str) -> None:
-        """Do nothing: lines for people do not belong among the figures."""
-
     def close(self, exit_code: int, summary: Mapping[str, object]) -> None:
         """Flush to the disk and close; `summary` has a file of its own."""
         if self._fd < 0:
@@ -64,23 +61,19 @@ class MetricsFile:
             self._fd = -1
 
 
-def read_rows(path: Path | str) -> list[dict[str, float | int | None]]:
+def read_rows(path: Path) -> list[dict[str, float | int | None]]:
     """Every whole row of the file, in order; lines that a kill or a full disk tore are left out."""
-    return [row for _, row in _whole_lines(Path(path))]
+    return [row for _, row in _whole_lines(path)]
 
 
-def rewind(path: Path | str, step: int) -> int:
+def rewind(path: Path, step: int) -> None:
     """Keep only the whole rows with row["step"] <= step, so that a resume doubles nothing.
 
-    The file is replaced atomically: killed here, the old one is still whole. Returns how many rows
-    were kept; a missing file is an empty one.
+    The file is replaced atomically: killed here, the old one is still whole.
     """
-    target = Path(path)
-    if not target.exists():
-        return 0
-    kept = [line for line, row in _whole_lines(target) if _step_of(row) <= step]
-    write_atomically(target, b"".join(line + b"\n" for line in kept))
-    return len(kept)
+    if path.exists():
+        kept = [line for line, row in _whole_lines(path) if _step_of(row) <= step]
+        write_atomically(path, b"".join(line + b"\n" for line in kept))
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, float | int | None]]]:

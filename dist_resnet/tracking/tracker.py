@@ -1,11 +1,10 @@
-"""What training knows of tracking: a protocol, a null tracker for other ranks, a safe fan-out."""
+"""What training knows of tracking: a tracker, which does nothing, and a safe fan-out to several."""
 
 import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +39,13 @@ class Artifact:
     metadata: Mapping[str, object]
 
 
-class Tracker(Protocol):
-    """A place where figures go. Only `Trackers` may assume that none of these raises."""
+class Tracker:
+    """A place where figures go; this one drops them.
+
+    Every rank but the first has it, so that no caller has to ask for its rank.
+    """
+
+    name = "null"
 
     def log(self, row: Row) -> None:
         """Take one row: "step", "epoch", "seconds" and metric keys such as "train/loss"."""
@@ -53,36 +57,21 @@ class Tracker(Protocol):
         """End the run; bounded in time."""
 
 
-class NullTracker:
-    """Does nothing: for every rank but the first, so that no caller has to ask for its rank."""
-
-    def log(self, row: Row) -> None:
-        """Do nothing."""
-
-    def message(self, text: str) -> None:
-        """Do nothing."""
-
-    def close(self, exit_code: int, summary: Mapping[str, object]) -> None:
-        """Do nothing."""
-
-
 def say_on_stderr(text: str) -> None:
     """Write one line for the person who watches; a stderr that is closed ends nothing."""
     say(text, sys.stderr)
 
 
-class Trackers:
+class Trackers(Tracker):
     """Fans out to several trackers and keeps their failures away from training.
 
     A tracker that raises is dropped for the rest of the run and reported once, in one line, through
-    `say` (default: stderr; pass `Console.message`, which keeps a live progress line whole).
-    `failures` keeps what went wrong, by tracker name, for whoever writes the summary.
+    `say`: of the console, which keeps a live progress line whole.
     """
 
-    def __init__(self, trackers: Sequence[Tracker], say: Say | None = None) -> None:
+    def __init__(self, trackers: Sequence[Tracker], say: Say) -> None:
         self._live = list(trackers)
-        self._say = say or say_on_stderr
-        self.failures: dict[str, str] = {}
+        self._say = say
 
     def log(self, row: Row) -> None:
         """Give the row to every tracker that still works."""
@@ -103,12 +92,10 @@ class Trackers:
                 call(tracker)
             except Exception as error:
                 # Any exception, on purpose: hours of training are worth more than any tracker.
-                self._drop(tracker, error)
-
-    def _drop(self, tracker: Tracker, error: Exception) -> None:
-        self._live.remove(tracker)
-        name = getattr(tracker, "name", type(tracker).__name__)
-        reason = " ".join(str(error).split()) or type(error).__name__
-        self.failures[name] = reason
-        with contextlib.suppress(Exception):
-            self._say(f"tracking: {name} stopped and records no more: {reason}; training goes on")
+                self._live.remove(tracker)
+                reason = " ".join(str(error).split()) or type(error).__name__
+                with contextlib.suppress(Exception):
+                    self._say(
+                        f"tracking: {tracker.name} stopped and records no more: {reason};"
+                        " training goes on"
+                    )

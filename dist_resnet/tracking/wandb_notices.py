@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from dist_resnet.base.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED
-from dist_resnet.tracking.tracker import Artifact, NullTracker, Row
+from dist_resnet.tracking.tracker import Artifact, Row, Tracker
 from dist_resnet.tracking.wandb_writer import WandbTracker
 
 STARVED = 0.5
@@ -11,7 +11,7 @@ STARVED = 0.5
 STARVED_ROWS = 3  # in a row: the first window holds the loader's compilation
 
 
-class Notices(NullTracker):
+class Notices(Tracker):
     """Alerts for starvation (once), divergence, failure and completion; files of a finished run.
 
     A tracker, so that it hears of every row and of the end; it only queues, and `Trackers` contains

@@ -71,8 +71,14 @@ class WandbSession:
                 why, self.mode = f"the online start failed ({one_line(error)})", "offline"
         if self.mode == "offline":
             self._start(wandb, on_stop, deadline=began + 60.0)
-        self._define_metrics()
-        self._tell(why)
+        self._run.define_metric("step", hidden=True)
+        for glob in GLOBS:
+            self._run.define_metric(glob, step_metric="step")
+        if self.mode == "online":
+            self.say(f"wandb: online, {self._run.url}")
+        else:
+            reason = f", because {why}" if why else ""
+            self.say(f"wandb: offline{reason}; to send it: {self.resend()}")
 
     def log(self, row: Row) -> None:
         """Log the row; the step is a value in it, never wandb's own step, which drops rows."""
@@ -198,19 +204,6 @@ class WandbSession:
             x_stats_pid=os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid(),
             stop_fn=on_stop,  # default: SIGINT to rank 0 alone; the others hang in all-reduce
         )
-
-    def _define_metrics(self) -> None:
-        self._run.define_metric("step", hidden=True)
-        for glob in GLOBS:
-            self._run.define_metric(glob, step_metric="step")
-
-    def _tell(self, why: str | None) -> None:
-        if self.mode == "online":
-            self.say(f"wandb: online, {self._run.url}")
-        else:
-            self.say(
-                f"wandb: offline{', because ' + why if why else ''}; to send it: {self.resend()}"
-            )
 
 
 def why_no_credentials(base_url: str) -> str | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dist_resnet.base.errors import one_line
 from dist_resnet.config.schema import WandbConfig
-from dist_resnet.tracking.tracker import Artifact, Media, Row, Say, say_on_stderr
+from dist_resnet.tracking.tracker import Artifact, Media, Row, Say, Tracker, say_on_stderr
 from dist_resnet.tracking.wandb_reach import wanted_mode
 from dist_resnet.tracking.wandb_session import WandbSession
 
@@ -57,7 +57,7 @@ def start_wandb(
     return tracker if tracker.start(init_seconds + 12.0) else None
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """A tracker around a session. `log` never blocks and never raises; `close` is bounded."""
 
     name = "wandb"
@@ -120,9 +120,6 @@ class WandbTracker:
     def keep(self, artifact: Artifact) -> None:
         """Queue a file, which must stay where it is until the run has been sent."""
         self._put("artifact", lambda: self._session.keep(artifact))
-
-    def message(self, text: str) -> None:
-        """Do nothing: the console shows it."""
 
     def position(self) -> int | None:
         """W&B's `_step` of the next row, queued ones counted; None when that cannot be known.

@@ -16,18 +16,22 @@ from dist_resnet.base.errors import (
 from dist_resnet.runs.folder import RunFolder
 
 
-def ending(error: BaseException) -> tuple[str, str]:
-    """State and reason for status.json."""
-    known = isinstance(error, DistResnetError | Preempted)
-    reason = str(error) if known else f"{type(error).__name__}: {error}"
-    if isinstance(error, SystemExit):
+def ending(error: BaseException) -> tuple[str, str, int]:
+    """State, reason and exit code for status.json."""
+    state, code = "preempted" if isinstance(error, Preempted) else "failed", 1
+    if isinstance(error, DistResnetError | Preempted):
+        reason, code = str(error), error.exit_code
+    elif isinstance(error, SystemExit):
         reason = f"the training was ended by a call of sys.exit({error.code!r})"
     elif is_of_memory(error):
+        code = UserError.exit_code
         reason = (
             "out of memory: choose a smaller data.batch_size_per_replica or model.widths"
             f" ({first_line(error)[:120]})"
         )
-    return "preempted" if isinstance(error, Preempted) else "failed", reason
+    else:
+        reason = f"{type(error).__name__}: {error}"
+    return state, reason, code
 
 
 def tell_ending(error: BaseException, folder: RunFolder) -> None:
@@ -35,7 +39,7 @@ def tell_ending(error: BaseException, folder: RunFolder) -> None:
 
     A run that is new has no other place.
     """
-    (status, reason), code = ending(error), exit_code(error)
+    status, reason, code = ending(error)
     if folder.begun:
         folder.set_status(status, folder.status().get("step", 0), reason, code)
     elif code == UserError.exit_code:
@@ -57,11 +61,6 @@ def at_exit(main: bool, folder: RunFolder) -> Callable[[], None]:
 
     atexit.register(tell)
     return lambda: atexit.unregister(tell)
-
-
-def exit_code(error: BaseException) -> int:
-    """Of the process that ends with it."""
-    return UserError.exit_code if is_of_memory(error) else getattr(error, "exit_code", 1)
 
 
 def raise_told(error: BaseException) -> NoReturn:

@@ -69,26 +69,6 @@ class Evaluation:
     def top1(self) -> float:
         return self.correct / self.images
 
-    @property
-    def top1_tta(self) -> float | None:
-        return None if self.correct_tta is None else self.correct_tta / self.images
-
-    @property
-    def top5(self) -> float:
-        return self.correct_top5 / self.images
-
-    @property
-    def balanced(self) -> float:
-        """Mean over the classes that have images of the share that is recognised."""
-        shares = [share for share in self.per_class() if share is not None]
-        return sum(shares) / len(shares)
-
-    def per_class(self) -> list[float | None]:
-        """Share of each class's images that are recognised; None for a class without images."""
-        counts = self.confusion.sum(dim=1).tolist()
-        hits = self.confusion.diagonal().tolist()
-        return [hit / count if count else None for hit, count in zip(hits, counts, strict=True)]
-
     def class_scores(self) -> list[ClassScore]:
         """Precision, recall and F1 of each class; 0 where there is nothing to divide by."""
         images, guesses = self.confusion.sum(dim=1).tolist(), self.confusion.sum(dim=0).tolist()
@@ -100,53 +80,42 @@ class Evaluation:
             for hit, count, taken in zip(hits, images, guesses, strict=True)
         ]
 
-    def macro(self) -> dict[str, float]:
-        """Means of `class_scores` over the classes that occur, be it as a prediction only."""
-        occurs = (self.confusion.sum(dim=1) + self.confusion.sum(dim=0) > 0).tolist()
-        scores = [score for score, seen in zip(self.class_scores(), occurs, strict=True) if seen]
-        return {
-            name: sum(getattr(score, name) for score in scores) / len(scores)
-            for name in ("precision", "recall", "f1")
-        }
-
     def figures(self, classes: Sequence[str]) -> dict[str, float | int]:
         """Loss and accuracies by the names of their metrics.
 
         Top-5 only of more than five classes, where it says something; no class without images.
+        `balanced` is the mean share that is recognised of a class.
         """
         found: dict[str, float | int] = {"val/loss": self.loss, "val/top1": self.top1}
         if len(classes) > _TOP:
-            found["val/top5"] = self.top5
-        found["val/balanced"] = self.balanced
-        found |= {f"val/{name}_macro": value for name, value in self.macro().items()}
-        if self.top1_tta is not None:
-            found["val/top1_tta"] = self.top1_tta
-        shares = zip(classes, self.per_class(), strict=True)
-        return found | {f"val/per_class/{n}": share for n, share in shares if share is not None}
+            found["val/top5"] = self.correct_top5 / self.images
+        scores = self.class_scores()
+        recalls = [(n, s.recall) for n, s in zip(classes, scores, strict=True) if s.images]
+        found["val/balanced"] = sum(recall for _, recall in recalls) / len(recalls)
+        # Means over the classes that occur, be it as a prediction only.
+        counts = (self.confusion.sum(dim=1) + self.confusion.sum(dim=0)).tolist()
+        occurring = [score for score, count in zip(scores, counts, strict=True) if count]
+        for name in ("precision", "recall", "f1"):
+            total = sum(getattr(score, name) for score in occurring)
+            found[f"val/{name}_macro"] = total / len(occurring)
+        if self.correct_tta is not None:
+            found["val/top1_tta"] = self.correct_tta / self.images
+        return found | {f"val/per_class/{name}": recall for name, recall in recalls}
 
 
+@dataclass
 class Evaluator:
     """Evaluates a model on the images of one loader."""
 
-    def __init__(
-        self,
-        loader: Loader,
-        indices: np.ndarray,
-        statistics: Normalisation,
-        precision: torch.dtype,
-        flip_tta: bool,
-        world: World,
-        classes: int,
-        channels_last: bool = True,
-    ) -> None:
-        self.loader = loader
-        self.indices = indices
-        self.statistics = statistics
-        self.precision = precision
-        self.flip_tta = flip_tta
-        self.world = world
-        self.classes = classes
-        self.channels_last = channels_last
+    loader: Loader
+    indices: np.ndarray
+    """int64: which of the loader's images."""
+    statistics: Normalisation
+    precision: torch.dtype
+    flip_tta: bool
+    world: World
+    classes: int
+    channels_last: bool = True
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, mistakes: int = 0) -> Evaluation:
@@ -157,22 +126,26 @@ class Evaluator:
         """
         was_training = model.training
         model.eval()
-        classes = self.classes
-        device = self.world.device
+        classes, device = self.classes, self.world.device
         num_batches = -(-len(self.indices) // self.loader.batch_size)
         # One entry a batch, summed in batch order: no sum depends on the number of ranks.
         losses = torch.zeros(num_batches, dtype=torch.float64, device=device)
         # Of the confusion; then correct among the five likeliest, and with mirror images.
         counts = torch.zeros(classes * classes + 2, dtype=torch.int64, device=device)
-        each = _Each(len(self.indices), device) if mistakes else None
+        each = torch.zeros(
+            3, len(self.indices) if mistakes else 0, dtype=torch.float64, device=device
+        )
         for number, labels, logits, mirrored in self._logits(model):
             losses[number] = F.cross_entropy(logits, labels, reduction="sum")
-            cells = labels * classes + logits.argmax(dim=1)
+            guesses = logits.argmax(dim=1)
+            cells = labels * classes + guesses
             counts[:-2] += torch.bincount(cells, minlength=classes * classes)
             likeliest = logits.topk(min(_TOP, classes), dim=1).indices
             counts[-2] += (likeliest == labels[:, None]).sum()
-            if each is not None:
-                each.add(number * self.loader.batch_size, labels, logits)
+            if mistakes:
+                first = number * self.loader.batch_size
+                loss = F.cross_entropy(logits, labels, reduction="none")
+                each[:, first : first + len(labels)] = torch.stack([loss, labels, guesses])
             if mirrored is not None:
                 counts[-1] += ((logits + mirrored).argmax(dim=1) == labels).sum()
         model.train(was_training)
@@ -188,7 +161,7 @@ class Evaluator:
             correct_tta=int(counts[-1]) if self.flip_tta else None,
             confusion=confusion,
             correct_top5=int(counts[-2]),
-            mistakes=each.worst(mistakes) if each is not None else None,
+            mistakes=_worst(each, mistakes) if mistakes else None,
         )
 
     def images(self, positions: np.ndarray) -> Tensor:
@@ -217,28 +190,20 @@ class Evaluator:
             yield rank + turn * size, labels, logits, mirrored
 
 
-class _Each:
-    """Loss, class and prediction of every single image: 24 bytes each, zero on other ranks."""
+def _worst(each: Tensor, count: int) -> Mistakes:
+    """The `count` mistakes of highest loss, or as many as there are. A collective.
 
-    def __init__(self, count: int, device: torch.device) -> None:
-        self.values = torch.zeros(3, count, dtype=torch.float64, device=device)
-
-    def add(self, first: int, labels: Tensor, logits: Tensor) -> None:
-        """Note the batch that begins at place `first` of the set."""
-        part = self.values[:, first : first + len(labels)]
-        part[0] = F.cross_entropy(logits, labels, reduction="none")
-        part[1], part[2] = labels, logits.argmax(dim=1)
-
-    def worst(self, count: int) -> Mistakes:
-        """The `count` mistakes of highest loss, or as many as there are. A collective."""
-        all_reduce_sum(self.values)
-        losses, labels, guesses = self.values.cpu()
-        wrong = torch.where(labels != guesses, losses, -1.0)
-        order = torch.argsort(wrong, descending=True, stable=True)[:count]
-        order = order[wrong[order] >= 0]
-        return Mistakes(
-            order.numpy(),
-            losses[order].tolist(),
-            labels[order].long().tolist(),
-            guesses[order].long().tolist(),
-        )
+    Args:
+        each: float64 (3, images): loss, class and prediction; zero where they are another rank's.
+    """
+    all_reduce_sum(each)
+    losses, labels, guesses = each.cpu()
+    wrong = torch.where(labels != guesses, losses, -1.0)
+    order = torch.argsort(wrong, descending=True, stable=True)[:count]
+    order = order[wrong[order] >= 0]
+    return Mistakes(
+        order.numpy(),
+        losses[order].tolist(),
+        labels[order].long().tolist(),
+        guesses[order].long().tolist(),
+    )

@@ -29,12 +29,10 @@ _HOST = torch.device("cpu")
 
 @dataclass
 class Gallery:
-    """Pictures of one run, made by W&B's own thread; without W&B nothing is computed."""
+    """Pictures of one run, each wandb.media_every_epochs, made by W&B's own thread."""
 
     config: Config
     dataset: Dataset
-    every_epochs: int
-    """Epochs between two sets of pictures, the same on all ranks; 0: none."""
     wandb: WandbTracker | None
     """None on all ranks but the first."""
     _batch_shown: bool = False
@@ -44,7 +42,7 @@ class Gallery:
         if self._batch_shown:
             return
         self._batch_shown = True
-        if self.wandb is None or not self.every_epochs:
+        if self.wandb is None:
             return
         size = self.config.data.batch_size_per_replica
         # Copies: the next batch overwrites this one.
@@ -61,10 +59,8 @@ class Gallery:
 
     def mistakes_at(self, epoch: int, at_end: bool) -> int:
         """How many of the worst mistakes the evaluation after `epoch` epochs is to find."""
-        if not self.every_epochs:
-            return 0
-        before = epoch - self.config.eval.every_epochs
-        due = at_end or epoch // self.every_epochs > before // self.every_epochs
+        every, before = self.config.wandb.media_every_epochs, epoch - self.config.eval.every_epochs
+        due = at_end or epoch // every > before // every
         return MISTAKES if due else 0
 
     def evaluation(self, step: int, at_end: bool, result: Evaluation, evaluator: Evaluator) -> None:

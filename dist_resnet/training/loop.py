@@ -1,6 +1,6 @@
 """The training loop: what happens at which step."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
 from dist_resnet.base import signals, watchdog
@@ -9,12 +9,12 @@ from dist_resnet.config.plan import Plan
 from dist_resnet.config.schema import Config
 from dist_resnet.data.stream import Batch
 from dist_resnet.distributed.group import on_rank_zero
+from dist_resnet.runs.diagnosis import LOW_RATE, decline_threshold
 from dist_resnet.step.captured import CapturedStep
 from dist_resnet.step.state import TrainState
 from dist_resnet.step.totals import Totals
 from dist_resnet.step.train_step import TrainStep
 from dist_resnet.tracking.tracker import Tracker
-from dist_resnet.training.early_stop import declines
 from dist_resnet.training.evaluation import Evaluation, Evaluator
 from dist_resnet.training.gallery import Gallery
 from dist_resnet.training.outputs import RunWriter
@@ -86,10 +86,10 @@ class Trainer:
 
     def _end_early(self, done: int) -> bool:
         """Whether train.early_stop ends the run here; then what is due at its end is logged."""
-        row, rates = self.last_evaluation, self.train_step.rates
+        row = self.last_evaluation
         if row is None or row["step"] != done or self.plan.finished(done):
             return False
-        if not (declines(row, self.state, rates) and self.config.train.early_stop):
+        if not (self._declines(row) and self.config.train.early_stop):
             return False
         self.state.stopped_early = True
         self.tracker.message(
@@ -102,6 +102,19 @@ class Trainer:
             with self.watch.pause(), self.state.evaluated_weights():
                 self._evaluate(done, at_end=True)
         return True
+
+    def _declines(self, row: Mapping[str, float | int]) -> bool:
+        """Whether accuracy has fallen clearly from its best at a low learning rate.
+
+        Such is a decline of `runs.diagnosis.RULES`. A warm-up's low rates do not count; once past
+        its peak no schedule rises again.
+        """
+        rates, state, step = self.train_step.rates, self.state, int(row["step"])
+        if step <= rates.index(max(rates)) or rates[step - 1] >= LOW_RATE * max(rates):
+            return False
+        top1 = row["val/top1"]
+        state.best_at_low_rate = max(state.best_at_low_rate, top1)
+        return state.best_at_low_rate - top1 >= decline_threshold(top1, int(row["val/images"]))
 
     def _saves_at(self, done: int) -> bool:
         cadence = self.config.checkpoint

@@ -1,7 +1,6 @@
 """Where a run leaves its traces: console, metrics.jsonl, W&B, checkpoints and status."""
 
 import secrets
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -17,10 +16,10 @@ from dist_resnet.machine.environment import git_commit, machine, versions
 from dist_resnet.runs.checkpoint import Checkpoint
 from dist_resnet.runs.folder import RunFolder
 from dist_resnet.runs.store import CheckpointStore
-from dist_resnet.step.state import Snapshot, TrainState
+from dist_resnet.step.state import TrainState
 from dist_resnet.tracking.console import Console
 from dist_resnet.tracking.jsonl import MetricsFile, rewind
-from dist_resnet.tracking.tracker import Artifact, NullTracker, Tracker, Trackers
+from dist_resnet.tracking.tracker import Artifact, Tracker, Trackers
 from dist_resnet.tracking.wandb_notices import Notices
 from dist_resnet.tracking.wandb_writer import WandbTracker, start_wandb
 from dist_resnet.training.session import Session
@@ -32,8 +31,8 @@ class RunWriter:
 
     folder: RunFolder
     store: CheckpointStore
-    checkpoint: Callable[[Snapshot, float, Any], Checkpoint]
-    """Of a state, the seconds of training and W&B's position."""
+    header: dict[str, Any]
+    """What of a checkpoint does not change during the run."""
     tracker: Tracker
     wandb: WandbTracker | None
 
@@ -50,7 +49,9 @@ class RunWriter:
             UserError: it cannot be written though it `must`; else that is told, and we go on.
         """
         position = self.wandb and self.wandb.position()
-        content = self.checkpoint(state.snapshot(), seconds, position)
+        content = Checkpoint(
+            state=state.snapshot(), seconds=seconds, wandb_position=position, **self.header
+        )
         try:
             self.store.save(content, best)
         except OSError as error:
@@ -102,13 +103,12 @@ def open_outputs(
         UserError: the folder cannot be written.
     """
     if not session.world.is_main:
-        return Outputs(NullTracker(), None)
+        return Outputs(Tracker(), None)
     known, forks = (saved.wandb_id, saved.forks) if saved is not None else (None, [])
     derived = plan.as_dict() | ({"forks": forks} if forks else {}) | origin
     derived["hash"] = run_hash(config, origin["code"])
-    run_id = folder.wandb_id(
-        lambda: _new_id(folder.path.name), known, anew=bool(forks) and known is None
-    )
+    name, anew = folder.path.name, bool(forks) and known is None
+    run_id = folder.wandb_id(lambda: f"{name[:52]}-{secrets.token_hex(4)}", known, anew)
     try:
         folder.write_text("config.yaml", to_yaml(config))
         folder.write_json("plan.json", derived)
@@ -127,32 +127,22 @@ def open_outputs(
         folder.path,
         resolved | facts | {"plan": derived},
         run_id,
-        folder.path.name,
+        name,
         resume_position=saved.wandb_position if saved is not None and run_id == known else None,
         say=console.message,
     )
     store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
-    store.remove_leftovers()
     parts: list[Tracker] = [console, metrics]
     wandb_id = run_id if wandb is None else wandb.run_id
     if wandb is not None:
         find = partial(_to_keep, config, store, data, wandb_id)
         # W&B last: its end sends what the notices have queued at theirs.
-        parts += [Notices(wandb, folder.path.name, find), wandb]
+        parts += [Notices(wandb, name, find), wandb]
     tracker = Trackers(parts, console.message)
     header = {"forks": forks, "wandb_id": wandb_id, **_header(config, session), **place, **origin}
-    writer = RunWriter(folder, store, _checkpoints(header), tracker, wandb)
+    writer = RunWriter(folder, store, header, tracker, wandb)
     writer.heartbeat(step)
     return Outputs(tracker, writer)
-
-
-def _checkpoints(header: dict[str, Any]) -> Callable[[Snapshot, float, Any], Checkpoint]:
-    """What makes a checkpoint of a state, the seconds of training and the place on W&B."""
-
-    def make(state: Snapshot, seconds: float, position: Any) -> Checkpoint:
-        return Checkpoint(state=state, seconds=seconds, wandb_position=position, **header)
-
-    return make
 
 
 def _header(config: Config, session: Session) -> dict[str, Any]:
@@ -182,7 +172,3 @@ def _to_keep(config: Config, store: CheckpointStore, data: Dataset, run_id: str)
         about = {"step": step, "dataset": data.fingerprint, "classes": list(data.classes)}
         found.append(Artifact(f"best-{run_id}", "model", best, about))
     return found
-
-
-def _new_id(name: str) -> str:
-    return f"{name[:52]}-{secrets.token_hex(4)}"

@@ -1,6 +1,7 @@
 """One run from start to end: open what it needs, train, close whatever happened."""
 
 from collections.abc import Collection, Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ from dist_resnet.tracking.jsonl import read_rows
 from dist_resnet.training.ending import (
     at_exit,
     ending,
-    exit_code,
     of_all_ranks,
     raise_told,
     tell_ending,
@@ -123,7 +123,8 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
             folder.set_status("done", step, exit_code=EXIT_DONE)
         return
     teachers = on_every_rank(lambda: find_teachers(config))
-    nets = on_every_rank(lambda: [stored_config(t.saved.config) for t in teachers if t.saved])
+    found = [t.saved for t in teachers if isinstance(t.saved, Checkpoint)]
+    nets = on_every_rank(lambda: [stored_config(teacher.config) for teacher in found])
     code = on_every_rank(lambda: code_of_run(config, nets)) | {t.name: t.sha256 for t in teachers}
     before, everywhere = saved.code if saved is not None else {}, broadcast_object(code)
     saved = on_every_rank(lambda: with_code(saved, code, everywhere, config.run.allow_code_change))
@@ -166,9 +167,8 @@ def _trainer(
     )
     step = session.train_step(plan, state, distillation)
     wandb = outputs.writer.wandb if outputs.writer is not None else None
-    every = config.wandb.media_every_epochs
     # Rank 0 alone knows whether W&B has started, and finding mistakes takes all ranks.
-    pictures = broadcast_object(wandb is not None) and every > 0
+    pictures = broadcast_object(wandb is not None) and config.wandb.media_every_epochs > 0
     return Trainer(
         config=config,
         plan=plan,
@@ -180,7 +180,7 @@ def _trainer(
         tracker=outputs.tracker,
         watch=Stopwatch(saved.seconds if saved else 0.0, session.world.device),
         writer=outputs.writer,
-        gallery=Gallery(config, session.dataset, every, wandb) if pictures else None,
+        gallery=Gallery(config, session.dataset, wandb) if pictures else None,
     )
 
 
@@ -197,13 +197,10 @@ def _fit_and_close(
         label = f"rank {world.rank} of {world.size}"
         watchdog.call_as(label, trainer.fit)
     except BaseException as error:
-        status, reason = ending(error)
-        code = exit_code(error)
-        if isinstance(error, Preempted):
-            # All ranks are here. Those that left before rank 0 has closed would end it early.
-            on_rank_zero(lambda: outputs.close(code, status, state.step, reason, {}))
-        else:
-            outputs.close(code, status, state.step, reason, {})
+        status, reason, code = ending(error)
+        close = partial(outputs.close, code, status, state.step, reason, {})
+        # Then all ranks are here. Those that left before rank 0 has closed would end it early.
+        on_rank_zero(close) if isinstance(error, Preempted) else close()
         raise
     finally:
         trainer.batches.close()

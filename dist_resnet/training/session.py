@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_resnet.augment import Normalisation
 from dist_resnet.base.errors import UserError
-from dist_resnet.base.launcher import environment_int, environment_rank
+from dist_resnet.base.launcher import environment_int
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.plan import Plan, rates
 from dist_resnet.config.schema import Config
@@ -24,7 +24,6 @@ from dist_resnet.data.prepare import check_source, prepare_builtin
 from dist_resnet.data.stream import Batch, open_loader, training_batches
 from dist_resnet.distributed.group import (
     World,
-    broadcast_object,
     gather_objects,
     on_every_rank,
     on_rank_zero,
@@ -33,7 +32,7 @@ from dist_resnet.runs.checkpoint import Checkpoint
 from dist_resnet.step.distill import Distillation
 from dist_resnet.step.mode import choose_step_mode
 from dist_resnet.step.precision import (
-    choose_dtype,
+    TYPES,
     choose_precision,
     make_deterministic,
     set_up_cuda,
@@ -162,7 +161,8 @@ def open_session(config: Config, world: World) -> Session:
     torch.set_num_threads(threads)
     if config.precision.deterministic:
         make_deterministic()
-    precision, reason = on_every_rank(lambda: choose_dtype(config.precision, world.device))
+    wanted = config.precision.dtype
+    precision, reason = on_every_rank(lambda: choose_precision(wanted, world.device))
     if world.device.type == "cuda":
         exact = config.parallel.reduction == "exact"
         reason = f"{reason}, {set_up_cuda(exact or config.precision.deterministic)}"
@@ -173,7 +173,7 @@ def open_session(config: Config, world: World) -> Session:
             f"data.val_split={held_out}: the training set has {dataset.num_train} images"
         )
     kept, out = split_indices(config.seed, dataset.num_train, held_out)
-    return Session(config, world, dataset, precision, reason, threads, kept, out)
+    return Session(config, world, dataset, TYPES[precision], reason, threads, kept, out)
 
 
 def sharing_cores(world: World) -> int:
@@ -236,14 +236,11 @@ def _open_dataset(config: Config) -> Dataset:
 
     on_rank_zero(prepare_and_verify)
     dataset = on_every_rank(lambda: Dataset.load(folder, verify=False))
-    expected = broadcast_object(dataset.fingerprint)
-
-    def compare() -> Dataset:
-        if dataset.fingerprint != expected:
+    first, *others = gather_objects(dataset.fingerprint)
+    for rank, other in enumerate(others, 1):
+        if other != first:
             raise UserError(
-                f"{folder}: rank {environment_rank()} sees another dataset than rank 0; "
+                f"{folder}: rank {rank} sees another dataset than rank 0; "
                 "copy the prepared folder to every node"
             )
-        return dataset
-
-    return on_every_rank(compare)
+    return dataset

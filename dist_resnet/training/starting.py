@@ -11,13 +11,13 @@ from dist_resnet.base.errors import UserError
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.plugins import is_plugin
 from dist_resnet.config.schema import Config, ModelConfig
-from dist_resnet.distributed.group import broadcast_object, on_every_rank, on_rank_zero
+from dist_resnet.distributed.group import on_every_rank, on_rank_zero
 from dist_resnet.models import build as models
 from dist_resnet.models.build import build_model, in_layout
-from dist_resnet.models.matching import Start, natural, start_from
+from dist_resnet.models.matching import Start, start_from
 from dist_resnet.optim import build as optimizers
 from dist_resnet.runs.checkpoint import SAFETENSORS, Checkpoint
-from dist_resnet.runs.exported import tensors_of
+from dist_resnet.runs.exported import read_tensors
 from dist_resnet.runs.weights import find_weights
 from dist_resnet.step.state import TrainState, build_state
 from dist_resnet.training.session import Session
@@ -65,52 +65,31 @@ def read_start(config: ModelConfig) -> Start | None:
     Raises:
         UserError: on all ranks, where there are none.
     """
-    found: list[Start] = []
     if config.init is None:
         return None
     path = user_path(config.init)
-    on_rank_zero(lambda: found.append(_read(path)))
-    return broadcast_object(found[0] if found else None)
+    return on_rank_zero(lambda: _read(path))
 
 
-def started_model(config: Config, classes: int) -> nn.Module:
-    """The configured net with its starting weights, all of them, in evaluation mode.
+def started_model(config: Config, classes: int, start: Start) -> nn.Module:
+    """The configured net with these weights, all of them, in evaluation mode.
 
     Raises:
-        UserError: on all ranks alike, where the weights are not of this net and these classes.
+        UserError: they are not of this net and these classes.
     """
-    start = read_start(config.model)
-    assert start is not None
-
-    def build() -> nn.Module:
-        model = in_layout(
-            build_model(config.model, classes, config.seed), config.precision.channels_last
-        )
-        if start_from(model, start, config.model)[1]:
-            raise UserError(f"{start.file}: its net tells other classes apart than {classes}")
-        return model.eval()
-
-    return on_every_rank(build)
+    model = build_model(config.model, classes, config.seed)
+    if start_from(model, start, config.model)[1]:
+        raise UserError(f"{start.file}: its net tells other classes apart than {classes}")
+    return in_layout(model, config.precision.channels_last).eval()
 
 
 def _read(path: Path) -> Start:
     try:
         if path.suffix == SAFETENSORS:
-            return safetensors_of(path)
+            return read_tensors(path)[0]
         file, saved = find_weights(path)
     except UserError as error:
         raise UserError(f"model.init={path}: {str(error).removeprefix(f'{path}: ')}") from None
     with file.open("rb") as content:
         checksum = hashlib.file_digest(content, "sha256").hexdigest()
     return Start(str(file), checksum, dict(saved.state.evaluated))
-
-
-def safetensors_of(path: Path) -> Start:
-    """The tensors of a file of safetensors.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    tensors, _, checksum = tensors_of(path)
-    ordered = {name: tensors[name] for name in natural(tensors)}  # the file keeps no order
-    return Start(str(path), checksum, ordered)

@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from torch import nn
 
@@ -11,14 +10,12 @@ from dist_resnet.base.errors import UserError
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.load import stored_config
 from dist_resnet.config.schema import Config
-from dist_resnet.models.build import build_model, in_layout
-from dist_resnet.models.matching import start_from
-from dist_resnet.runs.checkpoint import SAFETENSORS, Checkpoint
-from dist_resnet.runs.exported import exported_checkpoint
-from dist_resnet.runs.weights import find_weights, trained_model
+from dist_resnet.models.matching import Start
+from dist_resnet.runs.checkpoint import Checkpoint
+from dist_resnet.runs.weights import read_weights, trained_model
 from dist_resnet.step.distill import Distillation, Teacher
 from dist_resnet.training.session import Session
-from dist_resnet.training.starting import safetensors_of
+from dist_resnet.training.starting import started_model
 
 
 @dataclass(frozen=True)
@@ -26,9 +23,8 @@ class FoundTeacher:
     """A checkpoint to learn from, or weights alone."""
 
     name: str
-    file: Path
-    saved: Checkpoint | None
-    """None: weights of the student's own net and normalisation."""
+    saved: Checkpoint | Start
+    """Weights alone are of the student's own net and normalisation."""
     sha256: str
     """Of the file."""
 
@@ -42,32 +38,23 @@ def find_teachers(config: Config) -> list[FoundTeacher]:
     found = []
     for name in config.distill.teachers:
         try:
-            file, saved = user_path(name), None
-            if file.suffix == SAFETENSORS:
-                saved = exported_checkpoint(file)
-            else:
-                file, saved = find_weights(file)
+            file, saved = read_weights(user_path(name))
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
         except (UserError, OSError) as error:
             raise UserError(f"distill.teachers: {error}") from None
-        found.append(FoundTeacher(name, file, saved, digest))
+        found.append(FoundTeacher(name, saved, digest))
     return found
 
 
-def _of_file(teacher: FoundTeacher, config: Config, classes: int) -> nn.Module:
+def _of_file(name: str, start: Start, config: Config, classes: int) -> nn.Module:
     """The student's net with the weights of a file, matched by name or else by order."""
-    start = safetensors_of(teacher.file)
-    model = build_model(config.model, classes, config.seed)
     for how in ("names", "order"):
         try:
-            new = start_from(model, start, replace(config.model, init_map=how))[1]
+            own = replace(config, model=replace(config.model, init_map=how))
+            return started_model(own, classes, start)
         except UserError as error:
             reason = str(error).partition(": ")[2]
-        else:
-            if not new:
-                return in_layout(model, config.precision.channels_last)
-            reason = f"its net tells other classes apart than {classes}"
-    raise UserError(f"distill.teachers={teacher.name}: {reason}")
+    raise UserError(f"distill.teachers={name}: {reason}")
 
 
 def build_distillation(
@@ -82,9 +69,9 @@ def build_distillation(
     teachers = []
     for teacher in found:
         saved = teacher.saved
-        if saved is None:
-            model = _of_file(teacher, config, len(data.classes)).to(device)
-            teachers.append(Teacher.of(model.requires_grad_(False), students, students))
+        if isinstance(saved, Start):
+            model = _of_file(teacher.name, saved, config, len(data.classes))
+            teachers.append(Teacher(model.to(device), students, students))
             continue
         if tuple(saved.classes) != tuple(data.classes):
             raise UserError(
@@ -95,8 +82,8 @@ def build_distillation(
             raise UserError(
                 f"distill.teachers={teacher.name}: was trained on images of {width}x{height}"
             )
-        model = trained_model(saved, stored_config(saved.config)).to(device)
+        model = trained_model(saved, stored_config(saved.config))
         own = Normalisation.of(saved.mean, saved.std, data.width, device)
-        teachers.append(Teacher.of(model.requires_grad_(False), own, students))
+        teachers.append(Teacher(model.to(device), own, students))
     settings = config.distill
     return Distillation(teachers, settings.temperature, settings.weight) if teachers else None

@@ -66,9 +66,7 @@ def _reference(*keys: str, replicas: int = 1) -> TrainStep:
     step = _step("train.step_mode=eager", *keys, replicas=replicas)
     kernels = step.replica_pass
     assert isinstance(kernels, KernelPass)
-    step.replica_pass = TorchPass(
-        kernels.config, kernels.smoothing, kernels.draw.by_torch, kernels.statistics, replicas
-    )
+    step.replica_pass = kernels.by_torch()
     return step
 
 
@@ -144,8 +142,9 @@ def test_choices_and_images_are_the_cpus(replicas: int) -> None:
     kernels = step.replica_pass
     assert isinstance(kernels, KernelPass)
     host = TorchPass(
-        kernels.config, 0.0, replace_device(kernels.draw), on_cpu(kernels.statistics), replicas
-    )
+        kernels.config, 0.0, replace_device(kernels.draw), on_cpu(kernels.statistics), replicas,
+        kernels.precision,
+    )  # fmt: skip
     made, choices = kernels.inputs(batch.images, batch.samples, step.keys[3])
     expected, chosen = host.inputs(batch.images.cpu(), batch.samples.cpu(), step.keys[3].cpu())
     torch.testing.assert_close(made.cpu(), expected, rtol=1e-6, atol=1e-6)

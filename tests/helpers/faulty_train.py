@@ -18,7 +18,7 @@ from dist_resnet.base.cli import run_command
 from dist_resnet.base.launcher import environment_rank, restart_count
 from dist_resnet.step import train_step as step_module
 from dist_resnet.train import main
-from dist_resnet.training import early_stop
+from dist_resnet.training import loop
 
 fault, _, file = sys.argv[1].partition(":")
 rank, step = int(sys.argv[2]), int(sys.argv[3])
@@ -39,6 +39,6 @@ def faulty(self: step_module.TrainStep, *batch: Any) -> None:
 
 if __name__ == "__main__":
     if fault == "decline":
-        early_stop.decline_threshold = lambda top1, images: -1.0
+        loop.decline_threshold = lambda top1, images: -1.0
     step_module.TrainStep.sum_over_group = faulty  # type: ignore[method-assign]
     run_command(lambda: main(sys.argv[4:]))

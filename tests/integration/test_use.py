@@ -22,7 +22,7 @@ from dist_resnet.config.load import stored_config
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.runs.checkpoint import read_checkpoint
-from dist_resnet.runs.exported import tensors_of
+from dist_resnet.runs.exported import read_tensors
 from dist_resnet.runs.weights import find_weights
 from dist_resnet.step.state import weights_sha256
 from tests.helpers.jobs import run_job
@@ -139,8 +139,9 @@ def test_an_exported_file_is_as_good_as_its_checkpoint(
     theirs, ours = (evaluate.evaluate_checkpoint(path, [root]) for path in (run, file))
     assert {**ours, "checkpoint": ""} == {**theirs, "checkpoint": ""}
     assert _export(file, tmp_path / "two", "safetensors") == 0
-    one, two = (tensors_of(path) for path in (file, tmp_path / "two" / "model.safetensors"))
-    assert (weights_sha256(one[0]), one[1]) == (weights_sha256(two[0]), two[1])
+    one, two = (read_tensors(path) for path in (file, tmp_path / "two" / "model.safetensors"))
+    assert weights_sha256(one[0].tensors) == weights_sha256(two[0].tensors)
+    assert one[1] == two[1]
     assert dist_resnet.load(file).reading == dist_resnet.load(run).reading
     assert str(digits.folder.parent).encode() not in file.read_bytes()  # nor any other folder
     with pytest.raises(UserError, match=r"model\.init: is the model's own"):

@@ -27,7 +27,7 @@ from dist_resnet.base.randomness import step_keys, turn_keys
 from dist_resnet.config import builtins
 from dist_resnet.config.load import load_config
 from dist_resnet.config.schema import AugmentConfig
-from dist_resnet.step.replica_pass import KernelPass, TorchPass, build_pass
+from dist_resnet.step.replica_pass import KernelPass, TorchPass, pass_kind
 from tests.helpers.jobs import ROOT
 
 MEAN, STD = (125.307, 122.950, 113.865), (62.993, 62.089, 66.705)
@@ -129,7 +129,7 @@ def test_replicas_side_by_side_are_augmented_as_alone() -> None:
 
     def inputs(images: Tensor, samples: Tensor, replicas: int) -> Tensor:
         draw = ChoiceDrawer(EVERYTHING, SIZE, 0.0, 0, CPU)
-        own = build_pass(EVERYTHING, 0.0, draw, STATISTICS, replicas, torch.float32)
+        own = TorchPass(EVERYTHING, 0.0, draw, STATISTICS, replicas, torch.float32)
         return own.inputs(images, samples, KEY, TURN)[0]
 
     images, samples = _images(4 * 9), _samples(4 * 9)
@@ -147,8 +147,7 @@ def test_on_a_gpu_our_kernels_do_what_they_can(
 ) -> None:
     monkeypatch.setattr("dist_resnet.step.replica_pass.support.usable", lambda device: True)
     config = AugmentConfig(**settings)  # type: ignore[arg-type]
-    draw = ChoiceDrawer(config, SIZE, 0.0, 0, CPU)
-    assert type(build_pass(config, 0.0, draw, STATISTICS, 1, torch.float32)) is kind
+    assert pass_kind(config, CPU) is kind
 
 
 def test_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,8 +311,7 @@ def test_an_error_in_mid_training_is_one_line_too(brought: Callable[..., Augment
     config = brought(source)
     try_extras(config, SIZE, STATISTICS)
     draw = ChoiceDrawer(config, SIZE, 0.0, 0, CPU)
-    own = build_pass(config, 0.0, draw, STATISTICS, 1, torch.float32)
-    assert isinstance(own, TorchPass)
+    own = TorchPass(config, 0.0, draw, STATISTICS, 1, torch.float32)
     with pytest.raises(UserError, match=r"augment.extra=bad_ones:f: raised IndexError.*bad_ones"):
         own.inputs(_images(), _samples(), KEY, TURN)
 

@@ -21,6 +21,7 @@ import torch
 from dist_resnet.base import files
 from dist_resnet.base.errors import Preempted, UserError
 from dist_resnet.runs.checkpoint import Checkpoint, read_checkpoint
+from dist_resnet.runs.folder import RunFolder
 from dist_resnet.runs.store import CheckpointStore
 from dist_resnet.step.state import weights_sha256
 from tests.helpers.checkpoints import checkpoint_of
@@ -426,7 +427,9 @@ def test_a_kill_between_writing_and_renaming_leaves_the_old_one(tmp_path: Path) 
     store = CheckpointStore(folder, 1)
     assert len(list(folder.iterdir())) == 2  # it did get that far
     assert _newest(store) == (1, [])
-    store.remove_leftovers()
+    run = RunFolder(tmp_path)
+    run.open()
+    run.close()
     assert _names(store) == ["step-00000001"]
 
 

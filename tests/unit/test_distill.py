@@ -37,7 +37,7 @@ def test_loss_and_gradient(by_kernels: bool, scale: float | None) -> None:
     logits = _numbers(0, count, CLASSES).requires_grad_()
     labels = torch.arange(count) % CLASSES
     theirs = [_numbers(seed, count, CLASSES) for seed in (1, 2)]
-    teachers = [Teacher.of(Fixed(t), ONE, ONE) for t in theirs]
+    teachers = [Teacher(Fixed(t), ONE, ONE) for t in theirs]
     distillation = Distillation(teachers, temperature=3.0, weight=0.7)
 
     own = sum(
@@ -75,5 +75,5 @@ def test_a_teacher_sees_the_images_as_it_was_trained_to() -> None:
     def normalised(mean: list[float], std: list[float]) -> Tensor:
         return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
-    seen = Teacher.of(nn.Identity(), own, students)(normalised([130, 120, 90], [40, 65, 80]))
+    seen = Teacher(nn.Identity(), own, students)(normalised([130, 120, 90], [40, 65, 80]))
     torch.testing.assert_close(seen, normalised([100, 110, 120], [50, 60, 70]))

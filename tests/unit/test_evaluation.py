@@ -131,7 +131,7 @@ def test_a_plain_loop_finds_the_same(batch: int, truth: dict[str, Any]) -> None:
     assert found.correct == sum(g == t for g, t in zip(truth["guesses"], labels, strict=True))
     assert found.top1 == found.correct / COUNT
     assert found.correct_tta == sum(g == t for g, t in zip(truth["tta"], labels, strict=True))
-    assert found.top1_tta == pytest.approx(found.correct_tta / COUNT)
+    assert found.figures("abcde")["val/top1_tta"] == pytest.approx(found.correct_tta / COUNT)
     assert truth["tta"] != truth["guesses"]
     assert found.loss == pytest.approx(truth["loss"], rel=1e-5)
 
@@ -145,9 +145,11 @@ def test_confusion_and_per_class_are_scikit_learns(truth: dict[str, Any]) -> Non
     recall = recall_score(
         labels, truth["guesses"], labels=range(CLASSES), average=None, zero_division=0
     )
-    *with_images, absent = found.per_class()
-    assert with_images == pytest.approx(recall.tolist()[:-1])
-    assert absent is None  # not 0.0: nothing of it was mistaken
+    figures = found.figures("abcde")
+    shares = {key: value for key, value in figures.items() if key.startswith("val/per_class/")}
+    # Not 0.0 for the absent one: nothing of it was mistaken.
+    assert list(shares) == [f"val/per_class/{name}" for name in "abcd"]
+    assert list(shares.values()) == pytest.approx(recall.tolist()[:-1])
 
 
 def test_top5_and_balanced_accuracy_are_scikit_learns() -> None:
@@ -168,14 +170,13 @@ def test_top5_and_balanced_accuracy_are_scikit_learns() -> None:
     with torch.no_grad():
         logits = model.double().eval()((pixels - mean) / std).numpy()
     wanted = top_k_accuracy_score(labels, logits, k=5, labels=range(classes))
-    assert found.top5 == pytest.approx(wanted)
-    assert found.top1 < wanted < 1
-    balanced = balanced_accuracy_score(labels, logits.argmax(1))
-    assert found.balanced == pytest.approx(balanced)
-    assert found.balanced != pytest.approx(found.top1, abs=0.01)
     names = [f"c{k}" for k in range(classes)]
     figures = found.figures(names)
-    assert figures["val/top5"] == found.top5
+    assert figures["val/top5"] == pytest.approx(wanted)
+    assert found.top1 < wanted < 1
+    balanced = balanced_accuracy_score(labels, logits.argmax(1))
+    assert figures["val/balanced"] == pytest.approx(balanced)
+    assert figures["val/balanced"] != pytest.approx(found.top1, abs=0.01)
     assert "val/per_class/c7" in figures
     assert "val/per_class/c8" not in figures
     assert "val/top5" not in _evaluate(ALONE, 8).figures("abcde")  # always 1 of five classes
@@ -196,7 +197,7 @@ def test_precision_recall_and_f1_are_scikit_learns(truth: dict[str, Any]) -> Non
     assert figures["val/precision_macro"] == pytest.approx(precision)
     assert figures["val/recall_macro"] == pytest.approx(recall)
     assert figures["val/f1_macro"] == pytest.approx(f1)
-    assert len({precision, recall, f1, found.balanced}) >= 3
+    assert len({precision, recall, f1, figures["val/balanced"]}) >= 3
 
 
 @pytest.mark.parametrize("guessed", [0, 4])  # the last class has no image: a prediction only
@@ -210,13 +211,13 @@ def test_macro_means_leave_out_what_does_not_occur(guessed: int) -> None:
     ).unbind(1)  # fmt: skip
     found = Evaluation(0.0, 5, 9, None, confusion, 9)
     wanted = f1_score(rows, columns, average="macro", zero_division=0)
-    assert found.macro()["f1"] == pytest.approx(wanted)
+    assert found.figures("abcde")["val/f1_macro"] == pytest.approx(wanted)
 
 
 def test_without_mirror_images() -> None:
     found = _evaluate(ALONE, 8, tta=False)
     assert found.correct_tta is None
-    assert found.top1_tta is None
+    assert "val/top1_tta" not in found.figures("abcde")
     assert found.correct == _evaluate(ALONE, 8).correct
 
 

@@ -22,7 +22,7 @@ from dist_resnet.distributed.group import (
     stop,
 )
 from dist_resnet.step import cuda_graph
-from dist_resnet.step.cuda_graph import Graph, capture, side_stream, warm_up
+from dist_resnet.step.cuda_graph import capture, free, side_stream, warm_up
 from dist_resnet.training import run
 
 CPU = torch.device("cpu")
@@ -114,7 +114,7 @@ def test_a_graph_is_freed_when_the_device_is_done_with_it(
 
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
     recorded: Any = SimpleNamespace(replay=calls.to("replay"), reset=calls.to("free"))
-    Graph(recorded).reset()
+    free(recorded)
     assert calls == ["wait", "free"]
 
 

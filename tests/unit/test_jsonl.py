@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_resnet.tracking.jsonl import MetricsFile, read_rows, rewind
-from dist_resnet.tracking.tracker import NullTracker, Row, Trackers
+from dist_resnet.tracking.tracker import Row, Tracker, Trackers
 
 
 def _write(path: Path, steps: range) -> None:
@@ -66,7 +66,7 @@ def test_rewind_keeps_whole_rows_up_to_the_step(tmp_path: Path) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     torn = lines[2][:9] + b"\n"
     path.write_bytes(b"".join([*lines[:3], torn, b"[1]\n", b"{}\n", *lines[3:]]) + b'{"step": 4')
-    assert rewind(path, 6) == 7
+    rewind(path, 6)
     assert path.read_bytes() == b"".join(lines[:7])  # bytes untouched, torn lines gone
     _write(path, range(7, 10))
     assert path.read_bytes() == b"".join(lines)
@@ -74,16 +74,16 @@ def test_rewind_keeps_whole_rows_up_to_the_step(tmp_path: Path) -> None:
 
 
 def test_rewind_of_nothing(tmp_path: Path) -> None:
-    assert rewind(tmp_path / "metrics.jsonl", 6) == 0
+    rewind(tmp_path / "metrics.jsonl", 6)
     assert not list(tmp_path.iterdir())
 
 
 def test_sigkill_leaves_every_row_that_was_logged(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     program = (
-        "import os, signal, sys\n"
+        "import os, pathlib, signal, sys\n"
         "from dist_resnet.tracking.jsonl import MetricsFile\n"
-        "file = MetricsFile(sys.argv[1])\n"
+        "file = MetricsFile(pathlib.Path(sys.argv[1]))\n"
         "for step in range(100): file.log({'step': step})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -112,17 +112,16 @@ def test_disk_that_fills_up_is_reported_once_and_tears_no_line(tmp_path: Path) -
     trackers.log({"step": 100, "train/loss": 0.5})
     file.close(1, {})
     assert [row["step"] for row in read_rows(path)] == list(range(101))
-    assert trackers.failures == {}
 
 
-class _Broken(NullTracker):
+class _Broken(Tracker):
     name = "broken"
 
     def log(self, row: Row) -> None:
         raise RuntimeError("of\nno use")
 
 
-class _Recorder(NullTracker):
+class _Recorder(Tracker):
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self.closed: list[int] = []
@@ -152,6 +151,6 @@ def test_a_say_that_fails_too_changes_nothing() -> None:
     def say(_: str) -> None:
         raise BrokenPipeError
 
-    trackers = Trackers([_Broken()], say)
-    trackers.log({"step": 1})
-    assert trackers.failures == {"broken": "of no use"}
+    good = _Recorder()
+    Trackers([_Broken(), good], say).log({"step": 1})
+    assert len(good.rows) == 1

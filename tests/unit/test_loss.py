@@ -9,7 +9,7 @@ from dist_resnet.augment import ChoiceDrawer, Choices, Normalisation
 from dist_resnet.config.schema import AugmentConfig
 from dist_resnet.step.loss import mixed_cross_entropy, mixed_targets
 from dist_resnet.step.measures import weighted_top1
-from dist_resnet.step.replica_pass import KernelPass, TorchPass, torch_pass
+from dist_resnet.step.replica_pass import KernelPass
 
 K, N = 10, 33
 
@@ -137,6 +137,4 @@ def test_the_pass_that_kernels_are_held_to_weighs_alike() -> None:
     draw = ChoiceDrawer(AugmentConfig(), (8, 8), 0.0, 4, host)
     statistics = Normalisation.of((120.0,) * 3, (60.0,) * 3, 8, host)
     own = KernelPass(AugmentConfig(), 0.1, draw, statistics, 2, torch.float32, weights)
-    found = torch_pass(own)
-    assert isinstance(found, TorchPass)
-    assert found.weights is weights
+    assert own.by_torch().weights is weights

@@ -245,11 +245,13 @@ def test_a_file_is_evaluated_with_all_its_classes_only(tmp_path: Path) -> None:
     file = tmp_path / "w.safetensors"
     file.write_bytes(save({f"network.{n}": t for n, t in weights(5, seed=2).items()}))
     config = load_config(["model.widths=[4,4,8]", f"model.init={file}"])
-    model = started_model(config, 5)
+    start = read_start(config.model)
+    assert start is not None
+    model = started_model(config, 5, start)
     assert not model.training
     assert_whole(dict(model.state_dict()), weights(5, seed=2))
     with pytest.raises(UserError, match="its net tells other classes apart than 4"):
-        started_model(config, 4)
+        started_model(config, 4, start)
 
 
 def test_a_run_that_goes_on_cannot_begin_with_other_weights() -> None:
