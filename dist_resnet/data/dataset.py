@@ -1,7 +1,6 @@
 """A prepared data set on disk: `train.beton`, `test.beton` and what `dataset.json` says of them."""
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import shlex
@@ -9,6 +8,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import dist_resnet
 from dist_resnet.base.errors import UserError
@@ -195,11 +196,7 @@ def describe(folder: Path, image_set: ImageSet, name: str, source: str) -> Datas
         std=std,
         fingerprint=fingerprint(image_set),
         files={file: file_facts(folder / file) for file in (TRAIN, TEST)},
-        created_by={
-            "dist_resnet": dist_resnet.__version__,
-            # ffcv.__version__ of the 1.0.2 package says 0.0.3rc1
-            **{package: importlib.metadata.version(package) for package in ("ffcv", "numpy")},
-        },
+        created_by={"dist_resnet": dist_resnet.__version__, "numpy": np.__version__},
         reading=image_set.reading,
     )
     content = asdict(dataset)
