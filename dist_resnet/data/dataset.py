@@ -21,6 +21,8 @@ from dist_resnet.data.images import ImageSet
 
 DESCRIPTION = "dataset.json"
 TRAIN, TEST = "train.beton", "test.beton"
+# Of RGB in 0..1, as torchvision's reference training has them.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,17 @@ class Dataset:
                     f"{path} is damaged: its SHA-256 is not the one in {DESCRIPTION}; "
                     f"to mend it: {self.prepare_command}"
                 )
+
+    def channel_scale(self, chosen: list[Any] | str) -> tuple[Channels, Channels]:
+        """Mean and standard deviation that images are normalised by, of each channel, 0 to 255.
+
+        `chosen`: `data.normalisation`: "dataset", "imagenet", or both for RGB in 0..1.
+        """
+        if chosen == "dataset":
+            return self.mean, self.std
+        mean, std = IMAGENET if isinstance(chosen, str) else chosen
+        (a, b, c), (x, y, z) = ([255.0 * value for value in values] for values in (mean, std))
+        return (a, b, c), (x, y, z)
 
     @property
     def prepare_command(self) -> str:

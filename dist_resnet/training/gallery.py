@@ -14,7 +14,6 @@ from dist_resnet.base.randomness import step_keys, turn_keys
 from dist_resnet.config.plan import make_plan
 from dist_resnet.config.schema import Config
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.data.normalisation import channel_scale
 from dist_resnet.data.stream import Batch
 from dist_resnet.tracking import pictures
 from dist_resnet.tracking.tracker import Media, Picture
@@ -114,7 +113,7 @@ def augmented(
         samples: int64 (N,), indices in the training set.
     """
     size = dataset.height, dataset.width
-    scale = channel_scale(config.data.normalisation, dataset)
+    scale = dataset.channel_scale(config.data.normalisation)
     statistics = Normalisation.of(*scale, dataset.width, _HOST)
     choices = choices_at(config, dataset, step, samples)
     inputs = Augmenter(config.augment, statistics)(images, choices)[:SHOWN]
