@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dist_resnet.base.errors import UserError
-from dist_resnet.data.images import Split, StoredImages, progress
+from dist_resnet.data.images import Split, progress, stored_images
 
 VERSION = 2
 RAW = 1  # FFCV's number for images stored as plain pixels
@@ -98,7 +98,7 @@ def read_back(path: Path) -> Split:
         _check_pixels(path, header, metadata, table)
         image = metadata["image"]
         pointers = image["data_ptr"].astype(np.int64)
-        images = StoredImages(path, pointers, int(image["height"][0]), int(image["width"][0]))
+        images = stored_images(path, pointers, int(image["height"][0]), int(image["width"][0]))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); prepare it again") from None
     return Split(images, metadata["label"].astype(np.int64))

@@ -169,6 +169,7 @@ def load_synthetic(
 ) -> ImageSet:
     """`train` and `test` images of `size` x `size`: a coarse pattern for each class, plus noise.
 
+    Half of a pixel is noise, half the pattern of its class: at most 127 + 127.
     Labels run 0, 1, ..., classes - 1, 0, ...: balanced. The same arguments give the same bytes
     everywhere: integers only, drawn from the raw bits of Philox, which NumPy never changes.
     Raises UserError for numbers out of range.
@@ -189,28 +190,19 @@ def load_synthetic(
 
     def make(stream: int, number: int) -> Split:
         labels = np.arange(number, dtype=np.int64) % classes
-        return Split(_Synthetic(seed, stream, patterns, number), labels)
+
+        def read(start: int, stop: int) -> NDArray[np.uint8]:
+            pixels = size * size * 3
+            noise = _random_bytes(seed, stream, pixels * (stop - start), pixels * start)
+            images = noise.reshape(stop - start, size, size, 3)
+            images >>= 1
+            images += patterns[labels[start:stop]]
+            return images
+
+        return Split(LazyImages(number, size, size, read), labels)
 
     names = tuple(f"class{index:0{len(str(classes - 1))}d}" for index in range(classes))
     return ImageSet(names, make(1, train), make(2, test))
-
-
-class _Synthetic(LazyImages):
-    """Half noise, half the pattern of the class: at most 127 + 127."""
-
-    def __init__(self, seed: int, stream: int, patterns: NDArray[np.uint8], number: int) -> None:
-        super().__init__(number, *patterns.shape[1:3])
-        self._seed, self._stream, self._patterns = seed, stream, patterns
-
-    def _read(self, chosen: range) -> NDArray[np.uint8]:
-        if chosen.step != 1 and chosen:
-            return np.stack([self[number] for number in chosen])
-        size = int(np.prod(self.shape[1:]))
-        noise = _random_bytes(self._seed, self._stream, size * len(chosen), size * chosen.start)
-        images = noise.reshape(len(chosen), *self.shape[1:])
-        images >>= 1
-        images += self._patterns[np.asarray(chosen, np.int64) % len(self._patterns)]
-        return images
 
 
 def _random_bytes(seed: int, stream: int, count: int, start: int = 0) -> NDArray[np.uint8]:
