@@ -26,21 +26,21 @@ _BOX_LAM, _BOX_ROW, _BOX_COLUMN, _WHICH = range(4)
 class Choices:
     """Every random choice of one replica's batch; None: that augmentation is off."""
 
-    top: Tensor | None
+    top: Tensor | None = None
     """int64 (N,): row of the padded image at which the crop starts."""
-    left: Tensor | None
+    left: Tensor | None = None
     """int64 (N,): column likewise."""
-    flip: Tensor | None
+    flip: Tensor | None = None
     """bool (N,)."""
-    cut_top: Tensor | None
+    cut_top: Tensor | None = None
     """int64 (N,): centre row of cutout's square."""
-    cut_left: Tensor | None
+    cut_left: Tensor | None = None
     """int64 (N,): centre column."""
-    partner: Tensor | None
+    partner: Tensor | None = None
     """int64 (N,): position in the batch of the image that is mixed in."""
-    lam: Tensor | None
+    lam: Tensor | None = None
     """float32, 0-dimensional: weight of the image itself."""
-    keep: Tensor | None
+    keep: Tensor | None = None
     """float32 (N, features): factor of each feature under dropout, 0 or 1 / (1 - p)."""
     weights: Tensor | None = None
     """float32 (H, W): weight of the image itself by pixel; None: `lam` everywhere."""

@@ -4,7 +4,6 @@ Shapes: N images, H W pixels; images arrive as uint8 (N, H, W, 3).
 """
 
 from collections.abc import Callable
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,78 +16,6 @@ from dist_resnet.augment.named import Named, all_named, extras, keyed
 from dist_resnet.augment.normalisation import Normalisation, normalise
 from dist_resnet.config.schema import AugmentConfig
 from dist_resnet.native import batch
-
-Part = Callable[[Tensor, Choices], Tensor]
-
-
-def _crop(config: AugmentConfig, statistics: Normalisation) -> list[Part]:
-    cut = crop if config.padding_mode == "zero" else crop_reflected
-
-    def part(images: Tensor, choices: Choices) -> Tensor:
-        assert choices.top is not None
-        assert choices.left is not None
-        return cut(images, choices.top, choices.left, config.crop_padding)
-
-    return [part] if config.crop_padding else []
-
-
-def _flip(config: AugmentConfig, statistics: Normalisation) -> list[Part]:
-    def part(images: Tensor, choices: Choices) -> Tensor:
-        assert choices.flip is not None
-        return flip(images, choices.flip)
-
-    return [part] if config.flip else []
-
-
-def _normalise(config: AugmentConfig, statistics: Normalisation) -> list[Part]:
-    return [lambda images, choices: normalise(images, statistics)]
-
-
-def _cutout(config: AugmentConfig, statistics: Normalisation) -> list[Part]:
-    def part(images: Tensor, choices: Choices) -> Tensor:
-        assert choices.cut_top is not None
-        assert choices.cut_left is not None
-        return cutout(images, choices.cut_top, choices.cut_left, config.cutout)
-
-    return [part] if config.cutout else []
-
-
-def _mix(config: AugmentConfig, statistics: Normalisation) -> list[Part]:
-    def part(images: Tensor, choices: Choices) -> Tensor:
-        assert choices.partner is not None
-        assert choices.lam is not None
-        weight = choices.lam if choices.weights is None else choices.weights
-        return mixup(images, choices.partner, weight)
-
-    return [part] if config.mixup_alpha or config.mix == "cutmix" else []
-
-
-def _parts_of(found: list[Named], statistics: Normalisation) -> list[Part]:
-    def part_of(named: Named) -> Part:
-        function = named.bound(statistics)
-
-        def part(images: Tensor, choices: Choices) -> Tensor:
-            assert choices.draws is not None
-            return function(images, choices.draws[named.stream])
-
-        return part
-
-    return [part_of(named) for named in found]
-
-
-# What there is, in its order: by name what makes the parts of the pipeline, none where it is off.
-# From `normalise` on images are float32 (N, 3, H, W).
-ORDER: dict[str, Callable[[AugmentConfig, Normalisation], list[Part]]] = {
-    "crop": _crop,
-    "flip": _flip,
-    "trivial": lambda config, statistics: _parts_of(keyed(config, "trivial"), statistics),
-    "normalise": _normalise,
-    "jitter": lambda config, statistics: _parts_of(keyed(config, "jitter"), statistics),
-    "extra": lambda config, statistics: _parts_of(extras(config), statistics),
-    "cutout": _cutout,
-    "erasing": lambda config, statistics: _parts_of(keyed(config, "erasing"), statistics),
-    "mix": _mix,
-}
 
 
 def within_kernels(config: AugmentConfig) -> bool:
@@ -106,52 +33,60 @@ class Augmenter:
 
     def __init__(self, config: AugmentConfig, statistics: Normalisation) -> None:
         self.config, self.statistics = config, statistics
-        made = {name: make(config, statistics) for name, make in ORDER.items()}
-        names = list(made)
-        behind = names[names.index("normalise") + 1 :]
-        self._all = [part for parts in made.values() for part in parts]
-        self._behind = [part for name in behind for part in made[name]]
+        self._crop = crop if config.padding_mode == "zero" else crop_reflected
+        self._trivial = self._bound(keyed(config, "trivial"))
+        self._before_cutout = self._bound([*keyed(config, "jitter"), *extras(config)])
+        self._erasing = self._bound(keyed(config, "erasing"))
         self._whole, self._begin = within_kernels(config), _begins_in_kernel(config)
 
     def __call__(self, images: Tensor, choices: Choices) -> Tensor:
         """uint8 (N, H, W, 3) to float32 (N, 3, H, W), channels-last."""
         if not (self._begin and batch.usable(images)):
             return self.by_torch(images, choices)
-        c, config, statistics, whole = choices, self.config, self.statistics, self._whole
-        cut = whole and c.cut_top is not None and c.cut_left is not None
-        mixed = whole and c.partner is not None and c.lam is not None
+        c, whole = choices, self._whole
         floats = batch.augment(
             images,
-            None if c.top is None or c.left is None else (c.top, c.left, config.crop_padding),
+            None if c.top is None or c.left is None else (c.top, c.left, self.config.crop_padding),
             c.flip,
-            cast(Any, (c.cut_top, c.cut_left, config.cutout)) if cut else None,
-            cast(Any, (c.partner, c.lam)) if mixed else None,
-            statistics.mean,
-            statistics.scale,
+            (c.cut_top, c.cut_left, self.config.cutout)
+            if whole and c.cut_top is not None and c.cut_left is not None
+            else None,
+            (c.partner, c.lam) if whole and c.partner is not None and c.lam is not None else None,
+            self.statistics.mean,
+            self.statistics.scale,
         )
-        return floats if whole else _run(self._behind, floats, choices)
+        return floats if whole else self._behind(floats, choices)
 
     def by_torch(self, images: Tensor, choices: Choices) -> Tensor:
         """The same on any device: the definition."""
-        return _run(self._all, images, choices)
+        c = choices
+        if c.top is not None and c.left is not None:
+            images = self._crop(images, c.top, c.left, self.config.crop_padding)
+        if c.flip is not None:
+            images = flip(images, c.flip)
+        images = _applied(self._trivial, images, c)
+        return self._behind(normalise(images, self.statistics), c)
+
+    def _behind(self, images: Tensor, c: Choices) -> Tensor:
+        """What comes after normalisation, of float32 (N, 3, H, W)."""
+        images = _applied(self._before_cutout, images, c)
+        if c.cut_top is not None and c.cut_left is not None:
+            images = cutout(images, c.cut_top, c.cut_left, self.config.cutout)
+        images = _applied(self._erasing, images, c)
+        if c.partner is not None and c.lam is not None:
+            images = mixup(images, c.partner, c.lam if c.weights is None else c.weights)
+        # What users bring may hand back another order.
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def _bound(self, found: list[Named]) -> "list[_Bound]":
+        return [(named.stream, named.bound(self.statistics)) for named in found]
 
 
-def augment(
-    images: Tensor, choices: Choices, config: AugmentConfig, statistics: Normalisation
-) -> Tensor:
-    """uint8 (N, H, W, 3) to float32 (N, 3, H, W), channels-last."""
-    return Augmenter(config, statistics)(images, choices)
+_Bound = tuple[str, Callable[[Tensor, Tensor], Tensor]]  # with the stream that it draws from
 
 
-def augment_by_torch(
-    images: Tensor, choices: Choices, config: AugmentConfig, statistics: Normalisation
-) -> Tensor:
-    """`augment` on any device."""
-    return Augmenter(config, statistics).by_torch(images, choices)
-
-
-def _run(parts: list[Part], images: Tensor, choices: Choices) -> Tensor:
-    for part in parts:
-        images = part(images, choices)
-    # What users bring may hand back another order.
-    return images.contiguous(memory_format=torch.channels_last)
+def _applied(functions: list[_Bound], images: Tensor, choices: Choices) -> Tensor:
+    for stream, function in functions:
+        assert choices.draws is not None
+        images = function(images, choices.draws[stream])
+    return images

@@ -36,23 +36,20 @@ def check_signatures(config: AugmentConfig) -> None:
     Raises:
         UserError: one cannot be found, or does not take its arguments.
     """
-    for named in extras(config):
-        _check_signature(named)
-
-
-def _check_signature(named: Named) -> None:
-    lanes = named.lanes
-    if not isinstance(lanes, int) or isinstance(lanes, bool) or not 0 <= lanes <= 4096:
-        raise UserError(f"{KEY}={named.name}: its lanes={lanes!r} must be 0 to 4096")
-    parameters = signature(named.function)
-    if parameters is None:
-        return
     by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    positional = [name for name, p in parameters.items() if p.kind in by_place]
-    spread = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-    if len(positional) < 2 and not spread:
-        raise UserError(f"{KEY}={named.name}: must take (images, draws), then arguments of its own")
-    check_arguments(f"{KEY}.args", named.function, named.args, (*positional[:2], "statistics"))
+    for named in extras(config):
+        what, lanes = f"{KEY}={named.name}", named.lanes
+        if not isinstance(lanes, int) or isinstance(lanes, bool) or not 0 <= lanes <= 4096:
+            raise UserError(f"{what}: its lanes={lanes!r} must be 0 to 4096")
+        parameters = signature(named.function)
+        if parameters is None:
+            continue
+        positional = [name for name, p in parameters.items() if p.kind in by_place]
+        spread = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+        if len(positional) < 2 and not spread:
+            raise UserError(f"{what}: must take (images, draws), then arguments of its own")
+        given = (*positional[:2], "statistics")
+        check_arguments(f"{KEY}.args", named.function, named.args, given)
 
 
 def _fault(named: Named, size: tuple[int, int], statistics: Normalisation) -> str | None:

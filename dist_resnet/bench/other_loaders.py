@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset
 from dist_resnet.config.schema import AugmentConfig
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset as Prepared
-from dist_resnet.data.ffcv_import import import_ffcv
 
 Epoch = Callable[[int], Iterator[Any]]
 """So many batches, on the device."""
@@ -85,6 +84,8 @@ def ffcv_epochs(
     data: Prepared, batch_size: int, augment: AugmentConfig, device: torch.device
 ) -> Epoch:
     """Batches of float32 (N, 3, H, W), cropped, flipped and normalised by FFCV's pipeline."""
+    from dist_resnet.data.ffcv_loader import import_ffcv
+
     import_ffcv()
     from ffcv import fields, loader, transforms
 

@@ -1,7 +1,6 @@
 """A prepared data set on disk: `train.beton`, `test.beton` and what `dataset.json` says of them."""
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import shlex
@@ -9,6 +8,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import dist_resnet
 from dist_resnet.base.errors import UserError
@@ -20,6 +21,8 @@ from dist_resnet.data.images import ImageSet
 
 DESCRIPTION = "dataset.json"
 TRAIN, TEST = "train.beton", "test.beton"
+# Of RGB in 0..1, as torchvision's reference training has them.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,17 @@ class Dataset:
                     f"{path} is damaged: its SHA-256 is not the one in {DESCRIPTION}; "
                     f"to mend it: {self.prepare_command}"
                 )
+
+    def channel_scale(self, chosen: list[Any] | str) -> tuple[Channels, Channels]:
+        """Mean and standard deviation that images are normalised by, of each channel, 0 to 255.
+
+        `chosen`: `data.normalisation`: "dataset", "imagenet", or both for RGB in 0..1.
+        """
+        if chosen == "dataset":
+            return self.mean, self.std
+        mean, std = IMAGENET if isinstance(chosen, str) else chosen
+        (a, b, c), (x, y, z) = ([255.0 * value for value in values] for values in (mean, std))
+        return (a, b, c), (x, y, z)
 
     @property
     def prepare_command(self) -> str:
@@ -195,11 +209,7 @@ def describe(folder: Path, image_set: ImageSet, name: str, source: str) -> Datas
         std=std,
         fingerprint=fingerprint(image_set),
         files={file: file_facts(folder / file) for file in (TRAIN, TEST)},
-        created_by={
-            "dist_resnet": dist_resnet.__version__,
-            # ffcv.__version__ of the 1.0.2 package says 0.0.3rc1
-            **{package: importlib.metadata.version(package) for package in ("ffcv", "numpy")},
-        },
+        created_by={"dist_resnet": dist_resnet.__version__, "numpy": np.__version__},
         reading=image_set.reading,
     )
     content = asdict(dataset)

@@ -89,12 +89,12 @@ class Decoder:
         decompression bombs; if it is resized, than `MAX_RESIZED_PIXELS`.
         """
         file, formats = io.BytesIO(data), decodable()[1]
-        with self._explained(where), self._limit(), Image.open(file, formats=formats) as image:
+        with self._guarded(where), Image.open(file, formats=formats) as image:
             return self._pixels(image)
 
     def convert(self, image: Image.Image, where: str) -> NDArray[np.uint8]:
         """As `__call__`, of an image that is open already, and stays as it is."""
-        with self._explained(where), self._limit():
+        with self._guarded(where):
             return self._pixels(image.copy())
 
     def _pixels(self, image: Image.Image) -> NDArray[np.uint8]:
@@ -109,10 +109,19 @@ class Decoder:
         return np.array(self._resized(rgb))
 
     @contextlib.contextmanager
-    def _explained(self, where: str) -> Iterator[None]:
-        """Turn what a decoder raises into a UserError."""
+    def _guarded(self, where: str) -> Iterator[None]:
+        """Turn what a decoder raises into a UserError.
+
+        Pillow's limit is higher where the pixels are not kept; and it gives no warnings.
+        """
+        before = Image.MAX_IMAGE_PIXELS
+        if self.size is not None:
+            Image.MAX_IMAGE_PIXELS = MAX_RESIZED_PIXELS
         try:
-            yield
+            with warnings.catch_warnings():
+                # About single files: size, palettes. What matters here is an error.
+                warnings.filterwarnings("ignore", module="PIL")
+                yield
             return
         except UnidentifiedImageError:  # its message prints an address in memory
             reason = "is not an image or is damaged; replace or remove it"
@@ -123,6 +132,8 @@ class Decoder:
             raise
         except Exception as error:  # decoders of damaged files raise whatever they stumble over
             reason = f"cannot be decoded ({error}); replace or remove it"
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
         raise UserError(f"{where}: {reason}")
 
     def doubt(self) -> str | None:
@@ -134,20 +145,6 @@ class Decoder:
             f"no value in {self._deep:,} 16-bit images is above {self._largest:,}, so they become "
             f"dark: if their data have {bits} bits, give --bits {bits}"
         )
-
-    @contextlib.contextmanager
-    def _limit(self) -> Iterator[None]:
-        """Pillow's limit, higher where the pixels are not kept; and without its warnings."""
-        before = Image.MAX_IMAGE_PIXELS
-        if self.size is not None:
-            Image.MAX_IMAGE_PIXELS = MAX_RESIZED_PIXELS
-        try:
-            with warnings.catch_warnings():
-                # About single files: size, palettes. What matters here is an error.
-                warnings.filterwarnings("ignore", module="PIL")
-                yield
-        finally:
-            Image.MAX_IMAGE_PIXELS = before
 
     def _shallow(self, image: Image.Image) -> Image.Image:
         """8-bit RGB of 16-bit greyscale: 16-bit PNGs are "I;16", some 16-bit PGMs and TIFFs "I"."""

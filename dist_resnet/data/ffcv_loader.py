@@ -11,11 +11,33 @@ from pathlib import Path
 from queue import Empty, Full
 from typing import Any
 
+import numba
+import numba.typed
 import numpy as np
 import torch
 from torch import Tensor
 
-from dist_resnet.data.ffcv_import import import_ffcv
+
+def import_ffcv() -> None:
+    """Import ffcv; later `from ffcv import ...` lines find it loaded.
+
+    Three things FFCV 1.0.2 does at import are prevented:
+
+    - It keeps two constants in a numba dictionary, whose methods are compiled at once: nine tenths
+      of its 3 seconds. It reads them from Python only, so a plain dictionary serves.
+    - It has numba launch a thread pool (TBB's where that is installed), which decoding with one
+      worker never uses, and which can abort the process as it exits.
+    - It sets torch's number of threads to one.
+    """
+    threads = torch.get_num_threads()
+    replaced = numba.typed.Dict, numba.set_num_threads
+    numba.typed.Dict, numba.set_num_threads = dict, lambda n: None
+    try:
+        import ffcv  # noqa: F401
+    finally:
+        numba.typed.Dict, numba.set_num_threads = replaced
+        torch.set_num_threads(threads)
+
 
 import_ffcv()
 

@@ -4,8 +4,7 @@ import os
 import sys
 import time
 import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -23,17 +22,23 @@ MAX_SIDE = 65535  # a .beton stores height and width in 16 bits
 BLOCK_BYTES = 1 << 22
 
 
-class LazyImages(ABC):
+class LazyImages:
     """(N, H, W, 3) uint8 that are made or read when they are asked for: memory holds only those.
 
     Indexed by a number or a slice, as the array would be; `numpy.asarray` gives all of it.
+
+    Args:
+        read: the images from one number to another, exclusive.
     """
 
     dtype = np.dtype(np.uint8)
     ndim = 4
 
-    def __init__(self, number: int, height: int, width: int) -> None:
+    def __init__(
+        self, number: int, height: int, width: int, read: Callable[[int, int], NDArray[np.uint8]]
+    ) -> None:
         self.shape = (number, height, width, 3)
+        self._read = read
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -41,49 +46,39 @@ class LazyImages(ABC):
     def __getitem__(self, index: int | slice) -> NDArray[np.uint8]:
         chosen = range(len(self))[index]
         if isinstance(chosen, int):
-            return self._read(range(chosen, chosen + 1))[0]
-        return self._read(chosen)
+            return self._read(chosen, chosen + 1)[0]
+        if len(chosen) > 1 and chosen.step != 1:
+            return np.stack([self[number] for number in chosen])
+        return self._read(chosen.start, chosen.start + len(chosen))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray:
         return np.asarray(self[:], dtype)
 
-    @abstractmethod
-    def _read(self, chosen: range) -> NDArray[np.uint8]:
-        """The images of these numbers."""
 
-
-class StoredImages(LazyImages):
+def stored_images(path: Path, offsets: NDArray[np.int64], height: int, width: int) -> LazyImages:
     """Images that lie raw in a file, each at an offset of its own.
 
     Read, not mapped: a file that shrinks under a map kills the process. UserError where it has.
     """
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __init__(self, path: Path, offsets: NDArray[np.int64], height: int, width: int) -> None:
-        super().__init__(len(offsets), height, width)
-        self._path = path
-        self._offsets = offsets
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._file)
-
-    def _read(self, chosen: range) -> NDArray[np.uint8]:
-        stop = chosen.stop if chosen.stop >= 0 else None  # a range counts down to -1
-        offsets = self._offsets[chosen.start : stop : chosen.step]
-        _, height, width, _ = self.shape
-        images = np.empty((len(offsets), height, width, 3), np.uint8)
+    def read(start: int, stop: int) -> NDArray[np.uint8]:
+        chosen = offsets[start:stop]
+        images = np.empty((len(chosen), height, width, 3), np.uint8)
         # Neighbours in the file are read at once: 74 reads instead of 50,000 for CIFAR.
-        borders = np.flatnonzero(np.diff(offsets) != height * width * 3) + 1
-        for run in np.split(np.arange(len(offsets)), borders):
-            if len(run):
-                self._fill(images[run[0] : run[-1] + 1], int(offsets[run[0]]))
+        borders = np.flatnonzero(np.diff(chosen) != height * width * 3) + 1
+        for part, places in zip(np.split(images, borders), np.split(chosen, borders), strict=True):
+            rest, offset = part.reshape(-1).data, int(places[0]) if len(places) else 0
+            while rest:
+                count = os.preadv(file, [rest], offset)
+                if count == 0:
+                    raise UserError(f"{path} has become shorter; start again")
+                rest, offset = rest[count:], offset + count
         return images
 
-    def _fill(self, images: NDArray[np.uint8], offset: int) -> None:
-        rest = memoryview(images.reshape(-1).data)
-        while rest:
-            count = os.preadv(self._file, [rest], offset)
-            if count == 0:
-                raise UserError(f"{self._path} has become shorter; start again")
-            rest, offset = rest[count:], offset + count
+    images = LazyImages(len(offsets), height, width, read)
+    weakref.finalize(images, os.close, file)
+    return images
 
 
 Images = NDArray[np.uint8] | LazyImages
@@ -138,6 +133,19 @@ class ImageSet:
                 raise UserError(f"a {what} label is outside of the {len(self.classes)} classes")
         if self.train.images.shape[1:] != self.test.images.shape[1:]:
             raise UserError("training and test images differ in size; resize them alike")
+
+
+def same_size(
+    size: tuple[int, int] | None, image: NDArray[np.uint8], where: str
+) -> tuple[int, int]:
+    """The (height, width) of an image, which is that of those before it: UserError if not."""
+    height, width = image.shape[:2]
+    if size is not None and size != (height, width):
+        raise UserError(
+            f"{where}: is {width}x{height} and those before it {size[1]}x{size[0]}; "
+            "resize them alike, or prepare them with --resize N"
+        )
+    return height, width
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:

@@ -1,7 +1,6 @@
 """Which samples a rank visits, in which order, from any step on."""
 
 import numpy as np
-import torch
 
 from dist_resnet.base.randomness import Stream, epoch_order, permutation, stream_key
 from dist_resnet.config.plan import Plan
@@ -47,7 +46,3 @@ def eval_batches(indices: np.ndarray, size: int, rank: int, world_size: int) -> 
     """
     batches = [indices[start : start + size] for start in range(0, len(indices), size)]
     return batches[rank::world_size]
-
-
-def as_samples(indices: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(indices).to(device)

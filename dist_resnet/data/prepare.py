@@ -21,8 +21,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
-
 from dist_resnet.base.cli import run_command
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.files import lock, sync_folder
@@ -30,7 +28,7 @@ from dist_resnet.base.terminal import forgive
 from dist_resnet.data.beton import read_back, write_beton
 from dist_resnet.data.content import fingerprint
 from dist_resnet.data.dataset import DESCRIPTION, TEST, TRAIN, Dataset, describe
-from dist_resnet.data.images import ImageSet, blocks, tell
+from dist_resnet.data.images import ImageSet, tell
 from dist_resnet.data.sources.embedded import CIFAR
 from dist_resnet.data.sources.table import SOURCES, default_name, parser, recorded_source
 
@@ -154,14 +152,11 @@ def _place(
         return present
     built = workspace / "built"
     built.mkdir()
-    for file, split in ((TRAIN, image_set.train), (TEST, image_set.test)):
-        write_beton(built / file, split)
-        found = read_back(built / file)
-        both = zip(blocks(found.images), blocks(split.images), strict=True)
-        agree = np.array_equal(found.labels, split.labels)
-        if not (agree and all(np.array_equal(mine, given) for mine, given in both)):
-            raise UserError(f"{file} reads back differently from what was written; check the disk")
-    describe(built, image_set, name, source_name)
+    write_beton(built / TRAIN, image_set.train)
+    write_beton(built / TEST, image_set.test)
+    found = ImageSet(image_set.classes, read_back(built / TRAIN), read_back(built / TEST))
+    if describe(built, image_set, name, source_name).fingerprint != fingerprint(found):
+        raise UserError(f"{folder} reads back differently from what was written; check the disk")
     sync_folder(built)
     _swap(built, Path(os.path.realpath(folder)))
     return Dataset.load(folder, verify=False)

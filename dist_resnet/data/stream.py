@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_resnet.base.errors import UserError
 from dist_resnet.config.plan import Plan
-from dist_resnet.data.order import as_samples, rank_order
+from dist_resnet.data.beton import read_back
+from dist_resnet.data.order import rank_order
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,45 @@ class Loader(Protocol):
     def __len__(self) -> int: ...
 
 
+class ResidentLoader:
+    """The batches of `FfcvLoader`, bit for bit, from the device's memory: 150 MiB of CIFAR-10."""
+
+    def __init__(self, path: Path, batch_size: int, device: torch.device) -> None:
+        self.batch_size = batch_size
+        split = read_back(path)
+        self.images = torch.from_numpy(split.images[:]).to(device)
+        self.labels = torch.from_numpy(split.labels).to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `FfcvLoader.batches`; the batches stay valid."""
+        flat = np.ascontiguousarray(indices.reshape(-1))
+        if flat.size == 0:
+            return
+        if int(flat.min()) < 0 or int(flat.max()) >= len(self):
+            raise IndexError(f"samples {flat.min()} to {flat.max()} of a dataset of {len(self)}")
+        order = torch.from_numpy(flat).to(self.labels.device)
+        for chosen in order.split(self.batch_size):
+            yield self.images[chosen], self.labels[chosen]
+
+
 def open_loader(kind: str, path: Path, batch_size: int, device: torch.device) -> Loader:
     """The configured loader of one .beton file.
 
     Args:
         kind: `data.loader`.
+
+    Raises:
+        UserError: FFCV cannot be imported.
     """
-    # Imported here: numba and FFCV take a second, which --help and --print-config need not.
     if kind == "resident":
-        from dist_resnet.data.resident_loader import ResidentLoader
-
         return ResidentLoader(path, batch_size, device)
-    from dist_resnet.data.ffcv_loader import FfcvLoader
-
+    try:  # here, as numba and FFCV take a second, which --help and --print-config need not
+        from dist_resnet.data.ffcv_loader import FfcvLoader
+    except ImportError as error:
+        raise UserError(f"cannot import ffcv ({error}); run `make setup`") from error
     return FfcvLoader(path, batch_size, device)
 
 
@@ -69,7 +97,7 @@ def training_batches(
         epoch, first = divmod(step, plan.steps_per_epoch)
         last = min(plan.steps_per_epoch, first + plan.total_steps - step)
         order = rank_order(seed, epoch, first, indices, plan, rank)[: last - first]
-        samples = as_samples(order, device)
+        samples = torch.from_numpy(order).to(device)
         for row, (images, labels) in enumerate(loader.batches(order)):
             yield Batch(images, labels, samples[row])
         step += last - first

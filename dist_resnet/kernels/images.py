@@ -1,6 +1,6 @@
 """Random choices and augmentation on a GPU: two launches in place of 56.
 
-`augment.ChoiceDrawer.by_torch` and `augment.augment_by_torch` are the definitions: the choices have
+`by_torch` of `augment.ChoiceDrawer` and `augment.Augmenter` are the definitions: the choices have
 the same bits, the images the same values but for the last bit of mixup's products.
 
 Shapes: R replicas of N images, H W pixels, F features under dropout.

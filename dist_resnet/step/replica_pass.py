@@ -143,9 +143,11 @@ class KernelPass(ReplicaPass):
             self.statistics.scale,
             self.precision,
         )
-        off = Choices(*[None] * 8)
-        mixing = replace(off, partner=partner, lam=lam) if mixed else off
-        return made, replace(mixing, keep=keep if draw.features else None)
+        return made, Choices(
+            partner=partner if mixed else None,
+            lam=lam if mixed else None,
+            keep=keep if draw.features else None,
+        )
 
     def objective(
         self, logits: Tensor, labels: Tensor, choices: Choices, scale: Tensor | None

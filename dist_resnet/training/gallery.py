@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_resnet.augment import ChoiceDrawer, Choices, Normalisation, augment
+from dist_resnet.augment import Augmenter, ChoiceDrawer, Choices, Normalisation
 from dist_resnet.base.randomness import step_keys, turn_keys
 from dist_resnet.config.plan import make_plan
 from dist_resnet.config.schema import Config
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.data.normalisation import channel_scale
 from dist_resnet.data.stream import Batch
 from dist_resnet.tracking import pictures
 from dist_resnet.tracking.tracker import Media, Picture
@@ -110,10 +109,10 @@ def augmented(
         samples: int64 (N,), indices in the training set.
     """
     size = dataset.height, dataset.width
-    scale = channel_scale(config.data.normalisation, dataset)
+    scale = dataset.channel_scale(config.data.normalisation)
     statistics = Normalisation.of(*scale, dataset.width, _HOST)
     choices = choices_at(config, dataset, step, samples)
-    inputs = augment(images, choices, config.augment, statistics)[:SHOWN]
+    inputs = Augmenter(config.augment, statistics)(images, choices)[:SHOWN]
     # normalise() backwards: rows of 3 W values.
     rows = inputs.permute(0, 2, 3, 1).flatten(2) / statistics.scale + statistics.mean
     pixels = rows.round().clamp(0, 255).byte()

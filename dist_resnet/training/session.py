@@ -18,7 +18,6 @@ from dist_resnet.config.schema import Config
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.content import Channels
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.data.normalisation import channel_scale
 from dist_resnet.data.order import split_indices
 from dist_resnet.data.prepare import check_source, prepare_builtin
 from dist_resnet.data.stream import Batch, open_loader, training_batches
@@ -69,7 +68,7 @@ class Session:
     @property
     def channel_scale(self) -> tuple[Channels, Channels]:
         """Mean and standard deviation that images are normalised by, on the scale 0 to 255."""
-        return channel_scale(self.config.data.normalisation, self.dataset)
+        return self.dataset.channel_scale(self.config.data.normalisation)
 
     def normalisation(self) -> Normalisation:
         return Normalisation.of(*self.channel_scale, self.dataset.width, self.world.device)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_resnet.augment import ChoiceDrawer, Choices, Normalisation, augment_by_torch
+from dist_resnet.augment import Augmenter, ChoiceDrawer, Choices, Normalisation
 from dist_resnet.base.randomness import step_keys, turn_keys
 from dist_resnet.config.schema import AugmentConfig
 from dist_resnet.kernels import conv, images, norm_act, support, update
@@ -264,7 +264,7 @@ def test_choices_and_images(
         assert (choices.keep is None) == (chosen.keep is None)
         if choices.keep is not None:
             assert torch.equal(chosen.keep[part], choices.keep)
-        expected = augment_by_torch(pixels[part], choices, config, statistics)
+        expected = Augmenter(config, statistics).by_torch(pixels[part], choices)
         torch.testing.assert_close(made[part], expected, rtol=1e-6, atol=1e-6)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dist_resnet.augment import ChoiceDrawer, Normalisation, augment
+from dist_resnet.augment import Augmenter, ChoiceDrawer, Normalisation
 from dist_resnet.base.randomness import step_keys
 from dist_resnet.config.load import load_config
 from dist_resnet.config.schema import Config
@@ -153,7 +153,7 @@ def forward(config: Config, model: nn.Module, step: int, batch: Batch) -> tuple[
     features = config.model.widths[2]
     draw = ChoiceDrawer(settings, (SIDE, SIDE), config.model.dropout, features, CPU)
     choices = draw(step_keys(config.seed, step + 1)[step], batch.samples)
-    images = augment(batch.images, choices, settings, STATISTICS)
+    images = Augmenter(settings, STATISTICS)(batch.images, choices)
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     assert isinstance(inner, ResNet)
     inner.dropout.eval()  # its factors are multiplied by here

@@ -8,19 +8,11 @@ import torch
 from PIL import Image, ImageOps
 from scipy import stats
 
-from dist_resnet.augment import (
-    ChoiceDrawer,
-    Choices,
-    Normalisation,
-    augment,
-    beta_quantiles,
-    crop,
-    cutout,
-    dropout_factors,
-    flip,
-    mixup,
-    normalise,
-)
+from dist_resnet.augment import Augmenter, ChoiceDrawer, Choices, Normalisation, normalise
+from dist_resnet.augment.choices import dropout_factors
+from dist_resnet.augment.erase import cutout
+from dist_resnet.augment.geometry import crop, flip
+from dist_resnet.augment.mix import beta_quantiles, mixup
 from dist_resnet.base.randomness import sample_lanes, step_keys
 from dist_resnet.config.schema import AugmentConfig
 
@@ -140,7 +132,8 @@ def test_the_whole_chain_image_by_image(side: int, rng: np.random.Generator) -> 
     images = _images(rng, 96)
     drawer = ChoiceDrawer(config, (32, 32), 0.3, 64, CPU)
     choices = drawer(step_keys(1, 3)[2], torch.from_numpy(rng.permutation(50_000)[:96]))
-    found = augment(torch.from_numpy(images), choices, config, Normalisation.of(MEAN, STD, 32, CPU))
+    augmenter = Augmenter(config, Normalisation.of(MEAN, STD, 32, CPU))
+    found = augmenter(torch.from_numpy(images), choices)
 
     def single(i: int) -> np.ndarray:
         assert choices.top is not None
@@ -169,7 +162,8 @@ def test_without_augmentation_only_normalisation_is_left(rng: np.random.Generato
     choices = ChoiceDrawer(config, (32, 32), 0.0, 64, CPU)(step_keys(0, 1)[0], torch.arange(8))
     assert all(getattr(choices, field.name) is None for field in fields(Choices))
     images, statistics = torch.from_numpy(_images(rng, 8)), Normalisation.of(MEAN, STD, 32, CPU)
-    assert torch.equal(augment(images, choices, config, statistics), normalise(images, statistics))
+    found = Augmenter(config, statistics)(images, choices)
+    assert torch.equal(found, normalise(images, statistics))
 
 
 def test_all_offsets_and_both_sides_are_equally_likely_and_independent() -> None:

@@ -165,7 +165,7 @@ def test_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     choices = _choices(config)
     found = Augmenter(config, STATISTICS)(_images(), choices)
     without = replace(config, cutout=0, erasing=0, mixup_alpha=0, extra=[])
-    assert torch.equal(seen[0], Augmenter(without, STATISTICS)(_images(), choices))
+    assert torch.equal(seen[0], Augmenter(without, STATISTICS)(_images(), _choices(without)))
     assert choices.lam is not None
     unmixed = replace(config, mixup_alpha=0.0)
     alone = Augmenter(unmixed, STATISTICS)(_images(), replace(choices, lam=None, partner=None))

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from dist_resnet.base.errors import UserError
-from dist_resnet.data import beton
 from dist_resnet.data.beton import (
     HEADER,
     METADATA,
@@ -26,12 +25,11 @@ from dist_resnet.data.sources.embedded import load_synthetic
 FFCV_PROGRAM = """
 import sys
 import numpy as np, torch
-import dist_resnet.data.prepare
-from dist_resnet.data.beton import _import_ffcv
+import dist_resnet.data.prepare, dist_resnet.data.stream
 
 torch.set_num_threads(2)
 assert "ffcv" not in sys.modules
-_import_ffcv()
+import dist_resnet.data.ffcv_loader
 assert "ffcv" in sys.modules and torch.get_num_threads() == 2
 
 from ffcv.fields import IntField, RGBImageField
@@ -83,6 +81,7 @@ def _refusal(path: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.timeout(400)  # FFCV compiles its code for each file
 def test_ffcv_reads_what_was_written_writes_the_same_and_leaves_torch_its_threads(
     tmp_path: Path,
 ) -> None:
@@ -97,7 +96,7 @@ def test_ffcv_reads_what_was_written_writes_the_same_and_leaves_torch_its_thread
     for name, split in splits.items():
         write_beton(paths[name], split)
     command = [sys.executable, "-c", FFCV_PROGRAM, *map(str, paths.values())]
-    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     for name, split in splits.items():
         height, width = split.images.shape[1:3]
         check_beton(paths[name], len(split), height, width, 5)
@@ -117,8 +116,8 @@ def _damage(path: Path, at: int, value: bytes) -> None:
 def test_a_good_file_passes_and_claims_are_compared(small: Path) -> None:
     _check(small)
     for claim, word in (
-        ((19, 8, 6, 5), "holds 20 images, not 19"),
-        ((20, 6, 8, 5), "8x6"),
+        ((19, 8, 6, 5), "holds 20 images of 6x8, not 19"),
+        ((20, 6, 8, 5), "of 6x8, not 20 of 8x6"),
         ((20, 8, 6, 2), "labels"),
     ):
         with pytest.raises(UserError, match=word):
@@ -152,11 +151,6 @@ def test_appended_bytes(small: Path) -> None:
     with small.open("ab") as file:
         file.write(b"x")
     assert "bytes instead of" in _refusal(small)
-
-
-def test_a_writer_killed_before_its_end(small: Path) -> None:
-    _damage(small, 16, bytes(8))  # alloc_table_ptr is written last
-    assert "not written to its end" in _refusal(small)
 
 
 def test_each_contradiction_is_found(small: Path) -> None:
@@ -207,30 +201,6 @@ def test_random_damage_never_does_anything_else(small: Path) -> None:
         except UserError:
             refused += 1
     assert refused > 200
-
-
-def test_a_failing_sample_ends_the_writer_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(self: Any, index: int) -> Any:
-        if index == 12:
-            raise ZeroDivisionError("on purpose")
-        return self.split.images[index], 0
-
-    def refuse(*_args: Any, **_options: Any) -> None:
-        raise AssertionError("a file in /dev/shm outlives a writer that is killed")
-
-    monkeypatch.setattr("multiprocessing.shared_memory.SharedMemory", refuse)
-    monkeypatch.setattr(beton._Samples, "__getitem__", fail)
-    with pytest.raises(ZeroDivisionError):
-        write_beton(tmp_path / "x.beton", _split(20, 8, 6))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_missing_ffcv_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ffcv.writer", None)
-    with pytest.raises(UserError, match=r"cannot import ffcv.*make setup"):
-        write_beton(tmp_path / "x.beton", _split(20, 8, 6))
 
 
 def test_images_beyond_ffcv_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dist_resnet.augment import ChoiceDrawer, Normalisation, augment_by_torch
+from dist_resnet.augment import Augmenter, ChoiceDrawer, Normalisation
 from dist_resnet.augment.trivial import BINS
 from dist_resnet.base.randomness import step_keys, turn_keys
 from dist_resnet.config.load import load_config
@@ -67,7 +67,7 @@ def _choices(*pairs: str) -> tuple[Tensor, object, object, Normalisation]:
 def _augmentation(*pairs: str) -> Tensor:
     _, choices, config, statistics = _choices(*pairs)
     pixels = torch.empty(COUNT, SIDE, SIDE, 3, dtype=torch.uint8, device=CUDA)
-    images = augment_by_torch(pixels, choices, config.augment, statistics)  # type: ignore
+    images = Augmenter(config.augment, statistics).by_torch(pixels, choices)  # type: ignore
     assert images.is_contiguous(memory_format=torch.channels_last)
     return images
 

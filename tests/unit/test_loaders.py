@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import io
+import sys
 import tarfile
 import threading
 import time
@@ -18,14 +19,14 @@ import pytest
 import torch
 from PIL import Image
 
+from dist_resnet.base.errors import UserError
 from dist_resnet.config.plan import Plan, make_plan
 from dist_resnet.config.schema import Config, DataConfig, TrainConfig
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.ffcv_loader import FfcvLoader, _SafeIterator, epoch_iterator
 from dist_resnet.data.images import ImageSet
 from dist_resnet.data.order import rank_order
-from dist_resnet.data.resident_loader import ResidentLoader
-from dist_resnet.data.stream import open_loader, training_batches
+from dist_resnet.data.stream import ResidentLoader, open_loader, training_batches
 
 CPU = torch.device("cpu")
 BATCH = 7
@@ -237,6 +238,13 @@ def test_torchs_thread_count_is_kept(kind: str, tiny: Dataset) -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
+
+
+def test_missing_ffcv_is_one_line(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dist_resnet.data.ffcv_loader", None)
+    with pytest.raises(UserError, match=r"cannot import ffcv.*make setup"):
+        open_loader("ffcv", tiny.train_path, 16, CPU)
+    assert len(open_loader("resident", tiny.train_path, 16, CPU)) == 53
 
 
 def _plan(ranks: int, epochs: int = 3) -> Plan:

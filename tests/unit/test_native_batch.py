@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_resnet.augment import (
-    ChoiceDrawer,
-    Choices,
-    Normalisation,
-    augment,
-    augment_by_torch,
-)
+from dist_resnet.augment import Augmenter, ChoiceDrawer, Choices, Normalisation
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.randomness import sample_lanes, step_keys
 from dist_resnet.config.schema import AugmentConfig
@@ -137,8 +131,8 @@ def test_augmentation_is_that_of_torch_bit_for_bit(config: AugmentConfig) -> Non
     for step in range(20):
         images, choices, statistics = _batch(config, step)
         before = images.clone()
-        found = augment(images, choices, config, statistics)
-        expected = augment_by_torch(images, choices, config, statistics)
+        found = Augmenter(config, statistics)(images, choices)
+        expected = Augmenter(config, statistics).by_torch(images, choices)
         assert torch.equal(found, expected)
         for result in (found, expected):
             assert result.is_contiguous(memory_format=torch.channels_last)
@@ -151,8 +145,8 @@ def test_images_of_any_size(size: tuple[int, int]) -> None:
     config = AugmentConfig(crop_padding=2, cutout=3)
     for step in range(20):
         images, choices, statistics = _batch(config, step, 5, size)
-        found = augment(images, choices, config, statistics)
-        expected = augment_by_torch(images, choices, config, statistics)
+        found = Augmenter(config, statistics)(images, choices)
+        expected = Augmenter(config, statistics).by_torch(images, choices)
         torch.testing.assert_close(found, expected, rtol=0, atol=5e-7)
 
 
@@ -161,8 +155,8 @@ def test_every_weight_of_mixup(lam: float) -> None:
     config = replace(OFF, mixup_alpha=1.0)
     images, choices, statistics = _batch(config, 0)
     choices = replace(choices, lam=torch.tensor(lam))
-    found = augment(images, choices, config, statistics)
-    assert torch.equal(found, augment_by_torch(images, choices, config, statistics))
+    found = Augmenter(config, statistics)(images, choices)
+    assert torch.equal(found, Augmenter(config, statistics).by_torch(images, choices))
 
 
 @pytest.mark.usefixtures("threads")
@@ -173,21 +167,21 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(count: int) -> None:
     results = []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        results.append(augment(images, choices, config, statistics))
+        results.append(Augmenter(config, statistics)(images, choices))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = AugmentConfig()
     images, choices, statistics = _batch(config, 0)
-    expected = augment(images, choices, config, statistics)
+    expected = Augmenter(config, statistics)(images, choices)
     for cached in (build.load, batch._library):
         cached.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     try:
         assert not batch.usable(images)
-        assert torch.equal(augment(images, choices, config, statistics), expected)
+        assert torch.equal(Augmenter(config, statistics)(images, choices), expected)
         assert torch.equal(_batch(config, 0)[1].left, choices.left)
     finally:
         for cached in (build.load, batch._library):

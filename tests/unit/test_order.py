@@ -3,14 +3,13 @@ on the machine."""
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
 from dist_resnet.config.plan import Plan, make_plan
 from dist_resnet.config.schema import Config, DataConfig, ParallelConfig
-from dist_resnet.data.order import as_samples, eval_batches, rank_order, split_indices
+from dist_resnet.data.order import eval_batches, rank_order, split_indices
 
 WORLDS = (1, 2, 3, 4, 7)
 
@@ -138,12 +137,6 @@ def test_validation_split_depends_on_the_seed_and_is_spread_evenly() -> None:
             assert shared == pytest.approx(500, abs=100)  # a tenth of a tenth
     counts = np.bincount(splits[0] // 5000, minlength=10)
     assert stats.chisquare(counts).pvalue > 1e-4
-
-
-def test_as_samples_keeps_values() -> None:
-    found = as_samples(np.array([[1, 2], [3, 4]]), torch.device("cpu"))
-    assert found.dtype == torch.int64
-    assert found.tolist() == [[1, 2], [3, 4]]
 
 
 @given(

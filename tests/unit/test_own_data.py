@@ -463,7 +463,7 @@ def test_every_source_goes_by_the_table(
         assert list(workspace.iterdir()) == []
         return load_synthetic(6, 3, classes=options.most, size=8)
 
-    new = table.Source("mine", load, lambda parser: parser.add_argument("--most", type=int))
+    new = table.Source("mine", load, [("--most", {"type": int})])
     monkeypatch.setitem(table.SOURCES, "new", new)
     assert main(["new", "--most", "3"]) == 0
     assert Dataset.load(working_folder / "data" / "new").source == "new"

@@ -15,7 +15,7 @@ from dist_resnet.base.errors import UserError
 from dist_resnet.base.paths import printable
 from dist_resnet.config.plugins import calling
 from dist_resnet.data.decoding import AS_STORED, Decoder, Reading, target_size
-from dist_resnet.data.images import ImageSet, Split, StoredImages, progress, tell
+from dist_resnet.data.images import ImageSet, Split, progress, same_size, stored_images, tell
 from dist_resnet.data.tolerance import STRICT, Tolerance
 
 
@@ -88,7 +88,7 @@ class _Part:
         split: str,
         decoder: Decoder,
         scratch: Path,
-        size: tuple[int, ...] | None,
+        size: tuple[int, int] | None,
         classes: Sequence[str] | None,
         limit: int,
     ) -> None:
@@ -108,7 +108,7 @@ class _Part:
                 except _Damaged as error:
                     self.damaged.append(str(error))
                     continue
-                self._check_size(pixels, where)
+                self.size = same_size(self.size, pixels, where)
                 self._add_label(item[1], where)
                 file.write(pixels.data)
         if not self.labels and len(self.damaged) <= limit:
@@ -151,14 +151,6 @@ class _Part:
             return self.decoder.convert(opened, where)
         except UserError as error:
             raise _Damaged(str(error)) from error
-
-    def _check_size(self, pixels: NDArray[np.uint8], where: str) -> None:
-        self.size = self.size or pixels.shape[:2]
-        if pixels.shape[:2] != self.size:
-            raise UserError(
-                f"{where}: is {pixels.shape[1]}x{pixels.shape[0]} and those before it "
-                f"{self.size[1]}x{self.size[0]}; resize them alike, or prepare it with --resize N"
-            )
 
     def _add_label(self, given: Any, where: str) -> None:
         if isinstance(given, str) and self.feed.classes is not None:
@@ -211,7 +203,7 @@ class _Part:
         assert self.size is not None
         height, width = self.size
         offsets = np.arange(len(self.labels), dtype=np.int64) * (height * width * 3)
-        return Split(StoredImages(self.path, offsets, height, width), self.numbers(classes))
+        return Split(stored_images(self.path, offsets, height, width), self.numbers(classes))
 
 
 def _checked_array(given: Any, where: str) -> NDArray[np.uint8]:

@@ -2,11 +2,8 @@
 
 import contextlib
 import io
-import os
-import shutil
 import socket
 import sys
-import tarfile
 import threading
 import urllib.request
 import warnings
@@ -34,21 +31,19 @@ def load_cifar(name: str, input_root: Path | None, download_root: Path) -> Image
     """CIFAR-10 or CIFAR-100 (fine labels) in torchvision's order, 32x32; MD5 sums are checked.
 
     `input_root`: a folder that holds the extracted data set or its .tar.gz, or the extracted
-    folder itself; None downloads. `download_root` receives the download, or what the .tar.gz
-    contains; nothing incomplete is left there. Raises UserError where there is no network, or
-    what was found or downloaded is not the data set.
+    folder itself; None downloads. `download_root` receives what the .tar.gz contains. Raises
+    UserError where there is no network, or what was found or downloaded is not the data set.
     """
     from torchvision import datasets
 
     kind: Any = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    root = (
-        _download(kind, name, download_root)
-        if input_root is None
-        else _find(kind, input_root, download_root)
-    )
+    root = download_root
+    if input_root is None:
+        _download(kind, name, root)
+    else:
+        root = _find(kind, input_root, download_root)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # NumPy's, about how the files were pickled in 2009
+        with quiet():  # NumPy warns about how the files were pickled in 2009
             splits = [kind(root, train=train) for train in (True, False)]
     except (RuntimeError, OSError) as error:
         raise UserError(
@@ -72,50 +67,32 @@ def _find(kind: Any, input_root: Path, extract_root: Path) -> Path:
             f"{input_root}: holds neither {kind.base_folder} nor {kind.filename}; "
             "check --input, or leave it out to download"
         )
-    from torchvision.datasets.utils import check_integrity
+    from torchvision.datasets.utils import check_integrity, extract_archive
 
     if not check_integrity(str(archive), kind.tgz_md5):
         raise UserError(f"{archive}: its MD5 sum is wrong; download it again")
-    _extract(kind, archive, extract_root)
+    with quiet():
+        extract_archive(str(archive), str(extract_root))
     return extract_root
 
 
-def _extract(kind: Any, archive: Path, root: Path) -> None:
-    """The files of the data set's folder, and nothing anywhere else.
+def _download(kind: Any, name: str, root: Path) -> None:
+    from torchvision.datasets.utils import download_and_extract_archive
 
-    torchvision's extractall would follow any path, and warns of that from Python 3.12 on.
-    """
-    folder = root / kind.base_folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive) as members:
-        for member in members:
-            place, name = os.path.split(member.name)
-            content = members.extractfile(member) if place == kind.base_folder else None
-            if content is not None:
-                (folder / name).write_bytes(content.read())
-
-
-def _download(kind: Any, name: str, root: Path) -> Path:
-    from torchvision.datasets.utils import download_url
-
-    archive = root / kind.filename
     with patience():
         try:
             _check_reachable(kind.url)
             if not shows_live_line(sys.stderr):
                 print(f"downloading {kind.url} ...", file=sys.stderr, flush=True)
             with quiet():
-                download_url(kind.url, str(root), kind.filename, kind.tgz_md5)
-                _extract(kind, archive, root)
+                download_and_extract_archive(
+                    kind.url, str(root), None, kind.filename, kind.tgz_md5, remove_finished=True
+                )
         except (OSError, RuntimeError, HTTPException) as error:
-            shutil.rmtree(root / kind.base_folder, ignore_errors=True)
-            archive.unlink(missing_ok=True)
             raise UserError(
                 f"cannot download {kind.url} ({error}); check the network, or give the data: "
                 f"python -m dist_resnet.data.prepare {name} --input FOLDER_WITH_{kind.filename}"
             ) from error
-    archive.unlink(missing_ok=True)
-    return root
 
 
 @contextlib.contextmanager
@@ -131,12 +108,10 @@ def patience() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide torchvision's prints, and its progress bar too where there is no terminal."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        if not shows_live_line(sys.stderr):
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        stack.enter_context(warnings.catch_warnings())
+    """Hide torchvision's prints and warnings, and its progress bar where there is no terminal."""
+    errors = sys.stderr if shows_live_line(sys.stderr) else io.StringIO()
+    shown = contextlib.redirect_stderr(errors)
+    with contextlib.redirect_stdout(io.StringIO()), shown, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
@@ -194,6 +169,7 @@ def load_synthetic(
 ) -> ImageSet:
     """`train` and `test` images of `size` x `size`: a coarse pattern for each class, plus noise.
 
+    Half of a pixel is noise, half the pattern of its class: at most 127 + 127.
     Labels run 0, 1, ..., classes - 1, 0, ...: balanced. The same arguments give the same bytes
     everywhere: integers only, drawn from the raw bits of Philox, which NumPy never changes.
     Raises UserError for numbers out of range.
@@ -214,28 +190,19 @@ def load_synthetic(
 
     def make(stream: int, number: int) -> Split:
         labels = np.arange(number, dtype=np.int64) % classes
-        return Split(_Synthetic(seed, stream, patterns, number), labels)
+
+        def read(start: int, stop: int) -> NDArray[np.uint8]:
+            pixels = size * size * 3
+            noise = _random_bytes(seed, stream, pixels * (stop - start), pixels * start)
+            images = noise.reshape(stop - start, size, size, 3)
+            images >>= 1
+            images += patterns[labels[start:stop]]
+            return images
+
+        return Split(LazyImages(number, size, size, read), labels)
 
     names = tuple(f"class{index:0{len(str(classes - 1))}d}" for index in range(classes))
     return ImageSet(names, make(1, train), make(2, test))
-
-
-class _Synthetic(LazyImages):
-    """Half noise, half the pattern of the class: at most 127 + 127."""
-
-    def __init__(self, seed: int, stream: int, patterns: NDArray[np.uint8], number: int) -> None:
-        super().__init__(number, *patterns.shape[1:3])
-        self._seed, self._stream, self._patterns = seed, stream, patterns
-
-    def _read(self, chosen: range) -> NDArray[np.uint8]:
-        if chosen.step != 1 and chosen:
-            return np.stack([self[number] for number in chosen])
-        size = int(np.prod(self.shape[1:]))
-        noise = _random_bytes(self._seed, self._stream, size * len(chosen), size * chosen.start)
-        images = noise.reshape(len(chosen), *self.shape[1:])
-        images >>= 1
-        images += self._patterns[np.asarray(chosen, np.int64) % len(self._patterns)]
-        return images
 
 
 def _random_bytes(seed: int, stream: int, count: int, start: int = 0) -> NDArray[np.uint8]:

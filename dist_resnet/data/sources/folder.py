@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dist_resnet.base.errors import UserError
 from dist_resnet.data.decoding import AS_STORED, Decoder, Reading, decodable, target_size
-from dist_resnet.data.images import ImageSet, Split, StoredImages, progress, tell
+from dist_resnet.data.images import ImageSet, Split, progress, same_size, stored_images, tell
 from dist_resnet.data.sources.members import Parts, explained, members
 from dist_resnet.data.tolerance import STRICT, Tolerance
 
@@ -32,7 +31,7 @@ class _Found:
     """What was read of one folder or archive: image `numbers[parts]` of the scratch file."""
 
     path: Path
-    size: tuple[int, ...] | None
+    size: tuple[int, int] | None
     level: int = 0
     """Enclosing folders above the class folders."""
     numbers: dict[Parts, int] = field(default_factory=dict)
@@ -73,7 +72,7 @@ def load_folder(
     return ImageSet(classes, *splits, reading)
 
 
-def _read(path: Path, scratch: Path, decode: Decoder, size: tuple[int, ...] | None) -> _Found:
+def _read(path: Path, scratch: Path, decode: Decoder, size: tuple[int, int] | None) -> _Found:
     """All images of one folder or archive; `size` is the (height, width) they must have."""
     found = _Found(path, size)
     with explained(path), scratch.open("wb") as file:
@@ -92,7 +91,7 @@ def _read(path: Path, scratch: Path, decode: Decoder, size: tuple[int, ...] | No
                 except UserError as error:
                     found.damaged.append(str(error))
                     continue
-                _check_size(found, image, where)
+                found.size = same_size(found.size, image, where)
                 file.write(image.data)
                 found.numbers[parts] = len(found.numbers)
     if found.skipped:
@@ -100,15 +99,6 @@ def _read(path: Path, scratch: Path, decode: Decoder, size: tuple[int, ...] | No
     if doubt := decode.doubt():
         tell(f"warning: {path}: {doubt}")
     return found
-
-
-def _check_size(found: _Found, image: NDArray[np.uint8], where: str) -> None:
-    size = found.size = found.size or image.shape[:2]
-    if image.shape[:2] != size:
-        raise UserError(
-            f"{where}: is {image.shape[1]}x{image.shape[0]} and those before it "
-            f"{size[1]}x{size[0]}; give --resize N to make all of them NxN"
-        )
 
 
 def _level(found: _Found, known: Sequence[str]) -> int:
@@ -137,8 +127,11 @@ def _classes(found: _Found, known: tuple[str, ...] | None, tolerance: Tolerance)
     classes = tuple(sorted({parts[level] for parts in images}))
     for folder in sorted(parts for parts in found.folders if len(parts) == level + 1):
         if folder[level] not in classes:
-            where = f"class folder {'/'.join(folder)} in {path}"
-            _refuse_empty(where, folder[level], known, tolerance)
+            unknown = known is None or folder[level] not in known
+            if unknown or not tolerance.missing:
+                remedy = "remove the folder" if unknown else "give --allow-missing"
+                where = f"class folder {'/'.join(folder)} in {path}"
+                raise UserError(f"{where}: has no images; add some, or {remedy}")
     if len(classes) > 1 and {name.lower() for name in classes} <= SPLIT_NAMES:
         train, test = (shlex.quote(f"{path}/{classes[n]}") for n in (-1, 0))
         raise UserError(
@@ -146,15 +139,6 @@ def _classes(found: _Found, known: tuple[str, ...] | None, tolerance: Tolerance)
             f"give them one by one: --train {train} --test {test}"
         )
     return classes
-
-
-def _refuse_empty(
-    where: str, name: str, known: tuple[str, ...] | None, tolerance: Tolerance
-) -> None:
-    if known is None or name not in known:
-        raise UserError(f"{where}: has no images; add some, or remove the folder")
-    if not tolerance.missing:
-        raise UserError(f"{where}: has no images; add some, or give --allow-missing")
 
 
 def _split(scratch: Path, found: _Found, classes: tuple[str, ...]) -> Split:
@@ -165,4 +149,4 @@ def _split(scratch: Path, found: _Found, classes: tuple[str, ...]) -> Split:
     number = {name: index for index, name in enumerate(classes)}
     labels = np.array([number[parts[level]] for parts in order], dtype=np.int64)
     places = np.array([found.numbers[parts] for parts in order], dtype=np.int64)
-    return Split(StoredImages(scratch, places * (height * width * 3), height, width), labels)
+    return Split(stored_images(scratch, places * (height * width * 3), height, width), labels)

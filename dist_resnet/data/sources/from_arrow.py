@@ -12,9 +12,7 @@ from typing import Any
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.plugins import calling
-from dist_resnet.data.images import ImageSet
-from dist_resnet.data.sources.arguments import add_reading, choices
-from dist_resnet.data.sources.collect import Feed, collect
+from dist_resnet.data.sources.collect import Feed
 from dist_resnet.data.sources.members import is_litter
 
 Files = dict[str, list[Path]]  # by split
@@ -23,17 +21,7 @@ _SPLIT = re.compile(rf"(?:^|[-_./])({'|'.join(_SPLITS)})(?=[-_./])")
 _ROWS = 256  # images that are in memory at a time
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    about = "folder of save_to_disk or of parquet files, a parquet file, or a pattern of such"
-    parser.add_argument("what", metavar="PATH", help=about)
-    parser.add_argument("--test", metavar="PATH", help="the test set, where PATH has none")
-    for column in ("image", "label"):
-        parser.add_argument(f"--{column}-column", metavar="NAME", help="default: the one there is")
-    add_reading(parser)
-
-
-def load(options: argparse.Namespace, workspace: Path) -> ImageSet:
+def feed(options: argparse.Namespace, workspace: Path) -> Feed:
     """Its splits `train` and `test`; without the latter `validation`.
 
     Raises UserError where pyarrow is missing, or naming the path, split or column to change.
@@ -58,8 +46,7 @@ def load(options: argparse.Namespace, workspace: Path) -> ImageSet:
                     yield from ((_content(i), k) for i, k in zip(*both, strict=True))
 
     names = _features(schema).get(label, {}).get("names")
-    feed = Feed("huggingface", options.what, pairs, names)
-    return collect(feed, workspace, **choices(options))
+    return Feed("huggingface", options.what, pairs, names)
 
 
 def _import(name: str) -> Any:

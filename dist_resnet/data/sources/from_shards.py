@@ -12,9 +12,7 @@ from typing import Any
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.paths import user_path
 from dist_resnet.data.decoding import decodable
-from dist_resnet.data.images import ImageSet
-from dist_resnet.data.sources.arguments import add_reading, choices
-from dist_resnet.data.sources.collect import Feed, collect
+from dist_resnet.data.sources.collect import Feed
 from dist_resnet.data.sources.members import explained, members
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -23,27 +21,18 @@ _LABELS = ("label", "cls", "class")  # in a .json, the first that it has
 _MOST_SHARDS = 1 << 20
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    help_ = "such as 'train-{000..099}.tar'"
-    parser.add_argument("what", metavar="SHARDS", help=help_)
-    parser.add_argument("--test", metavar="SHARDS", required=True, help="those of the test set")
-    add_reading(parser)
-
-
-def load(options: argparse.Namespace, workspace: Path) -> ImageSet:
+def feed(options: argparse.Namespace, workspace: Path) -> Feed:
     """Samples in the order in which they stand: <key>.jpg (.png, ...) and <key>.cls or .json.
 
     A .cls holds a number or a name; a .json one of these, or an object that has it as its `label`,
     `cls` or `class`. Raises UserError naming the shard or the sample that has to be changed.
     """
     shards = {"train": expand(options.what), "test": expand(options.test)}
-    feed = Feed(
+    return Feed(
         "webdataset",
         options.what,
         lambda split: itertools.chain.from_iterable(map(_samples, shards[split])),
     )
-    return collect(feed, workspace, **choices(options))
 
 
 def expand(pattern: str) -> list[str]:

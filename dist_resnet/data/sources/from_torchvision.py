@@ -7,23 +7,14 @@ from typing import Any
 
 from dist_resnet.base.errors import UserError, one_line
 from dist_resnet.config.keys import nearest
-from dist_resnet.data.images import ImageSet
-from dist_resnet.data.sources.arguments import add_input, add_reading, choices
-from dist_resnet.data.sources.collect import Feed, collect
+from dist_resnet.data.sources.collect import Feed
 from dist_resnet.data.sources.embedded import patience, quiet
 
 # Names of a split, the first that a data set has.
 _SPLITS = {"train": ("trainval", "train"), "test": ("test", "val")}
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
-    parser.add_argument("what", metavar="CLASS", help="such as SVHN, FashionMNIST or STL10")
-    add_input(parser)
-    add_reading(parser)
-
-
-def load(options: argparse.Namespace, workspace: Path) -> ImageSet:
+def feed(options: argparse.Namespace, workspace: Path) -> Feed:
     """The data set, downloaded unless it lies in `options.input`.
 
     Raises UserError where there is no such class, it has no such splits, it cannot be had, or it is
@@ -37,8 +28,7 @@ def load(options: argparse.Namespace, workspace: Path) -> ImageSet:
         data = opened[split]
         return (data[number] for number in range(len(data)))
 
-    feed = Feed("torchvision", options.what, pairs, classes and list(map(str, classes)))
-    return collect(feed, workspace, **choices(options))
+    return Feed("torchvision", options.what, pairs, classes and list(map(str, classes)))
 
 
 def _find(name: str) -> Any:

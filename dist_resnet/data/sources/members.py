@@ -196,9 +196,6 @@ def _zip(path: Path) -> Iterator[Member]:
 def _read_zip(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     try:
         return archive.read(member)
-    except (
-        *DAMAGE,
-        RuntimeError,
-    ) as error:  # its neighbours may be intact
+    except (*DAMAGE, RuntimeError) as error:  # its neighbours may be intact
         where = f"{printable(member.filename)} in {archive.filename}"
         raise UserError(f"{where}: cannot be read ({error}); pack it again") from None
