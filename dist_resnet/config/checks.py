@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_resnet.base.errors import UserError
 from dist_resnet.config.builtins import AUGMENTATIONS, MODELS, OPTIMIZERS
-from dist_resnet.config.keys import nearest
+from dist_resnet.config.keys import did_you_mean
 from dist_resnet.config.schema import Config
 from dist_resnet.config.values import as_tree, shown
 
@@ -44,9 +44,8 @@ def _require(condition: bool, key: str, value: object, wanted: str) -> None:
 
 def _check_name(key: str, name: str, builtin: Collection[str]) -> None:
     if ":" not in name and name not in builtin:
-        hint = nearest(name, list(builtin))
-        wanted = f"one of {', '.join(builtin)}, or module:callable"
-        _require(False, key, name, f"{wanted}{hint and f'; did you mean {hint}?'}")
+        hint = did_you_mean(name, list(builtin))
+        _require(False, key, name, f"one of {', '.join(builtin)}, or module:callable{hint}")
 
 
 def _check_augmentation(entry: Any) -> None:

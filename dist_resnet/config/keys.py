@@ -46,6 +46,12 @@ def nearest(word: str, choices: Sequence[str]) -> str:
     return found[0] if found else ""
 
 
+def did_you_mean(word: str, choices: Sequence[str]) -> str:
+    """The `nearest` choice as the end of a message; empty where there is none."""
+    found = nearest(word, choices)
+    return f"; did you mean {found}?" if found else ""
+
+
 def choices_of(kind: str) -> list[str]:
     """Of a type such as "'sgd' | 'muon'"."""
     return [part.strip().strip("'") for part in kind.split("|")]

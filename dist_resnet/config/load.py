@@ -15,9 +15,9 @@ from dist_resnet.base.errors import UserError, first_line
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.checks import check
 from dist_resnet.config.effects import changes_trajectory
-from dist_resnet.config.keys import choices_of, describe_keys, key_kinds, key_sections, nearest
+from dist_resnet.config.keys import choices_of, did_you_mean, key_kinds, key_sections, nearest
 from dist_resnet.config.schema import Config
-from dist_resnet.config.values import Text, as_tree, read_value, read_yaml, shown, texts
+from dist_resnet.config.values import Bare, as_tree, read_value, read_yaml, shown
 
 _ABSENT = "(not given)"
 Argument = str | Mapping[str, Any]
@@ -170,9 +170,9 @@ def _exists(path: str) -> bool:
 
 
 def _read_file(path: str) -> tuple[str, Mapping[Any, Any]]:
-    name = shown(Text(path))
+    name = shown(path)
     if not _exists(path):
-        hint = nearest(path, [key for key, *_ in describe_keys()])
+        hint = nearest(path, list(key_kinds()))
         raise UserError(
             f"{name}: no such configuration file{hint and f'; to set a key write {hint}=VALUE'}"
         )
@@ -192,40 +192,35 @@ def _read_pair(argument: Argument) -> tuple[str, Mapping[Any, Any]]:
         return "argument", argument
     key, _, text = argument.partition("=")
     if not key or key.startswith("-"):
-        raise UserError(f"{shown(Text(argument))}: write it as key=value, such as optim.lr=0.1")
-    given: Any = Text(text)
+        raise UserError(f"{shown(argument)}: write it as key=value, such as optim.lr=0.1")
+    given: Any = Bare(text)
     if key in key_sections() and text.startswith("{"):  # as W&B's agent gives nested parameters
         try:
             given = read_yaml(text)
         except ValueError as error:
             line = first_line(error)
-            raise UserError(f"{shown(Text(argument))}: cannot be read: {line}") from None
+            raise UserError(f"{shown(argument)}: cannot be read: {line}") from None
     return "command line", {key: given}
 
 
 def _read(key: str, given: Any, source: str) -> dict[str, Any]:
     """The key and its value, of its type; nothing for a section in which nothing stands."""
     tree = as_tree(given)
-    name, value = shown(Text(key)), shown(tree)
+    name, value = shown(key), shown(tree)
     if key not in key_kinds():
         if key in key_sections():
             if tree is None or tree == {}:
                 return {}
             raise UserError(f"{name}={value} ({source}): {name} is a section, not a key")
-        hint = nearest(key, list(key_kinds()))
-        raise UserError(
-            f"{name}={value} ({source}): unknown key{hint and f'; did you mean {hint}?'}"
-        )
+        hint = did_you_mean(key, list(key_kinds()))
+        raise UserError(f"{name}={value} ({source}): unknown key{hint}")
     _refuse_text(name, tree, source)
     kind = key_kinds()[key]
     if "'" in kind:
-        if texts(tree) not in (choices := choices_of(kind)):
-            hint = nearest(value, choices)
-            raise UserError(
-                f"{name}={value}: must be one of {', '.join(choices)}"
-                f"{hint and f'; did you mean {hint}?'}"
-            )
-        return {key: texts(tree)}
+        if tree not in (choices := choices_of(kind)):
+            hint = did_you_mean(value, choices)
+            raise UserError(f"{name}={value}: must be one of {', '.join(choices)}{hint}")
+        return {key: str(tree)}
     try:
         return {key: read_value(kind, tree)}
     except ValueError:
