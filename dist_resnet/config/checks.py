@@ -141,7 +141,6 @@ def _are_tags(tags: list[str]) -> bool:
 
 
 def _names_at_wandb(name: str) -> bool:
-    """By W&B's own rules, which it tells only when it starts: too late to be mended."""
     return 1 <= len(name) <= 128 and not set(name) & set("/\\#?%:") and name == name.strip()
 
 
@@ -154,8 +153,16 @@ _SCALE = (
 _WEIGHTS = "none, balanced, or a number above 0 for each class, such as [1,2.5]"
 _SOURCE = "module:callable, such as my_data:birds, or null"
 
-# Keys, whether a value of theirs is possible, and what to say where it is not.
-_POSSIBLE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+_Rule = tuple[str, Callable[[Any], bool], str]
+"""Keys, whether a value of theirs is possible, and what to say where it is not."""
+# W&B's own rules, which it tells only when it starts: too late to be mended.
+_WANDB: tuple[_Rule, ...] = (
+    ("project", _names_at_wandb, _WANDB_NAME),
+    ("entity", lambda name: not name or _names_at_wandb(name), _WANDB_NAME),
+    ("group", lambda group: len(group or "") <= 128, "at most 128 characters"),
+    ("tags", _are_tags, "tags of 1 to 64 characters each"),
+)
+_POSSIBLE: tuple[_Rule, ...] = (
     ("model.init_map", _maps_names, "names, order, or {their prefix: ours, ...}"),
     ("model.init", lambda path: path != "", "a path, or null"),
     ("model.bn_momentum", lambda m: m is None or 0 < m <= 1, "above 0 and at most 1, or null"),
@@ -200,8 +207,5 @@ _POSSIBLE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda number: number >= 0,
         "at least 0",
     ),
-    ("wandb.project", _names_at_wandb, _WANDB_NAME),
-    ("wandb.entity", lambda name: not name or _names_at_wandb(name), _WANDB_NAME),
-    ("wandb.group", lambda group: len(group or "") <= 128, "at most 128 characters"),
-    ("wandb.tags", _are_tags, "tags of 1 to 64 characters each"),
+    *((f"wandb.{key}", possible, wanted) for key, possible, wanted in _WANDB),
 )

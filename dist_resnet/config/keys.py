@@ -52,11 +52,6 @@ def did_you_mean(word: str, choices: Sequence[str]) -> str:
     return f"; did you mean {found}?" if found else ""
 
 
-def choices_of(kind: str) -> list[str]:
-    """Of a type such as "'sgd' | 'muon'"."""
-    return [part.strip().strip("'") for part in kind.split("|")]
-
-
 def _documented(cls: type) -> Iterator[tuple[str, Any, Any, str]]:
     """Fields of a schema class with the strings that follow them in its source."""
     tree = ast.parse(inspect.getsource(schema))
@@ -75,14 +70,8 @@ def _documented(cls: type) -> Iterator[tuple[str, Any, Any, str]]:
 def _type_name(kind: Any) -> str:
     if "Literal" in str(kind):
         return " | ".join(repr(choice) for choice in get_args(kind))
-    text = str(kind.__name__ if type(kind) is type else kind)
-    for python, ours in (
-        ("None", "null"),
-        ("list[typing.Any]", "list"),
-        ("dict[str, typing.Any]", "dict"),
-    ):
-        text = text.replace(python, ours)
-    return text
+    text = str(kind.__name__ if type(kind) is type else kind).replace("None", "null")
+    return text.replace("list[typing.Any]", "list").replace("dict[str, typing.Any]", "dict")
 
 
 def _show(value: Any) -> str:

@@ -144,14 +144,13 @@ def _imported(key: str, name: str, path: str) -> ModuleType:
         sys.path.append(os.getcwd())
     try:
         return importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (path == error.name or path.startswith(f"{error.name}.")):
+    except (Exception, SystemExit) as error:  # sys.exit(0) would look like success
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{path}.".startswith(f"{missing}."):
             raise UserError(
-                f"{key}={name}: there is no module {error.name} on the Python path or in "
+                f"{key}={name}: there is no module {missing} on the Python path or in "
                 f"{printable(os.getcwd())}"
             ) from None
-        raise UserError(f"{key}={name}: importing it raised {one_line(error)}") from error
-    except (Exception, SystemExit) as error:  # sys.exit(0) would look like success
         raise UserError(
             f"{key}={name}: importing it raised {one_line(error)}{_place(error)}"
         ) from error
