@@ -29,69 +29,48 @@ class Panel:
     """What a run must have for this panel to hold data; empty: nothing."""
 
 
-@dataclass(frozen=True)
-class Section:
-    """Panels under one heading."""
-
-    name: str
-    panels: tuple[Panel, ...]
-
-
-SECTIONS = (
-    Section(
-        "Learning",
-        (
-            Panel("Loss", ("train/loss", "val/loss"), log_y=True),
-            Panel("Top-1", ("train/top1", "val/top1")),
-            Panel("Top-5", ("val/top5",), only_with="more than five classes"),
-            Panel("Top-1, each class weighing the same", ("val/balanced",)),
-            Panel(
-                "Means over the classes",
-                ("val/precision_macro", "val/recall_macro", "val/f1_macro"),
-            ),
-            Panel("Top-1 with mirror images", ("val/top1_tta",), only_with="eval.flip_tta=true"),
-            Panel("Generalisation gap: train minus val", ("gap/top1",)),
+SECTIONS = {
+    "Learning": (
+        Panel("Loss", ("train/loss", "val/loss"), log_y=True),
+        Panel("Top-1", ("train/top1", "val/top1")),
+        Panel("Top-5", ("val/top5",), only_with="more than five classes"),
+        Panel("Top-1, each class weighing the same", ("val/balanced",)),
+        Panel(
+            "Means over the classes",
+            ("val/precision_macro", "val/recall_macro", "val/f1_macro"),
         ),
+        Panel("Top-1 with mirror images", ("val/top1_tta",), only_with="eval.flip_tta=true"),
+        Panel("Generalisation gap: train minus val", ("gap/top1",)),
     ),
-    Section(
-        "Optimisation",
-        (
-            Panel("Learning rate", ("train/lr",)),
-            Panel("Gradient norm", ("train/grad_norm",), log_y=True),
-        ),
+    "Optimisation": (
+        Panel("Learning rate", ("train/lr",)),
+        Panel("Gradient norm", ("train/grad_norm",), log_y=True),
     ),
-    Section(
-        "Speed",
-        (
-            Panel("Images per second", ("perf/images_per_second",)),
-            Panel("Milliseconds a step", ("perf/step_ms",), log_y=True),
-            Panel("Share of time waiting for data", ("perf/data_wait_fraction",)),
-            Panel("GPU memory in MiB", ("perf/gpu_memory_mb",), only_with="a GPU"),
-            Panel("GPU utilisation", ("perf/gpu_utilisation",), only_with="a GPU"),
-        ),
+    "Speed": (
+        Panel("Images per second", ("perf/images_per_second",)),
+        Panel("Milliseconds a step", ("perf/step_ms",), log_y=True),
+        Panel("Share of time waiting for data", ("perf/data_wait_fraction",)),
+        Panel("GPU memory in MiB", ("perf/gpu_memory_mb",), only_with="a GPU"),
+        Panel("GPU utilisation", ("perf/gpu_utilisation",), only_with="a GPU"),
     ),
-    Section(
-        "Classes",
-        (
-            Panel("Top-1 by class", ("val/per_class/*",)),
-            Panel("Confusion at the end", ("val/confusion_matrix_table",), "confusion"),
-            Panel("Confusion", ("val/confusion_image",), "pictures"),
-        ),
+    "Classes": (
+        Panel("Top-1 by class", ("val/per_class/*",)),
+        Panel("Confusion at the end", ("val/confusion_matrix_table",), "confusion"),
+        Panel("Confusion", ("val/confusion_image",), "pictures"),
     ),
-    Section(
-        "Samples",
-        (
-            Panel("First batch, augmented", ("data/train_batch",), "pictures"),
-            Panel("Worst mistakes", ("val/worst",), "pictures"),
-            Panel("Images evaluated", ("val/images",)),
-        ),
+    "Samples": (
+        Panel("First batch, augmented", ("data/train_batch",), "pictures"),
+        Panel("Worst mistakes", ("val/worst",), "pictures"),
+        Panel("Images evaluated", ("val/images",)),
     ),
-)
+}
+"""Panels by the heading under which they stand."""
 
 
 def as_json() -> str:
     """The workspace as data."""
-    return json.dumps({"x_axis": "step", "sections": [asdict(s) for s in SECTIONS]}, indent=2)
+    sections = [{"name": name, "panels": list(map(asdict, of))} for name, of in SECTIONS.items()]
+    return json.dumps({"x_axis": "step", "sections": sections}, indent=2)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -141,11 +120,9 @@ def save(entity: str, project: str, name: str) -> str:
         name=name,
         sections=[
             workspaces.Section(
-                name=section.name,
-                panels=[_panel(reports, panel) for panel in section.panels],
-                is_open=True,
+                name=heading, panels=[_panel(reports, panel) for panel in panels], is_open=True
             )
-            for section in SECTIONS
+            for heading, panels in SECTIONS.items()
         ],
         settings=workspaces.WorkspaceSettings(x_axis="step"),
     )

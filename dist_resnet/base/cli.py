@@ -51,8 +51,9 @@ class Parser(argparse.ArgumentParser):
         self, prog: str | None = None, description: str | None = None, **options: Any
     ) -> None:
         form = argparse.RawDescriptionHelpFormatter
-        shared: dict[str, Any] = {"formatter_class": form, "allow_abbrev": False}
-        super().__init__(prog, description=description, **shared | options)
+        super().__init__(
+            prog, description=description, formatter_class=form, allow_abbrev=False, **options
+        )
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         raise _Shown(status)

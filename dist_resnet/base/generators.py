@@ -1,6 +1,5 @@
 """torch's default generators, which ordinary modules draw from: set, kept and compared."""
 
-import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_resnet.base.randomness import splitmix64
-
-# Of the name of this use, so that its draws share nothing with those of any other.
-_MODEL = int.from_bytes(hashlib.sha256(b"model").digest()[:8], "big", signed=True)
+from dist_resnet.base.randomness import named_key, splitmix64
 
 
 def replica_seed(key: Tensor, replica: int) -> int:
@@ -23,8 +19,7 @@ def replica_seed(key: Tensor, replica: int) -> int:
         key: int64, 0-dimensional, of the step; on the CPU.
         replica: its number among all replicas of the run.
     """
-    own = splitmix64(key, torch.tensor(_MODEL))
-    return int(splitmix64(own, torch.tensor(replica)))
+    return int(splitmix64(named_key(key, "model"), replica))
 
 
 def set_generators(seed: int, device: torch.device) -> None:
@@ -36,15 +31,10 @@ def set_generators(seed: int, device: torch.device) -> None:
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """While open, the default generators start at `seed`; then they are as they were."""
-    found = _generators(device or torch.device("cpu"))
-    before = [generator.get_state() for generator in found]
-    for generator in found:
-        generator.manual_seed(seed)
-    try:
+    device = device or torch.device("cpu")
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        set_generators(seed, device)
         yield
-    finally:
-        for generator, state in zip(found, before, strict=True):
-            generator.set_state(state)
 
 
 def default_states(device: torch.device) -> list[bytes]:

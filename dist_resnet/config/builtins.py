@@ -1,13 +1,7 @@
 """What the short names of a configuration stand for; names of your own stand for themselves."""
 
-MODELS = {
-    "resnet20": "dist_resnet.models.resnet:resnet",
-    "resnet32": "dist_resnet.models.resnet:resnet",
-    "resnet44": "dist_resnet.models.resnet:resnet",
-    "resnet56": "dist_resnet.models.resnet:resnet",
-    "resnet110": "dist_resnet.models.resnet:resnet",
-    "m6": "dist_resnet.models.resnet:resnet",
-}
+_RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "m6")
+MODELS = dict.fromkeys(_RESNETS, "dist_resnet.models.resnet:resnet")
 OPTIMIZERS = {
     "sgd": "dist_resnet.optim.sgd:FlatSGD",
     "muon": "dist_resnet.optim.muon:FlatMuon",

@@ -46,9 +46,10 @@ def nearest(word: str, choices: Sequence[str]) -> str:
     return found[0] if found else ""
 
 
-def choices_of(kind: str) -> list[str]:
-    """Of a type such as "'sgd' | 'muon'"."""
-    return [part.strip().strip("'") for part in kind.split("|")]
+def did_you_mean(word: str, choices: Sequence[str]) -> str:
+    """The `nearest` choice as the end of a message; empty where there is none."""
+    found = nearest(word, choices)
+    return f"; did you mean {found}?" if found else ""
 
 
 def _documented(cls: type) -> Iterator[tuple[str, Any, Any, str]]:
@@ -69,14 +70,8 @@ def _documented(cls: type) -> Iterator[tuple[str, Any, Any, str]]:
 def _type_name(kind: Any) -> str:
     if "Literal" in str(kind):
         return " | ".join(repr(choice) for choice in get_args(kind))
-    text = str(kind.__name__ if type(kind) is type else kind)
-    for python, ours in (
-        ("None", "null"),
-        ("list[typing.Any]", "list"),
-        ("dict[str, typing.Any]", "dict"),
-    ):
-        text = text.replace(python, ours)
-    return text
+    text = str(kind.__name__ if type(kind) is type else kind).replace("None", "null")
+    return text.replace("list[typing.Any]", "list").replace("dict[str, typing.Any]", "dict")
 
 
 def _show(value: Any) -> str:

@@ -5,7 +5,9 @@ The only module that imports omegaconf.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,9 +17,9 @@ from dist_resnet.base.errors import UserError, first_line
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.checks import check
 from dist_resnet.config.effects import changes_trajectory
-from dist_resnet.config.keys import choices_of, describe_keys, key_kinds, key_sections, nearest
+from dist_resnet.config.keys import did_you_mean, key_kinds, key_sections, nearest
 from dist_resnet.config.schema import Config
-from dist_resnet.config.values import Text, as_tree, read_value, read_yaml, shown, texts
+from dist_resnet.config.values import Bare, as_tree, read_value, read_yaml, shown
 
 _ABSENT = "(not given)"
 Argument = str | Mapping[str, Any]
@@ -59,13 +61,16 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
-def flatten(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values, depth first."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
+def flatten(
+    values: Mapping[Any, Any], prefix: str = "", whole: Collection[str] = ()
+) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values, depth first; a mapping of a key in `whole` is its value."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value and key not in whole:
+            yield from flatten(value, f"{key}.", whole)
         else:
-            yield f"{prefix}{key}", value
+            yield key, value
 
 
 def trajectory_differences(
@@ -110,35 +115,23 @@ def _merge(overlays: Iterable[tuple[str, Mapping[Any, Any]]], checked: bool = Tr
                 kept = values.get(name)
                 merges = isinstance(kept, dict) and isinstance(value, dict) and value
                 values[name] = kept | value if merges else value
-    sections: dict[str, dict[str, Any]] = {section: {} for section in key_sections()}
-    for key in key_kinds():
+    config = Config()
+    for key, value in values.items():
         section, _, name = key.rpartition(".")
-        if section and key in values:
-            sections[section][name] = values.pop(key)
-    default = Config()
-    built = {name: replace(getattr(default, name), **given) for name, given in sections.items()}
-    config = replace(default, **built, **values)
+        if section:
+            name, value = section, replace(getattr(config, section), **{name: value})
+        config = replace(config, **{name: value})
     if checked:
         check(config)
     return config
 
 
-def _entries(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _entries(values: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     """As `flatten`, but a key that takes a mapping has one for its value."""
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value and name not in _mappings():
-            yield from _entries(value, f"{name}.")
-            continue
-        section = next((k for k in _mappings() if name.startswith(f"{k}.")), None)
-        if section is None:
-            yield name, value
-        else:
-            yield section, {name.removeprefix(f"{section}."): value}
-
-
-def _mappings() -> list[str]:
-    return [key for key, kind in key_kinds().items() if kind.startswith("dict")]
+    mappings = [key for key, kind in key_kinds().items() if kind.startswith("dict")]
+    for name, value in flatten(values, whole=mappings):
+        key = next((key for key in mappings if name.startswith(f"{key}.")), None)
+        yield (name, value) if key is None else (key, {name.removeprefix(f"{key}."): value})
 
 
 def _overlays(arguments: Sequence[Argument]) -> list[tuple[str, Mapping[Any, Any]]]:
@@ -159,20 +152,14 @@ def _is_file(argument: str) -> bool:
     key, equals, _ = argument.partition("=")
     known = key in key_kinds() or key.split(".")[0] in key_sections()
     named = argument.lower().endswith((".yaml", ".yml"))
-    return not equals or (named and not known) or (_exists(argument) and (named or not known))
-
-
-def _exists(path: str) -> bool:
-    try:
-        return user_path(path).is_file()
-    except (OSError, ValueError):  # too long for a name, or no text
-        return False
+    exists = os.path.isfile(user_path(argument))
+    return not equals or (named and not known) or (exists and (named or not known))
 
 
 def _read_file(path: str) -> tuple[str, Mapping[Any, Any]]:
-    name = shown(Text(path))
-    if not _exists(path):
-        hint = nearest(path, [key for key, *_ in describe_keys()])
+    name = shown(path)
+    if not os.path.isfile(user_path(path)):
+        hint = nearest(path, list(key_kinds()))
         raise UserError(
             f"{name}: no such configuration file{hint and f'; to set a key write {hint}=VALUE'}"
         )
@@ -192,40 +179,36 @@ def _read_pair(argument: Argument) -> tuple[str, Mapping[Any, Any]]:
         return "argument", argument
     key, _, text = argument.partition("=")
     if not key or key.startswith("-"):
-        raise UserError(f"{shown(Text(argument))}: write it as key=value, such as optim.lr=0.1")
-    given: Any = Text(text)
+        raise UserError(f"{shown(argument)}: write it as key=value, such as optim.lr=0.1")
+    given: Any = Bare(text)
     if key in key_sections() and text.startswith("{"):  # as W&B's agent gives nested parameters
         try:
             given = read_yaml(text)
         except ValueError as error:
             line = first_line(error)
-            raise UserError(f"{shown(Text(argument))}: cannot be read: {line}") from None
+            raise UserError(f"{shown(argument)}: cannot be read: {line}") from None
     return "command line", {key: given}
 
 
 def _read(key: str, given: Any, source: str) -> dict[str, Any]:
     """The key and its value, of its type; nothing for a section in which nothing stands."""
     tree = as_tree(given)
-    name, value = shown(Text(key)), shown(tree)
+    name, value = shown(key), shown(tree)
     if key not in key_kinds():
         if key in key_sections():
             if tree is None or tree == {}:
                 return {}
             raise UserError(f"{name}={value} ({source}): {name} is a section, not a key")
-        hint = nearest(key, list(key_kinds()))
-        raise UserError(
-            f"{name}={value} ({source}): unknown key{hint and f'; did you mean {hint}?'}"
-        )
+        hint = did_you_mean(key, list(key_kinds()))
+        raise UserError(f"{name}={value} ({source}): unknown key{hint}")
     _refuse_text(name, tree, source)
     kind = key_kinds()[key]
     if "'" in kind:
-        if texts(tree) not in (choices := choices_of(kind)):
-            hint = nearest(value, choices)
-            raise UserError(
-                f"{name}={value}: must be one of {', '.join(choices)}"
-                f"{hint and f'; did you mean {hint}?'}"
-            )
-        return {key: texts(tree)}
+        choices = re.findall("'(.*?)'", kind)
+        if tree not in choices:
+            hint = did_you_mean(value, choices)
+            raise UserError(f"{name}={value}: must be one of {', '.join(choices)}{hint}")
+        return {key: str(tree)}
     try:
         return {key: read_value(kind, tree)}
     except ValueError:

@@ -17,7 +17,7 @@ from typing import Any
 
 from dist_resnet.base.errors import DistResnetError, StepError, UserError, is_of_memory, one_line
 from dist_resnet.base.paths import PACKAGE, printable
-from dist_resnet.config.keys import nearest
+from dist_resnet.config.keys import did_you_mean
 
 OF_OTHERS = tuple(
     os.path.realpath(folder) + os.sep
@@ -48,10 +48,8 @@ def resolve(key: str, name: str) -> Callable[..., Any]:
     found: Any = _imported(key, name, path)
     for part in attribute.split("."):
         if not hasattr(found, part):
-            hint = nearest(part, [word for word in dir(found) if not word.startswith("_")])
-            raise UserError(
-                f"{key}={name}: {path} has no {part}{hint and f'; did you mean {hint}?'}"
-            )
+            hint = did_you_mean(part, [word for word in dir(found) if not word.startswith("_")])
+            raise UserError(f"{key}={name}: {path} has no {part}{hint}")
         found = getattr(found, part)
     if not callable(found):
         raise UserError(f"{key}={name}: is a {type(found).__name__}, which cannot be called")
@@ -79,9 +77,8 @@ def check_arguments(
         if name in given:
             raise UserError(f"{key}.{name}: is set by the training itself; leave it out")
         if name not in names and not takes_any(parameters):
-            hint = nearest(name, names)
-            takes = f"did you mean {hint}?" if hint else f"it takes {', '.join(names) or 'none'}"
-            raise UserError(f"{key}.{name}: unknown argument of {label(function)}; {takes}")
+            hint = did_you_mean(name, names) or f"; it takes {', '.join(names) or 'none'}"
+            raise UserError(f"{key}.{name}: unknown argument of {label(function)}{hint}")
     for name in names:
         if parameters[name].default is inspect.Parameter.empty and name not in args:
             raise UserError(f"{key}: {label(function)} needs the argument {name}: {key}.{name}=...")
@@ -147,14 +144,13 @@ def _imported(key: str, name: str, path: str) -> ModuleType:
         sys.path.append(os.getcwd())
     try:
         return importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (path == error.name or path.startswith(f"{error.name}.")):
+    except (Exception, SystemExit) as error:  # sys.exit(0) would look like success
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{path}.".startswith(f"{missing}."):
             raise UserError(
-                f"{key}={name}: there is no module {error.name} on the Python path or in "
+                f"{key}={name}: there is no module {missing} on the Python path or in "
                 f"{printable(os.getcwd())}"
             ) from None
-        raise UserError(f"{key}={name}: importing it raised {one_line(error)}") from error
-    except (Exception, SystemExit) as error:  # sys.exit(0) would look like success
         raise UserError(
             f"{key}={name}: importing it raised {one_line(error)}{_place(error)}"
         ) from error

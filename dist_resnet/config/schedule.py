@@ -33,14 +33,11 @@ def learning_rates(
         factors = [0.1 ** sum(step >= mark for mark in marks) for step in range(total_steps)]
     else:
         span = total_steps - warmup
-        factors = [_cosine(max(0, step - warmup) / span) for step in range(total_steps)]
+        progress = [max(0, step - warmup) / span for step in range(total_steps)]
+        factors = [0.5 * (1 + math.cos(math.pi * share)) for share in progress]
     return [
         peak * factor * min(1.0, (step + 1) / (warmup + 1)) for step, factor in enumerate(factors)
     ]
-
-
-def _cosine(progress: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _onecycle(step: int, rise: int, total: int) -> float:

@@ -8,13 +8,12 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 Tree = Any
-"""A `Text`, None (nothing was written), a list or a dict of these."""
+"""A text, None (nothing was written), a list or a dict of these."""
 
 _NULLS = ("null", "Null", "NULL", "~")
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -22,15 +21,8 @@ _ITEM = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^']|'')*)'|([^,]*?))\s*(?
 _MOST_NODES = 10_000  # a few lines with aliases of aliases stand for billions
 
 
-@dataclass(frozen=True)
-class Text:
-    """A value as it was written."""
-
-    text: str
-    quoted: bool = False
-
-    def __str__(self) -> str:
-        return self.text
+class Bare(str):
+    """A text that was written without quotes: only such a one may be a number, true or null."""
 
 
 def read_yaml(content: str) -> Tree:
@@ -46,15 +38,6 @@ def read_yaml(content: str) -> Tree:
         raise ValueError(_reason(error)) from None
 
 
-def texts(tree: Tree) -> Any:
-    """The tree with plain strings in place of `Text`."""
-    if isinstance(tree, Text):
-        return tree.text
-    if isinstance(tree, list):
-        return [texts(item) for item in tree]
-    return {key: texts(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
-
-
 def read_value(kind: str, given: Tree) -> Any:
     """The value of a key.
 
@@ -66,36 +49,31 @@ def read_value(kind: str, given: Tree) -> Any:
         ValueError: not of this type.
     """
     if kind.endswith(" | null"):
-        if given is None or (str(given) in _NULLS and not _is_quoted(given)):
+        if given is None or _is_null(given):
             return None
         kind = kind.removesuffix(" | null")
-    if kind == "dict":
-        found = plain(read_yaml(given.text) if isinstance(given, Text) else given)
-        if not isinstance(found, dict):
-            raise ValueError("no mapping")
-        return found
-    if kind == "list":
-        found = plain(read_yaml(given.text) if isinstance(given, Text) else given)
-        if not isinstance(found, list):
-            raise ValueError("no list")
+    if kind in ("dict", "list"):
+        found = plain(read_yaml(given) if isinstance(given, str) else given)
+        if type(found).__name__ != kind:
+            raise ValueError(f"no {kind}")
         return found
     if kind.startswith("list["):
-        items = _items(given) if isinstance(given, Text) else given
+        items = _items(given) if isinstance(given, str) else given
         if not isinstance(items, list):
             raise ValueError("no list")
         if kind == "list[str]":  # in which nothing else can be meant
-            items = [Text(item.text, True) if isinstance(item, Text) else item for item in items]
+            items = [str(item) if isinstance(item, str) else item for item in items]
         return [read_value(kind[5:-1], item) for item in items]
     first, *others = kind.split(" | ")
     if others:
         with contextlib.suppress(ValueError):
             return read_value(first, given)
         return read_value(" | ".join(others), given)
-    if not isinstance(given, Text):
+    if not isinstance(given, str):
         raise ValueError("no single value")
-    if given.text in _NULLS and not given.quoted:
+    if _is_null(given):
         raise ValueError("null")
-    return _single(kind, given.text)
+    return _single(kind, given)
 
 
 def plain(tree: Tree) -> Any:
@@ -104,39 +82,38 @@ def plain(tree: Tree) -> Any:
         return [plain(item) for item in tree]
     if isinstance(tree, dict):
         return {str(key): plain(value) for key, value in tree.items()}
-    if not isinstance(tree, Text) or tree.quoted:
-        return str(tree) if isinstance(tree, Text) else tree
-    if tree.text[:1] in ("[", "{"):  # of the command line, for YAML's own are no text by now
-        return plain(read_yaml(tree.text))
-    if tree.text in _NULLS:
+    if not isinstance(tree, Bare):
+        return tree
+    if tree.startswith(("[", "{")):  # of the command line, for YAML's own are no text by now
+        return plain(read_yaml(tree))
+    if _is_null(tree):
         return None
     # Not infinity or nan, which are words.
-    for kind in ("int", "float") if re.search("[0-9]", tree.text) else ():
+    for kind in ("int", "float") if re.search("[0-9]", tree) else ():
         with contextlib.suppress(ValueError):
-            return _single(kind, tree.text)
-    return {"true": True, "false": False}.get(tree.text.lower(), tree.text)
+            return _single(kind, tree)
+    return {"true": True, "false": False}.get(tree.lower(), str(tree))
 
 
 def as_tree(value: Any) -> Tree:
     """A value that was read before, as it would be written."""
-    if isinstance(value, Text):
+    if value is None or isinstance(value, Bare):
         return value
     if isinstance(value, dict):
         return {key: as_tree(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_tree(item) for item in value]
-    return None if value is None else Text(str(value), quoted=isinstance(value, str))
+    return str(value) if isinstance(value, str) else Bare(value)
 
 
 def shown(given: Tree) -> str:
     """A value for a message: one line, not too long."""
-    whole = texts(given)
-    if isinstance(whole, dict):
-        text = "{" + ", ".join(f"{key}: {value}" for key, value in whole.items()) + "}"
-    elif isinstance(whole, list):
-        text = f"[{', '.join(map(str, whole[:50]))}]"
+    if isinstance(given, dict):
+        text = "{" + ", ".join(f"{key}: {value}" for key, value in given.items()) + "}"
+    elif isinstance(given, list):
+        text = f"[{', '.join(map(str, given[:50]))}]"
     else:
-        text = "null" if whole is None else str(whole)[:200]
+        text = "null" if given is None else given[:200]
     line = _printable(text)
     return line if len(line) <= 80 else f"{line[:77]}..."
 
@@ -156,12 +133,12 @@ def _single(kind: str, text: str) -> Any:
         return int(text)
     if kind == "float":
         return float(text.replace("_", "x"))  # Python's own underscores are no part of a number
-    return text
+    return str(text)
 
 
-def _items(given: Text) -> list[Tree]:
+def _items(given: str) -> list[Tree]:
     """The items of [a,"b",c]."""
-    text = given.text.strip()
+    text = given.strip()
     if not (text.startswith("[") and text.endswith("]")):
         raise ValueError("no list")
     inner, found, at = text[1:-1], [], 0
@@ -171,24 +148,24 @@ def _items(given: Text) -> list[Tree]:
             raise ValueError("no list")
         double, single, bare = match.groups()
         if double is not None:
-            found.append(Text(re.sub(r"\\(.)", r"\1", double), quoted=True))
+            found.append(re.sub(r"\\(.)", r"\1", double))
         elif single is not None:
-            found.append(Text(single.replace("''", "'"), quoted=True))
+            found.append(single.replace("''", "'"))
         else:
-            found.append(Text(bare))
+            found.append(Bare(bare))
         at = match.end()
     return found
 
 
-def _is_quoted(given: Tree) -> bool:
-    return isinstance(given, Text) and given.quoted
+def _is_null(given: Tree) -> bool:
+    return isinstance(given, Bare) and given in _NULLS
 
 
 def _tree(node: yaml.Node, count: Iterator[int]) -> Tree:
     if next(count) > _MOST_NODES:
         raise ValueError("too large for a configuration")
     if isinstance(node, yaml.ScalarNode):
-        return Text(node.value, bool(node.style)) if node.value or node.style else None
+        return node.value if node.style else Bare(node.value) if node.value else None
     if isinstance(node, yaml.SequenceNode):
         return [_tree(item, count) for item in node.value]
     assert isinstance(node, yaml.MappingNode)
@@ -204,7 +181,7 @@ def _tree(node: yaml.Node, count: Iterator[int]) -> Tree:
                     raise ValueError("<< needs a mapping")
                 merged |= {name: inner for name, inner in part.items() if name not in merged}
         elif key in found:
-            raise ValueError(f"the key {shown(Text(key))} stands there twice")
+            raise ValueError(f"the key {shown(key)} stands there twice")
         else:
             found[key] = value
     return merged | found

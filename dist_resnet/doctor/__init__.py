@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from dist_resnet.base.errors import UserError
+from dist_resnet.base.errors import UserError, one_line
 
 Level = Literal["ok", "note", "FAIL"]
 
@@ -36,8 +36,7 @@ def examine(subject: str, action: Examination) -> Finding:
         text, _, remedy = str(error).partition("; ")
         return Finding("FAIL", subject, text, remedy or "mend that and run this again")
     except Exception as error:  # a broken installation raises anything
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Finding("FAIL", subject, text, "run `make setup` again, then this")
+        return Finding("FAIL", subject, one_line(error), "run `make setup` again, then this")
 
 
 def show(findings: Iterable[Finding], several_nodes: bool) -> bool:

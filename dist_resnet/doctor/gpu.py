@@ -61,10 +61,11 @@ def gpu_examinations(count: int) -> dict[str, Examination]:
 
 def driver_finding() -> Finding:
     """The driver against the CUDA that torch was built for."""
-    text, newest = f"{driver()}, torch was built for CUDA {torch.version.cuda}", driver_cuda()
-    if torch.version.cuda and newest and newest < _numbers(torch.version.cuda):
+    built, newest = torch.version.cuda, driver_cuda()
+    text = f"{driver()}, torch was built for CUDA {built}"
+    if built and newest and newest < tuple(map(int, built.split(".")[:2])):
         # CUDA's minor version compatibility: most works; what is compiled on the way may not.
-        remedy = f"update it to one of CUDA {torch.version.cuda} if train.step_mode=compile fails"
+        remedy = f"update it to one of CUDA {built} if train.step_mode=compile fails"
         return Finding("note", "driver", text, remedy)
     return Finding("ok", "driver", text)
 
@@ -95,8 +96,3 @@ def peer_finding(count: int) -> Finding:
         remedy = "compare `nvidia-smi topo -m`; an IOMMU or ACS, or a virtual machine, prevents it"
         return Finding("note", "peer access", text, remedy)
     return Finding("ok", "peer access", f"between all {count} GPUs")
-
-
-def _numbers(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)

@@ -98,12 +98,9 @@ def _ffcv() -> Finding:
         wanted = np.arange(32)[::-1].copy()
         # A batch may be overwritten by the next one.
         read = [(x.numpy().copy(), y.numpy().copy()) for x, y in loader.batches(wanted)]
-    pixels = np.concatenate([batch for batch, _ in read])
-    given = np.asarray(images.train.images)
-    labels = np.concatenate([batch for _, batch in read])
-    right = np.array_equal(pixels, given[wanted]) and np.array_equal(
-        labels.reshape(-1), images.train.labels[wanted]
-    )
+    pixels, labels = map(np.concatenate, zip(*read, strict=True))
+    right = np.array_equal(pixels, np.asarray(images.train.images)[wanted])
+    right &= np.array_equal(labels.reshape(-1), images.train.labels[wanted])
     text = f"{versions().get('ffcv', '?')}, 32 images written and read back"
     if not right:
         return Finding("FAIL", "ffcv", f"{text}: not the same", "run `make setup` again")
@@ -117,15 +114,16 @@ def _dataset(config: Config) -> Finding:
         if own is not None:
             source = f"source {shlex.quote(own)} --name {shlex.quote(name)}"
         command = f"{_PREPARE} {source} --output {shlex.quote(config.data.root)}"
-        place = next(p for p in folder.absolute().parents if p.exists())
-        if (own or name in _BUILTIN) and (why := _why_not_writable(place)):
-            text = f"{folder} is not there, and {place} cannot be written ({why})"
-            return Finding("FAIL", "dataset", text, "set data.root to a folder where it can be")
-        if own or name in _BUILTIN:
-            text = f"{folder} is not there yet; the first training prepares it"
-            return Finding("note", "dataset", text, f"or do it now: {command}")
         text = f"{folder} is not there"
-        return Finding("FAIL", "dataset", text, f"prepare it: {_PREPARE} --help; or set data.root")
+        if not own and name not in _BUILTIN:
+            remedy = f"prepare it: {_PREPARE} --help; or set data.root"
+            return Finding("FAIL", "dataset", text, remedy)
+        place = next(p for p in folder.absolute().parents if p.exists())
+        if why := _why_not_writable(place):
+            text += f", and {place} cannot be written ({why})"
+            return Finding("FAIL", "dataset", text, "set data.root to a folder where it can be")
+        text += " yet; the first training prepares it"
+        return Finding("note", "dataset", text, f"or do it now: {command}")
     data = Dataset.load(folder, verify=True)
     text = f"{folder}: {data.num_train:,} + {data.num_test:,} images, checksums right"
     return Finding("ok", "dataset", f"{text}, fingerprint {data.fingerprint[:12]}")

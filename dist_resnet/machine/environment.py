@@ -15,6 +15,8 @@ import torch
 from dist_resnet.base.paths import PACKAGE
 
 _PACKAGES = ("torch", "torchvision", "ffcv", "numpy", "wandb", "omegaconf")
+# Many processors of one name differ in these.
+_CPU_MODEL = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
 # What oneDNN chooses kernels by, beyond the set that torch names.
 _FAMILIES = ("amx", "avx10", "sve", "sme")
 _KINDS = ("bf16", "fp16", "vnni")
@@ -36,9 +38,10 @@ def hardware(device: torch.device, threads: int) -> dict[str, str | int]:
 
     On a GPU its name too, and the versions of CUDA and cuDNN.
     """
+    cpu = _cpu_facts()
     facts: dict[str, str | int] = {
-        "cpu": _cpu_name(),
-        "cpu_model": _cpu_model(),
+        "cpu": cpu.get("model name") or platform.processor(),
+        "cpu_model": " ".join(cpu[name] for name in _CPU_MODEL if name in cpu),
         "instructions": _instructions(),
         "threads_per_rank": threads,
     }
@@ -51,13 +54,11 @@ def hardware(device: torch.device, threads: int) -> dict[str, str | int]:
 
 def git_commit() -> str | None:
     """Commit of the source this runs from, with a + where files differ from it; None: not known."""
-    folder = PACKAGE
 
     def ask(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=5
-        ).stdout.strip()
+        command = ["git", "-C", str(PACKAGE), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+        return done.stdout.strip()
 
     try:
         commit = ask("rev-parse", "HEAD")
@@ -93,16 +94,6 @@ def _instructions() -> str:
     if limit := onednn_limit():
         used.append(f"(oneDNN: at most {limit})")
     return " ".join(used)
-
-
-def _cpu_name() -> str:
-    return _cpu_facts().get("model name", "") or platform.processor()
-
-
-def _cpu_model() -> str:
-    """Vendor, family and model: many processors of one name differ in these."""
-    wanted = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
-    return " ".join(_cpu_facts()[name] for name in wanted if name in _cpu_facts())
 
 
 def _cpu_facts() -> dict[str, str]:

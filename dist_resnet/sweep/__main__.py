@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
 
 from dist_resnet.base.cli import Parser, run_command
 from dist_resnet.base.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED, UserError
@@ -27,6 +26,8 @@ from dist_resnet.config.effects import changes_result
 from dist_resnet.config.load import load_config, to_dict, trajectory_differences
 from dist_resnet.runs.folder import RunFolder
 from dist_resnet.sweep.grid import Grid, Trial, read_grid
+
+_FINISHED = ("done", "diverged")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,12 +42,12 @@ def main(arguments: Sequence[str]) -> int:
     runner = _Runner()
     for number, trial in enumerate(grid.trials, 1):
         title = f"sweep: {number} of {len(grid.trials)}, {trial.folder}"
-        before = _outcome(trial)
         if trial.impossible:
             print(f"{title}: {trial.impossible}", flush=True)
             continue
-        if before in ("done", "diverged") or (before == "failed" and not asked.retry_failed):
-            hint = f": {_reason(trial)}; to try again: --retry-failed" if before == "failed" else ""
+        before, why = _outcome(trial)
+        if before in _FINISHED or (before == "failed" and not asked.retry_failed):
+            hint = f": {why}; to try again: --retry-failed" if before == "failed" else ""
             print(f"{title}: {before} already{hint}", flush=True)
             continue
         print(title, flush=True)
@@ -54,9 +55,9 @@ def main(arguments: Sequence[str]) -> int:
         if runner.stopped or code == EXIT_PREEMPTED:
             print("sweep: stopped; start the same command again to continue", file=sys.stderr)
             return EXIT_PREEMPTED
-    print(table(grid))
-    failed = [trial for trial in grid.trials if _outcome(trial) not in ("done", "diverged")]
-    return 1 if failed else EXIT_DONE
+    outcomes = [_outcome(trial) for trial in grid.trials]
+    print(_table(grid, outcomes))
+    return EXIT_DONE if all(state in _FINISHED for state, _ in outcomes) else 1
 
 
 class _Runner:
@@ -83,7 +84,7 @@ class _Runner:
         code = self._job.wait()
         if code == 0 or _written(trial) == before:  # refused, or torchrun did not come to start it
             return code
-        return int(_status(trial).get("exit_code", code))
+        return int(RunFolder(trial.folder).status().get("exit_code", code))
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopped = True
@@ -91,25 +92,20 @@ class _Runner:
             self._job.terminate()
 
 
-def table(grid: Grid) -> str:
+def _table(grid: Grid, outcomes: Sequence[tuple[str, str]]) -> str:
     """One line a combination, the best first; those without a figure last."""
     keys = list(grid.trials[0].values)
     rows: list[tuple[float, list[str]]] = []
-    for trial in grid.trials:
-        state = _outcome(trial)
+    for trial, (state, why) in zip(grid.trials, outcomes, strict=True):
         value = _figure(trial, grid.metric) if state == "done" else None
         order = float("inf") if value is None else -value if grid.maximize else value
         shown = "-" if value is None else f"{value:.4f}"
         settings = [str(trial.values[key]) for key in keys]
-        reason = _reason(trial) if state == "failed" else ""
+        reason = why if state == "failed" else ""
         rows.append((order, [*settings, shown, state, str(trial.folder), reason]))
     rows.sort(key=lambda row: row[0])
     lines = [[*keys, grid.metric, "state", "run", ""], *(row for _, row in rows)]
     return "\n".join(columns(lines))
-
-
-def _status(trial: Trial) -> dict[str, Any]:
-    return RunFolder(trial.folder).status()
 
 
 def _written(trial: Trial) -> int:
@@ -120,25 +116,23 @@ def _written(trial: Trial) -> int:
         return 0
 
 
-def _outcome(trial: Trial) -> str:
-    """done, diverged, failed, preempted, running (or killed meanwhile), or not started."""
-    status = _status(trial)
+def _outcome(trial: Trial) -> tuple[str, str]:
+    """done, diverged, failed, preempted, running, killed or not started; and why, on one line."""
+    folder = RunFolder(trial.folder)
+    status, refusal = folder.status(), folder.refusal()
+    state, why = str(status.get("state", "not started")), status.get("reason", "")
+    diverged = status.get("exit_code") == EXIT_DIVERGED
     if trial.impossible:
-        return "failed"
-    if _has_ended(trial):
-        diverged = status.get("exit_code") == EXIT_DIVERGED
-        return "failed" if _another(trial) else "diverged" if diverged else "done"
-    if RunFolder(trial.folder).refusal():
-        return "failed"
-    state = str(status.get("state", "not started"))
-    return "killed" if state == "done" else state
-
-
-def _has_ended(trial: Trial) -> bool:
-    """Whether the folder has a whole run, whatever another command was refused there since."""
-    folder, status = RunFolder(trial.folder), _status(trial)
-    done = status.get("state") == "done" and folder.has_summary()
-    return done or status.get("exit_code") == EXIT_DIVERGED
+        state, why = "failed", trial.impossible
+    # A whole run is one, whatever another command was refused there since.
+    elif diverged or (state == "done" and folder.has_summary()):
+        why = _another(trial)
+        state = "failed" if why else "diverged" if diverged else "done"
+    elif refusal:
+        state, why = "failed", refusal.get("reason", "")
+    elif state == "done":
+        state = "killed"
+    return state, " ".join(str(why).split())[:200]
 
 
 def _another(trial: Trial) -> str:
@@ -159,15 +153,6 @@ def _another(trial: Trial) -> str:
     if not differing:
         return ""
     return f"{trial.folder} holds another run since: {'; '.join(differing)}; move it away"
-
-
-def _reason(trial: Trial) -> str:
-    """Why it failed, on one line."""
-    reason = trial.impossible
-    if not reason and _has_ended(trial):
-        reason = _another(trial)
-    told = RunFolder(trial.folder).refusal() or _status(trial)
-    return " ".join((reason or str(told.get("reason", ""))).split())[:200]
 
 
 def _figure(trial: Trial, metric: str) -> float | None:

@@ -14,7 +14,7 @@ from dist_resnet.config.checks import check
 from dist_resnet.config.effects import changes_figures
 from dist_resnet.config.load import load_config, trajectory_hash
 from dist_resnet.config.schema import Config
-from dist_resnet.config.values import read_yaml, texts
+from dist_resnet.config.values import read_yaml
 
 TRAINER = "dist_resnet.train"
 # What wandb's agent puts in their place; the runner here has no other.
@@ -54,7 +54,7 @@ def read_grid(path: Path, extra: Sequence[str]) -> Grid:
         UserError: unreadable, not a grid, mistyped, or no combination is possible.
     """
     try:
-        content = texts(read_yaml(path.read_text(encoding="utf-8")))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -148,8 +148,4 @@ def _word(value: Any) -> str:
 def _item(value: Any) -> str:
     word = _word(value)
     plain = re.fullmatch(r"[^\s,'\"\[\]\\]+( +[^\s,'\"\[\]\\]+)*", word)
-    return (
-        word
-        if plain
-        else f'"{re.sub(chr(92) * 2 + "|" + chr(34), lambda m: chr(92) + m[0], word)}"'
-    )
+    return word if plain else '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'

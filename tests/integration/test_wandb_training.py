@@ -64,7 +64,7 @@ def test_every_panel_has_data_and_every_metric_a_panel(trained: Trained) -> None
     from dist_resnet.dashboard import SECTIONS
 
     logged = _logged(trained.record)
-    panels = [panel for section in SECTIONS for panel in section.panels]
+    panels = [panel for section in SECTIONS.values() for panel in section]
     metrics = {metric for panel in panels for metric in panel.metrics}
     axes = {"step", "epoch", "seconds"}
     unseen = {key for key in logged - axes if not any(fnmatchcase(key, m) for m in metrics)}
