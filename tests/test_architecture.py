@@ -28,7 +28,7 @@ DOORS = {
     "torch.distributed": {"distributed.group"},
     "omegaconf": {"config.load"},
     # The last is measured against, not used.
-    "ffcv": {"data.beton", "data.ffcv_loader", "data.ffcv_import", "bench.other_loaders"},
+    "ffcv": {"data.beton", "data.ffcv_loader", "data.ffcv_import", "bench.loader"},
     "wandb": {"tracking.wandb_session"},
     "wandb_workspaces": {"dashboard"},
 }
