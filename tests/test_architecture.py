@@ -28,7 +28,7 @@ DOORS = {
     "torch.distributed": {"distributed.group"},
     "omegaconf": {"config.load"},
     # The last is measured against, not used.
-    "ffcv": {"data.ffcv_loader", "bench.other_loaders"},
+    "ffcv": {"data.ffcv_loader", "bench.loader"},
     "wandb": {"tracking.wandb_session"},
     "wandb_workspaces": {"dashboard"},
 }

@@ -22,10 +22,21 @@ from dist_resnet.base.files import check_writable, write_for_user
 from dist_resnet.base.launcher import under_torchrun
 from dist_resnet.base.paths import user_path
 from dist_resnet.base.terminal import forgive
-from dist_resnet.config.load import load_config
+from dist_resnet.config.load import load_config, named_keys
 
 NAMES = {"loader": 7, "step": 7, "train": 6, "scaling": 8, "peers": 7, "startup": 5}
 """Benchmarks, and their default number of rounds."""
+# Of a loop that neither evaluates nor saves, and of which each rank is one replica.
+_LOOP = ("train.max_steps", "eval.", "checkpoint.", "parallel.replicas", "parallel.timeout_seconds")
+_OWN_KEYS = {
+    "loader": (*_LOOP, "data.batch_size_per_replica", "data.loader"),
+    "step": _LOOP,
+    "train": _LOOP,
+    "scaling": _LOOP,
+    "peers": (*_LOOP, "augment.", "data.dataset", "data.loader", "data.root", "train.epochs"),
+    "startup": ("log.every_steps", "run.dir", "run.name", "run.overwrite"),
+}
+"""Keys, or how they begin, for which a benchmark has values of its own."""
 # Quick runs have to fit into a test: a slim net, small batches, the embedded digits.
 _QUICK = ("data.dataset=digits", "model.widths=[8,10,12]", "data.batch_size_per_replica=8")
 
@@ -47,6 +58,9 @@ def main(arguments: Sequence[str]) -> int:
         if path is not None:
             check_writable(path)  # before what takes minutes
             forgive()
+    notes = not_taken(asked.name, asked.pairs)
+    for note in notes:
+        print(f"bench: {note}", file=sys.stderr)
     before = check_idle(asked.force, 0.2 if asked.quick else 3.0)
     rounds = asked.rounds or (2 if asked.quick else NAMES[asked.name])
     settings = Settings(config, pairs, rounds, asked.quick, asked.full)
@@ -57,6 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     given = {"rounds": rounds, "dataset": config.data.dataset, "model": config.model.name}
     report.settings = given | report.settings
     report.facts = facts | {"other_load_cores": {"before": before, "during": during}}
+    report.notes += notes
     if during > LIMIT:
         report.notes.append(f"{during:.1f} cores were busy with something else: do not believe it")
     if asked.quick:
@@ -67,6 +82,12 @@ def main(arguments: Sequence[str]) -> int:
         write_for_user(asked.plot, report.drawn())
     print(report.tables())
     return EXIT_DONE
+
+
+def not_taken(name: str, pairs: Sequence[str]) -> list[str]:
+    """A line that names what `pairs` give and the benchmark `name` sets itself; or nothing."""
+    lost = [key for key in sorted(named_keys(pairs)) if key.startswith(_OWN_KEYS[name])]
+    return [f"{', '.join(lost)}: set by bench {name} itself, not as given"] if lost else []
 
 
 def _parser() -> argparse.ArgumentParser:

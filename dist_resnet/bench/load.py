@@ -13,7 +13,6 @@ from pathlib import Path
 from dist_resnet.base.errors import UserError
 
 LIMIT = 0.5  # cores
-_SAMPLE_SECONDS = 3.0
 _STAT = Path("/proc/stat")
 
 
@@ -30,7 +29,7 @@ class LoadMeter:
         return round(max(0.0, (machine - ours) / elapsed), 2)
 
 
-def check_idle(force: bool, sample_seconds: float = _SAMPLE_SECONDS) -> float:
+def check_idle(force: bool, sample_seconds: float) -> float:
     """Cores that others keep busy, while nothing of ours runs.
 
     Args:

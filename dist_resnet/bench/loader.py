@@ -1,6 +1,7 @@
 """Images per second of the loaders alone, ready for the model: cropped, flipped, normalised.
 
-Ours also draw their choices from (seed, step, sample) and mix up; the others do neither.
+Ours also draw their choices from (seed, step, sample) and mix up. torchvision's transforms in
+torch's DataLoader, and FFCV as its own CIFAR example uses it, do neither.
 """
 
 import itertools
@@ -9,22 +10,21 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from dist_resnet.bench.measure import Run, calibrate, fastest, measure, speed_row
-from dist_resnet.bench.other_loaders import (
-    ArrayDataset,
-    Epoch,
-    ffcv_epochs,
-    torchvision_epochs,
-)
 from dist_resnet.bench.our_loop import make_step, opened
+from dist_resnet.bench.reference_loop import ArrayDataset, normalise, torch_loader
 from dist_resnet.bench.report import Report, Settings
 from dist_resnet.config.schema import Config
 from dist_resnet.distributed.group import World, start
 
 BATCH_SIZES = (32, 128, 512)
 SECONDS = 1.0  # a turn
+
+Epoch = Callable[[int], Iterator[Any]]
+"""So many batches, on the device."""
 
 
 def run(settings: Settings) -> Report:
@@ -66,45 +66,98 @@ def _ready(make: Callable[[], Epoch], size: int, seconds: float) -> tuple[int, R
 
 def _loaders(config: Config, world: World) -> dict[str, Callable[[], Epoch]]:
     """By name; made when called, for each may fail in its own way."""
-    size, augment, device = config.data.batch_size_per_replica, config.augment, world.device
-    data = opened(config, world)[0].dataset
-    return {
-        "ours, ffcv": lambda: _ours(config, world, "ffcv"),
-        "ours, resident": lambda: _ours(config, world, "resident"),
-        # As a rank on one core; two threads and FFCV's are one too many for two cores.
-        "ours, ffcv, 1 thread": lambda: _on_one_thread(_ours(config, world, "ffcv")),
-        "ours, resident, 1 thread": lambda: _on_one_thread(_ours(config, world, "resident")),
-        "torchvision, 0 workers": lambda: torchvision_epochs(
-            ArrayDataset(data, augment), size, 0, device
-        ),
-        "torchvision, 2 workers": lambda: torchvision_epochs(
-            ArrayDataset(data, augment), size, 2, device
-        ),
-        "ffcv, its own crop and flip": lambda: ffcv_epochs(data, size, augment, device),
-    }
+    made: dict[str, Callable[[], Epoch]] = {}
+    # As a rank on one core, too: two threads and FFCV's are one too many for two cores.
+    for suffix, alone in (("", False), (", 1 thread", True)):
+        for loader in ("ffcv", "resident"):
+            made[f"ours, {loader}{suffix}"] = partial(_ours, config, world, loader, alone)
+    for workers in (0, 2):
+        name = f"torchvision, {workers} workers"
+        made[name] = partial(_torchvision, config, world, workers)
+    return made | {"ffcv, its own crop and flip": partial(_ffcv, config, world)}
 
 
-def _on_one_thread(epoch: Epoch) -> Epoch:
-    def alone(batches: int) -> Iterator[Any]:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield from epoch(batches)
-        finally:
-            torch.set_num_threads(threads)
+def _ours(config: Config, world: World, loader: str, alone: bool) -> Epoch:
+    """What a step does with a batch before the model, and the stream that feeds it.
 
-    return alone
-
-
-def _ours(config: Config, world: World, loader: str) -> Epoch:
-    """What a step does with a batch before the model, and the stream that feeds it."""
+    Args:
+        alone: on one thread.
+    """
     session, plan = opened(_changed(config, loader=loader), world)
     step, stream, numbers = make_step(session, plan), session.batches(plan), itertools.count()
 
     def epoch(batches: int) -> Iterator[Any]:
-        for batch, number in zip(itertools.islice(stream, batches), numbers, strict=False):
-            key, turn = step.keys[number], step.turn(number)
-            yield step.replica_pass.inputs(batch.images, batch.samples, key, turn)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1 if alone else threads)
+        try:
+            for batch, number in zip(itertools.islice(stream, batches), numbers, strict=False):
+                key, turn = step.keys[number], step.turn(number)
+                yield step.replica_pass.inputs(batch.images, batch.samples, key, turn)
+        finally:
+            torch.set_num_threads(threads)
+
+    return epoch
+
+
+def _torchvision(config: Config, world: World, workers: int) -> Epoch:
+    """Random samples, in epochs of any number of batches from one DataLoader.
+
+    Workers that fetch ahead would otherwise do so while another candidate is timed.
+    """
+    data = ArrayDataset(opened(config, world)[0].dataset, config.augment)
+    size, order = config.data.batch_size_per_replica, list[list[int]]()
+    loader = torch_loader(data, workers, world.device, batch_sampler=order)
+
+    def epoch(batches: int) -> Iterator[Any]:
+        order[:] = torch.randint(len(data), (batches, size)).tolist()
+        for images, labels in loader:
+            yield tuple(t.to(world.device, non_blocking=True) for t in (images, labels))
+
+    return epoch
+
+
+def _ffcv(config: Config, world: World) -> Epoch:
+    """Batches of float32 (N, 3, H, W), cropped, flipped and normalised by FFCV's pipeline.
+
+    Its augmentations run on the CPU, where `data.ffcv_loader` lets FFCV decode only; hence this
+    second door to ffcv. They cannot be seeded.
+    """
+    from dist_resnet.data.ffcv_loader import import_ffcv  # numba takes half a second
+
+    import_ffcv()
+    from ffcv import fields, loader, transforms
+
+    data, augment = opened(config, world)[0].dataset, config.augment
+    size, device = config.data.batch_size_per_replica, world.device
+    threads = torch.get_num_threads()
+    to_device = [transforms.ToDevice(device, non_blocking=False)] * (device.type == "cuda")
+    images = [
+        fields.decoders.SimpleRGBImageDecoder(),
+        *[transforms.RandomHorizontalFlip()] * bool(augment.flip),
+        *[transforms.RandomTranslate(padding=augment.crop_padding)] * bool(augment.crop_padding),
+        transforms.ToTensor(), *to_device, transforms.ToTorchImage(),
+        transforms.Convert(torch.float32), normalise(data, scale=1),
+    ]  # fmt: skip
+    labels = [fields.decoders.IntDecoder(), transforms.ToTensor(), *to_device]
+    made = loader.Loader(
+        str(data.train_path), batch_size=size, num_workers=1, os_cache=True,
+        order=loader.OrderOption.SEQUENTIAL, drop_last=True,
+        pipelines={"image": images, "label": [*labels, transforms.Squeeze(1)]},
+    )  # fmt: skip
+    torch.set_num_threads(threads)  # FFCV sets it to its own number of workers
+    samples = made.indices
+
+    def epoch(batches: int) -> Iterator[Any]:
+        """Over as many of the data set's epochs as that takes, the last one cut short."""
+        while batches > 0:
+            count = min(batches, len(made)) * size
+            made.traversal_order.indices = np.random.permutation(samples)[:count]
+            threads = torch.get_num_threads()
+            found = iter(made)
+            torch.set_num_threads(threads)
+            for batch in found:
+                yield batch
+                batches -= 1
 
     return epoch
 

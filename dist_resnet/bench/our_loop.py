@@ -30,11 +30,11 @@ def train(config: Config, world: World, gate: Gate, steps: int, from_memory: boo
 
     Args:
         from_memory: no loader, augmentation, logging or W&B: the same few batches, over and over.
-
-    Raises:
-        Finished: the gate has closed.
     """
-    session, plan = opened(unaugmented(config) if from_memory else config, world)
+    if from_memory:  # its step normalises and mixes images, as its loss demands, and nothing else
+        mixed = AugmentConfig(crop_padding=0, flip=False, mixup_alpha=config.augment.mixup_alpha)
+        config = replace(config, augment=mixed)
+    session, plan = opened(config, world)
     step, batches = make_step(session, plan), session.batches(plan)
     draw = itertools.cycle(kept(batches)).__next__ if from_memory else batches.__next__
     with _outputs(session, plan, from_memory) as outputs, closing(batches):
@@ -66,13 +66,6 @@ def opened(config: Config, world: World) -> tuple[Session, Plan]:
     config = replace(config, parallel=replace(config.parallel, timeout_seconds=24 * 3600))
     session = open_session(config, world)
     return session, make_plan(config, len(session.train_indices), world.size)
-
-
-def unaugmented(config: Config) -> Config:
-    """`config` whose step normalises and mixes images, as its loss demands, and nothing else."""
-    alpha = config.augment.mixup_alpha
-    plain = AugmentConfig(crop_padding=0, flip=False, mixup_alpha=alpha)
-    return replace(config, augment=plain)
 
 
 def make_step(session: Session, plan: Plan) -> TrainStep:

@@ -64,27 +64,20 @@ def dense(num_classes: int) -> nn.Module:
 
 
 def train(config: Config, world: World, gate: Gate, framework: str, steps: int) -> None:
-    """Train the configured model under `framework`, `steps` steps a turn, until the gate closes.
-
-    Raises:
-        Finished: it has.
-    """
+    """Train the configured model under `framework`, `steps` steps a turn."""
     if framework == "ours":
         our_loop.train(config, world, gate, steps, from_memory=True)
         return
     loop = LOOPS[framework][1]
     session, plan = our_loop.opened(config, world)
-    batches = our_loop.kept(session.batches(plan))
     last = config.precision.channels_last and config.model.name != DENSE
     layout = torch.channels_last if last else torch.contiguous_format
     draw = itertools.cycle([
         ((b.images.permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=layout), b.labels)
-        for b in batches
+        for b in our_loop.kept(session.batches(plan))
     ]).__next__  # fmt: skip
-    model = as_torch_makes_it(config, len(session.dataset.classes))
-    model = model.to(world.device).to(memory_format=layout)
-    optimizer = torch_sgd(config, model)
-    loop(Setup(model, optimizer, draw, steps, world, session.precision, gate))
+    model = as_torch_makes_it(config, len(session.dataset.classes), world, layout)
+    loop(Setup(model, torch_sgd(config, model), draw, steps, world, session.precision, gate))
 
 
 def _bare(setup: Setup) -> None:

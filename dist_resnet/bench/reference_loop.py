@@ -1,8 +1,9 @@
 """The loop everyone writes, to be measured against: nothing of it is used in training.
 
-torch's DataLoader, autocast, SGD and DistributedDataParallel, `.item()` in every step; the model's
-layers and the recipe (mixup, dropout, weight decay) are ours, so that the same work is compared.
-Here DDP itself is the subject, so this module imports torch.nn.parallel, which no other does.
+torchvision's transforms, torch's DataLoader, autocast, SGD and DistributedDataParallel, `.item()`
+in every step; the model's layers and the recipe (mixup, dropout, weight decay) are ours, so that
+the same work is compared. DDP itself is the subject here: nothing outside of the bench imports
+torch.nn.parallel.
 """
 
 import itertools
@@ -11,16 +12,65 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DistributedSampler, RandomSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
-from dist_resnet.bench.other_loaders import ArrayDataset, torch_loader
 from dist_resnet.bench.workers import Gate, in_turns
-from dist_resnet.config.schema import Config
+from dist_resnet.config.schema import AugmentConfig, Config
+from dist_resnet.data.beton import read_back
+from dist_resnet.data.dataset import Dataset as Prepared
 from dist_resnet.distributed.group import World
 from dist_resnet.models.build import build_model
 from dist_resnet.training.session import open_session
+
+
+class ArrayDataset(Dataset[tuple[Any, int]]):
+    """As torchvision.datasets.CIFAR10: an array in memory, a PIL image for the transforms."""
+
+    def __init__(self, prepared: Prepared, augment: AugmentConfig) -> None:
+        from torchvision import transforms
+
+        split = read_back(prepared.train_path)
+        self.images = np.asarray(split.images)
+        self.labels: list[int] = split.labels.tolist()
+        steps: list[Any] = []
+        if augment.crop_padding:
+            size = prepared.height, prepared.width
+            steps.append(transforms.RandomCrop(size, padding=augment.crop_padding))
+        if augment.flip:
+            steps.append(transforms.RandomHorizontalFlip())
+        steps += [transforms.ToTensor(), normalise(prepared, 1 / 255)]
+        self.transform = transforms.Compose(steps)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def normalise(data: Prepared, scale: float) -> Any:
+    """torchvision's Normalize for images from 0 to 255 times `scale`."""
+    from torchvision.transforms import Normalize
+
+    std = [scale * (value or 1.0) for value in data.std]  # where a channel never varies
+    return Normalize([scale * value for value in data.mean], std)
+
+
+def torch_loader(
+    data: Dataset[Any], workers: int, device: torch.device, **batching: Any
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """torch's, whose workers stay alive from epoch to epoch.
+
+    Args:
+        batching: what it takes besides, to put samples into batches.
+    """
+    return DataLoader(
+        data, num_workers=workers, persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda", **batching,
+    )  # fmt: skip
 
 
 class ReferenceLoop:
@@ -43,8 +93,7 @@ class ReferenceLoop:
         self.autocast = autocast(world.device, precision)
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.alpha = config.augment.mixup_alpha
-        self.model: nn.Module = as_torch_makes_it(config, classes)
-        self.model.to(self.device).to(memory_format=self.layout)
+        self.model = as_torch_makes_it(config, classes, world, self.layout)
         if world.size > 1:
             self.model = DistributedDataParallel(self.model)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing)
@@ -82,13 +131,15 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
-def as_torch_makes_it(config: Config, classes: int) -> nn.Module:
-    """The configured model with nn.BatchNorm2d's counter of batches."""
+def as_torch_makes_it(
+    config: Config, classes: int, world: World, layout: torch.memory_format
+) -> nn.Module:
+    """The configured model on its device, with nn.BatchNorm2d's counter of batches."""
     model = build_model(config.model, classes, config.seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.num_batches_tracked = torch.tensor(0)
-    return model
+    return model.to(world.device).to(memory_format=layout)
 
 
 def torch_sgd(config: Config, model: nn.Module) -> torch.optim.SGD:
@@ -105,9 +156,6 @@ def train(config: Config, world: World, gate: Gate, steps: int, workers: int, tu
     Args:
         workers: of the DataLoader.
         tuned: give it our precision and channels-last; else float32 and NCHW.
-
-    Raises:
-        Finished: the gate has closed.
     """
     session = open_session(config, world)
     precision = session.precision if tuned else torch.float32

@@ -1,7 +1,6 @@
 """What a step has to compute and move, counted; and how fast this machine computes and moves."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,27 +21,19 @@ _FORWARD, _BACKWARD = (
 )
 
 
-@dataclass(frozen=True)
-class Work:
-    """Of one forward and backward pass of one batch."""
-
-    flops: int
-    """Multiplications and additions of convolutions and matrix products."""
-    bytes_moved: int
-    """Every operation's tensors read and written once: the traffic of a step without fusion."""
-    saved_bytes: int
-    """Output of the convolutions: what backward needs again."""
-    convolutions: list[Callable[[], Any]]
-    """Each of them again, forward and backward, on the same tensors."""
-
-
-class _Noted(TorchDispatchMode):
-    """Notes the bytes of every operation's tensors, of which views move none; and convolutions."""
+class Work(TorchDispatchMode):
+    """Of what runs within it: one forward and backward pass of one batch."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes_moved, self.saved_bytes = 0, 0
+        self.flops = 0
+        """Multiplications and additions of convolutions and matrix products."""
+        self.bytes_moved = 0
+        """Every operation's tensors read and written once: the traffic of a step without fusion."""
+        self.saved_bytes = 0
+        """Output of the convolutions: what backward needs again."""
         self.convolutions: list[Callable[[], Any]] = []
+        """Each of them again, forward and backward, on the same tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -62,10 +53,11 @@ def _bytes(tree: Any) -> int:
 
 def count_work(train: Callable[[], None]) -> Work:
     """Count what `train`, one forward and backward pass, does."""
-    noted, flops = _Noted(), FlopCounterMode(display=False)
-    with flops, noted:
+    work, flops = Work(), FlopCounterMode(display=False)
+    with flops, work:
         train()
-    return Work(flops.get_total_flops(), noted.bytes_moved, noted.saved_bytes, noted.convolutions)
+    work.flops = flops.get_total_flops()
+    return work
 
 
 @torch.no_grad()

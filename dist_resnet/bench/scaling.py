@@ -9,7 +9,7 @@ import torch
 
 from dist_resnet.bench.measure import Run, figure, measure, speed_row, wait_for_device
 from dist_resnet.bench.report import Report, Settings
-from dist_resnet.bench.workers import Finished, Gate, Job, Worker, working
+from dist_resnet.bench.workers import Gate, Job, Worker, in_turns, working
 from dist_resnet.config.schema import Config
 from dist_resnet.distributed.flat import flatten_model
 from dist_resnet.distributed.group import World, all_reduce_sum
@@ -88,16 +88,11 @@ def all_reduce(
 
     Args:
         collective: whether by the process group's, or as a step does.
-
-    Raises:
-        Finished: the gate has closed.
     """
     buffer = torch.zeros(size, device=world.device)
     replace_by_sum: Callable[[torch.Tensor], None] = all_reduce_sum
     if not collective:
         replace_by_sum = build_sum(size, buffer.dtype, world.device)
-    while gate():
-        for _ in range(calls):
-            replace_by_sum(buffer)
-            wait_for_device()
-    raise Finished
+    for tensor in in_turns(lambda: buffer, calls, gate):
+        replace_by_sum(tensor)
+        wait_for_device()

@@ -58,7 +58,8 @@ class Job:
 
     name: str
     task: str
-    """module:function of this package, called with the configuration, the world and the gate."""
+    """module:function of this package, called with the configuration, the world and the gate; it
+    goes on until `in_turns` raises `Finished`."""
     images: int
     """Processed in a turn by all ranks."""
     ranks: int = 1

@@ -66,10 +66,9 @@ def conv_norm_act(
     Returns:
         (R N, K, H', W') and x, channels-last, of the weight's type.
     """
-    settings = (norm.running_mean, norm.running_var, norm.momentum, norm.eps, relu, replicas)
     x = x.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
     result: tuple[Tensor, Tensor] = _ConvNormAct.apply(
-        x, shortcut, conv.weight, conv.stride[0], norm.weight, norm.bias, *settings
+        x, shortcut, conv.weight, norm.weight, norm.bias, conv.stride[0], norm, relu, replicas
     )
     return result
 
@@ -81,42 +80,32 @@ class _ConvNormAct(torch.autograd.Function):
         x: Tensor,
         shortcut: Tensor | None,
         weight: Tensor,
-        stride: int,
         gamma: Tensor,
         beta: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        momentum: float,
-        eps: float,
+        stride: int,
+        norm: nn.BatchNorm2d,
         relu: bool,
         replicas: int,
     ) -> tuple[Tensor, Tensor]:
         weight = weight.contiguous(memory_format=torch.channels_last)
-        z, parts, geometry = convolve(x, weight, stride, running_mean, replicas)
-        if shortcut is not None:
-            shortcut = shortcut.contiguous(memory_format=torch.channels_last)
-        y, batch = norm_act.normalise(
-            z, shortcut, parts, geometry, gamma, beta, running_mean, running_var, momentum, eps,
-            relu, replicas,
-        )  # fmt: skip
+        z, parts, span = convolve(x, weight, stride, norm.running_mean, replicas)
+        y, batch = norm_act.normalise(z, shortcut, parts, span, norm, relu)
         ctx.save_for_backward(x, weight, z, y if shortcut is not None else None, gamma, beta, batch)
-        ctx.stride, ctx.relu, ctx.replicas = stride, relu, replicas
+        ctx.stride, ctx.relu = stride, relu
         ctx.set_materialize_grads(False)
         return y, x
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dx_elsewhere: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, z, y, gamma, beta, batch = ctx.saved_tensors
-        dz, dshortcut, dbeta, dgamma = norm_act.gradients(
-            dy, z, y, gamma, beta, batch, ctx.relu, ctx.replicas
-        )
+        dz, dshortcut, dbeta, dgamma = norm_act.gradients(dy, z, y, gamma, beta, batch, ctx.relu)
         dx = None
         if ctx.needs_input_grad[0]:
             if dx_elsewhere is not None:
                 dx_elsewhere = dx_elsewhere.contiguous(memory_format=torch.channels_last)
             dx = input_gradient(dz, weight, x, ctx.stride, dx_elsewhere)
         dw = weight_gradient(dz, x, weight, ctx.stride) if ctx.needs_input_grad[2] else None
-        return dx, dshortcut, dw, None, dgamma, dbeta, *([None] * 6)
+        return dx, dshortcut, dw, dgamma, dbeta, None, None, None, None
 
 
 def _tiles(rows: int, filters: int, groups: int) -> tuple[int, int, int, int]:
@@ -134,15 +123,15 @@ def _tiles(rows: int, filters: int, groups: int) -> tuple[int, int, int, int]:
 
 def convolve(
     x: Tensor, weight: Tensor, stride: int, origin: Tensor | None, replicas: int
-) -> tuple[Tensor, Tensor, tuple[int, int]]:
+) -> tuple[Tensor, Tensor, int]:
     """The convolution, and what BatchNorm needs of it.
 
     Args:
         origin: float32 (K,): near the mean, so that squares of deviations do not cancel.
 
     Returns:
-        z; parts, float32 (R, P, 2, K), mean and squared deviations of P programs' rows; and the
-        rows of a program and P.
+        z; float32 (R, P, 2, K), mean and squared deviations of P programs' rows; and the rows of
+        a program.
     """
     count, channels, height, width = x.shape
     filters, _, size, _ = weight.shape
@@ -159,7 +148,7 @@ def convolve(
         out_width, CHANNELS=channels, FILTERS=filters, SIZE=size, STRIDE=stride, TRANSPOSED=False,
         MOMENTS=True, ADD=False, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=_FACTORS,
     )  # fmt: skip
-    return z, parts, (span, programs)
+    return z, parts, span
 
 
 def input_gradient(

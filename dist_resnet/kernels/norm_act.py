@@ -51,8 +51,7 @@ def norm_act(
     Returns:
         Like x, in channels-last order.
     """
-    settings = (norm.running_mean, norm.running_var, norm.momentum, norm.eps, relu, replicas)
-    result: Tensor = _NormAct.apply(x, shortcut, norm.weight, norm.bias, *settings)
+    result: Tensor = _NormAct.apply(x, shortcut, norm.weight, norm.bias, norm, relu, replicas)
     return result
 
 
@@ -64,69 +63,57 @@ class _NormAct(torch.autograd.Function):
         shortcut: Tensor | None,
         weight: Tensor,
         bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        momentum: float,
-        eps: float,
+        norm: nn.BatchNorm2d,
         relu: bool,
         replicas: int,
     ) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        if shortcut is not None:
-            shortcut = shortcut.contiguous(memory_format=torch.channels_last)
         cut = _Cut(x, replicas)
         parts = torch.empty(replicas, cut.programs, 2, cut.channels, device=x.device)
         kernels.moments[cut.grid](x, parts, *cut.sizes, **cut.constants)
-        y, batch = normalise(
-            x, shortcut, parts, (cut.span, cut.programs), weight, bias, running_mean, running_var,
-            momentum, eps, relu, replicas,
-        )  # fmt: skip
+        y, batch = normalise(x, shortcut, parts, cut.span, norm, relu)
         ctx.save_for_backward(x, y if shortcut is not None else None, weight, bias, batch)
-        ctx.relu, ctx.replicas = relu, replicas
+        ctx.relu = relu
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weight, bias, batch = ctx.saved_tensors
-        dx, dshortcut, dbias, dweight = gradients(
-            dy, x, y, weight, bias, batch, ctx.relu, ctx.replicas
-        )
-        return dx, dshortcut, dweight, dbias, *([None] * 6)
+        dx, dshortcut, dbias, dweight = gradients(dy, x, y, weight, bias, batch, ctx.relu)
+        return dx, dshortcut, dweight, dbias, None, None, None
 
 
 def normalise(
     x: Tensor,
     shortcut: Tensor | None,
     parts: Tensor,
-    geometry: tuple[int, int],
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    momentum: float,
-    eps: float,
+    span: int,
+    norm: nn.BatchNorm2d,
     relu: bool,
-    replicas: int,
 ) -> tuple[Tensor, Tensor]:
     """The forward pass behind the sums.
 
     Args:
         parts: float32 (R, P, 2, C): mean and squared deviations of P parts of a replica's rows.
-        geometry: rows of a part, and P.
+        span: rows of a part.
 
     Returns:
         The result, and each replica's mean and inverse deviation, float32 (R, 2, C).
     """
+    replicas, count = parts.shape[:2]
     cut = _Cut(x, replicas)
+    if shortcut is not None:
+        shortcut = shortcut.contiguous(memory_format=torch.channels_last)
     y, batch = torch.empty_like(x), torch.empty(replicas, 2, cut.channels, device=x.device)
     moved = torch.empty_like(batch)
     kernels.normalise[cut.grid](
-        x, shortcut, y, parts, weight, bias, running_mean, running_var, batch, moved,
-        momentum, eps, *cut.sizes, *geometry, RELU=relu, ADD=shortcut is not None,
-        **cut.constants, PARTS=triton.next_power_of_2(geometry[1]), ALONE=replicas == 1,
+        x, shortcut, y, parts, norm.weight, norm.bias, norm.running_mean, norm.running_var, batch,
+        moved, norm.momentum, norm.eps, *cut.sizes, span, count, RELU=relu,
+        ADD=shortcut is not None, **cut.constants, PARTS=triton.next_power_of_2(count),
+        ALONE=replicas == 1,
     )  # fmt: skip
     if replicas > 1:
-        _add_replicas(moved, running_mean, running_var)
+        _add_replicas(moved, norm.running_mean, norm.running_var)
     return y, batch
 
 
@@ -138,9 +125,9 @@ def gradients(
     bias: Tensor,
     batch: Tensor,
     relu: bool,
-    replicas: int,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """The backward pass: gradients of x, of the shortcut (where y is given), of bias and weight."""
+    replicas = len(batch)
     dy = dy.contiguous(memory_format=torch.channels_last)
     cut, add = _Cut(x, replicas), y is not None
     parts = torch.empty(replicas, cut.programs, 2, cut.channels, device=x.device)
@@ -165,7 +152,7 @@ def most_programs(channels: int, replicas: int) -> int:
     return max(1, min(_PROGRAMS // replicas, _HELD // triton.next_power_of_2(channels)))
 
 
-def _add_replicas(each: Tensor, first: Tensor, second: Tensor) -> None:
+def _add_replicas(each: Tensor, first: Tensor | None, second: Tensor | None) -> None:
     """Sum both rows of float32 (R, 2, C) over the replicas, into float32 (C,) each."""
     replicas, _, channels = each.shape
     kernels.sum_rows[(triton.cdiv(channels, 16), 2)](
@@ -177,7 +164,7 @@ class _Cut:
     """How the rows of an activation are cut among programs."""
 
     def __init__(self, x: Tensor, replicas: int) -> None:
-        self.replicas, self.channels = replicas, x.shape[1]
+        self.channels = x.shape[1]
         rows = x.numel() // (self.channels * replicas)
         padded = triton.next_power_of_2(self.channels)
         block = max(1, min(_TILE // padded, triton.next_power_of_2(rows)))
@@ -185,5 +172,5 @@ class _Cut:
         self.span = triton.cdiv(blocks, min(blocks, most_programs(padded, replicas))) * block
         self.programs = triton.cdiv(rows, self.span)
         self.grid = (self.programs, replicas)
-        self.sizes = (rows, self.span, self.programs, replicas)
+        self.sizes = (rows, self.span, self.programs)
         self.constants = {"CHANNELS": self.channels, "PADDED": padded, "BLOCK": block}

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def moments(
-    x, parts, rows, span, programs, replicas,
+    x, parts, rows, span, programs,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mean, and sum of squared deviations from it, of one program's rows: (2, C) of `parts`.
@@ -58,7 +58,7 @@ def _combined(
 @triton.jit
 def normalise(
     x, shortcut, y, parts, weight, bias, running_mean, running_var, batch, moved,
-    momentum, eps, rows, span, programs, replicas, part_span, part_count,
+    momentum, eps, rows, span, programs, part_span, part_count,
     RELU: tl.constexpr, ADD: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +118,7 @@ def _unrectified(
 
 @triton.jit
 def gradient_sums(
-    dy, x, y, weight, bias, batch, parts, rows, span, programs, replicas,
+    dy, x, y, weight, bias, batch, parts, rows, span, programs,
     RELU: tl.constexpr, ADD: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -147,19 +147,8 @@ def gradient_sums(
 
 
 @triton.jit
-def _summed(parts, programs, channel, inside, CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr):
-    """One replica's two sums from its programs' parts."""
-    program = tl.arange(0, PROGRAMS)
-    mask = (program < programs)[:, None] & inside[None, :]
-    at = program[:, None] * 2 * CHANNELS + channel[None, :]
-    sums = tl.sum(tl.load(parts + at, mask=mask, other=0.0), 0)
-    return sums, tl.sum(tl.load(parts + at + CHANNELS, mask=mask, other=0.0), 0)
-
-
-@triton.jit
 def gradients(
-    dy, x, y, weight, bias, batch, parts, dx, dshortcut, dparameters,
-    rows, span, programs, replicas,
+    dy, x, y, weight, bias, batch, parts, dx, dshortcut, dparameters, rows, span, programs,
     RELU: tl.constexpr, ADD: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
@@ -167,8 +156,11 @@ def gradients(
     program, replica = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, PADDED)
     inside = channel < CHANNELS
-    own = parts + replica * programs * 2 * CHANNELS
-    sums, products = _summed(own, programs, channel, inside, CHANNELS, PROGRAMS)
+    part = tl.arange(0, PROGRAMS)
+    held = (part < programs)[:, None] & inside[None, :]
+    own = (replica * programs + part)[:, None] * 2 * CHANNELS + channel[None, :]
+    sums = tl.sum(tl.load(parts + own, mask=held, other=0.0), 0)
+    products = tl.sum(tl.load(parts + own + CHANNELS, mask=held, other=0.0), 0)
     if program == 0:
         tl.store(dparameters + replica * 2 * CHANNELS + channel, sums, mask=inside)
         tl.store(dparameters + replica * 2 * CHANNELS + CHANNELS + channel, products, mask=inside)

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dist_resnet.base.errors import UserError
 from dist_resnet.config.plugins import is_plugin
 from dist_resnet.config.schema import Config
 from dist_resnet.models.build import build_model, freeze, in_layout
 from dist_resnet.models.noted import same_bits
-from dist_resnet.models.trial import Trial
+from dist_resnet.models.trial import Trial, broken
 
 _IMAGES = 4  # of a replica in the trial, or as many as it has
 
@@ -81,27 +80,27 @@ def check_tensors(name: str, model: nn.Module) -> None:
     """
     for key, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
-            raise _error(
+            raise broken(
                 name,
                 f"{key} is a SyncBatchNorm; statistics are those of a replica, whatever the number "
                 "of processes: use BatchNorm2d and a larger data.batch_size_per_replica",
             )
     for key, tensor in _tensors(model).items():
         if nn.parameter.is_lazy(tensor):
-            raise _error(name, f"{key} is not initialised; give its module its sizes")
+            raise broken(name, f"{key} is not initialised; give its module its sizes")
         if tensor.is_meta:
-            raise _error(name, f"{key} is on the device meta, without values; build it whole")
+            raise broken(name, f"{key} is on the device meta, without values; build it whole")
     for key, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             kind = str(parameter.dtype).removeprefix("torch.")
-            raise _error(
+            raise broken(
                 name,
                 f"{key} is of type {kind}; parameters must be float32: "
                 "precision.dtype decides what is computed in",
             )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         has = "no parameter that requires a gradient" if [*model.parameters()] else "no parameters"
-        raise _error(name, f"has {has}; there is nothing to train")
+        raise broken(name, f"has {has}; there is nothing to train")
     _check_sharing(name, model)
     _check_saved(name, model)
 
@@ -117,7 +116,7 @@ def _check_sharing(name: str, model: nn.Module) -> None:
     places.sort()
     for (_, end, one), (start, _, other) in itertools.pairwise(places):
         if start < end:
-            raise _error(
+            raise broken(
                 name,
                 f"{one} and {other} share memory but are two tensors; to tie weights, "
                 "make both names the same Parameter",
@@ -130,7 +129,7 @@ def _check_saved(name: str, model: nn.Module) -> None:
     for key, value in model.state_dict().items():
         own = tensors.get(key)
         if own is None or not isinstance(value, Tensor) or value.data_ptr() != own.data_ptr():
-            raise _error(
+            raise broken(
                 name,
                 f"{key} of its state_dict is neither a parameter nor a buffer; keep what "
                 "training changes in these",
@@ -141,13 +140,13 @@ def _check_twin(name: str, model: nn.Module, twin: nn.Module) -> None:
     """Built again, the net has the same values in other memory."""
     one, two = _tensors(model), _tensors(twin)
     if {k: t.shape for k, t in one.items()} != {k: t.shape for k, t in two.items()}:
-        raise _error(name, "built twice, it has other parameters; it must not change")
+        raise broken(name, "built twice, it has other parameters; it must not change")
     for key, tensor in one.items():
         other = two[key]
         if tensor.numel() and tensor.data_ptr() == other.data_ptr():
-            raise _error(name, f"gave the same {key} twice; it must build a new net each time")
+            raise broken(name, f"gave the same {key} twice; it must build a new net each time")
         if not same_bits(tensor, other):
-            raise _error(
+            raise broken(
                 name,
                 f"{key} starts otherwise when built again; draw initial values from "
                 "torch's default generator, which is set from the seed",
@@ -156,7 +155,3 @@ def _check_twin(name: str, model: nn.Module, twin: nn.Module) -> None:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _error(name: str, text: str) -> UserError:
-    return UserError(f"model.name={name}: {text}")

@@ -97,11 +97,11 @@ def matched(
 
 def natural(names: Iterable[str]) -> list[str]:
     """In the order of people, layer2 before layer10: of files that keep none."""
-    return sorted(names, key=lambda n: [(len(p), p) if p.isdigit() else (0, p) for p in _split(n)])
 
+    def parts(name: str) -> list[tuple[int, str]]:
+        return [(len(p), p) if p.isdigit() else (0, p) for p in re.split(r"([0-9]+)", name)]
 
-def _split(name: str) -> list[str]:
-    return re.split(r"([0-9]+)", name)
+    return sorted(names, key=parts)
 
 
 def _by_name(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, str]:

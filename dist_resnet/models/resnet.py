@@ -9,6 +9,8 @@ Three stages of n basic blocks at 32x32, 16x16 and 8x8 pixels: 6n + 2 weighted l
 Shapes: N images, C channels, H W pixels, K classes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -90,7 +92,7 @@ class ResNet(nn.Module):
     def __init__(
         self,
         blocks: int,
-        widths: tuple[int, int, int],
+        widths: Sequence[int],
         classes: int,
         shortcut: str,
         dropout: float = 0.0,
@@ -121,14 +123,8 @@ def resnet(config: ModelConfig, classes: int, seed: int = 0) -> ResNet:
     widths = tuple(config.widths)
     if config.name == "m6" and widths == _DEFAULT_WIDTHS:
         widths = _M6_WIDTHS
-    first, second, third = widths
-    model = ResNet(
-        BLOCKS_PER_STAGE[config.name],
-        (first, second, third),
-        classes,
-        config.shortcut,
-        config.dropout,
-    )
+    blocks = BLOCKS_PER_STAGE[config.name]
+    model = ResNet(blocks, widths, classes, config.shortcut, config.dropout)
     generator = torch.Generator().manual_seed(int(stream_key(seed, Stream.INIT)))
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

@@ -19,6 +19,11 @@ from dist_resnet.models.noted import attributes, first_to_differ, first_to_move,
 _SEED = 1
 
 
+def broken(name: str, text: str) -> UserError:
+    """How the net `name` breaks the contract, for the reader."""
+    return UserError(f"model.name={name}: {text}")
+
+
 class Trial:
     """Tries one net."""
 
@@ -46,7 +51,7 @@ class Trial:
             UserError: it breaks the contract.
         """
         keys, foreign = self.model.state_dict().keys(), foreign_states()
-        first = self.forward(self.one)
+        first = self.forward()
         draws, draws_on_cpu = self.drew, self.drew_on_cpu
         moved, held = self._moved_buffers(), attributes(self.model)
         self._check_result(first)
@@ -55,16 +60,19 @@ class Trial:
             raise self._error(f"{extra} of its state_dict comes or goes with a forward pass")
         self._check_foreign(foreign)
         self._check_buffers(moved)
-        second = self.forward(self.one)
+        second = self.forward()
         self._check_repeated(first, second, held)
         self._check_backward()
         self._check_evaluation()
         return draws, self._why_alone(draws, moved), draws_on_cpu
 
-    def forward(self, images: Tensor, training: bool = True, whole: bool = False) -> Any:
+    def forward(
+        self, images: Tensor | None = None, training: bool = True, whole: bool = False
+    ) -> Any:
         """What the net gives, from the same buffers and seed whenever it is called.
 
         Args:
+            images: None: one replica's.
             whole: in float32, whatever the training computes in.
         """
         with torch.no_grad():
@@ -78,7 +86,7 @@ class Trial:
         try:
             with seeded(_SEED, self.device), calling("model.name", self.name), autocast:
                 before = default_states(self.device)
-                found = self.model(images)
+                found = self.model(self.one if images is None else images)
                 after = default_states(self.device)
                 self.drew, self.drew_on_cpu = after != before, after[0] != before[0]
         except UserError as error:
@@ -87,11 +95,8 @@ class Trial:
             raise UserError(f"{error}; or set precision.channels_last=false") from None
         return found
 
-    def _again(self) -> Any:
-        return self.forward(self.one)
-
     def _error(self, text: str) -> UserError:
-        return UserError(f"model.name={self.name}: {text}")
+        return broken(self.name, text)
 
     def _check_result(self, found: Any) -> None:
         count = len(self.one)
@@ -110,15 +115,11 @@ class Trial:
             raise self._error("its logits have no gradient; leave out no_grad and detach")
 
     def _check_foreign(self, before: dict[str, str]) -> None:
-        after = foreign_states()
-        for source in (source for source, state in before.items() if after[source] != state):
-
-            def stands(source: str = source) -> str:
-                return foreign_states()[source]
-
-            where = first_to_move(self.model, self._again, stands)
+        moved = [name for name, state in foreign_states().items() if state != before[name]]
+        if moved:
+            where = first_to_move(self.model, self.forward, lambda: foreign_states()[moved[0]])
             raise self._error(
-                f"{where} draws from {source}; draw from torch's default generator, which is set "
+                f"{where} draws from {moved[0]}; draw from torch's default generator, which is set "
                 "for every step"
             )
 
@@ -162,7 +163,7 @@ class Trial:
         if self.device.type != "cpu":  # some of a GPU's kernels sum in any order
             same = bool((first - second).abs().max() <= 0.05 * first.abs().max())
         if not same:
-            where = first_to_differ(self.model, self._again)
+            where = first_to_differ(self.model, self.forward)
             raise self._error(
                 f"{where} gives something else when it runs again from the same state and seed; "
                 "draw from torch's default generator, and keep state in buffers"
@@ -170,14 +171,14 @@ class Trial:
 
     def _check_backward(self) -> None:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        logits = self.forward(self.one)
+        logits = self.forward()
         with calling("model.name", self.name):
             torch.autograd.grad(logits.float().square().sum(), parameters, allow_unused=True)
 
     def _check_evaluation(self) -> None:
         foreign = foreign_states()
         with torch.no_grad():
-            found = self.forward(self.one, training=False)
+            found = self.forward(training=False)
         if self.drew or foreign != foreign_states():
             raise self._error(
                 "draws random numbers in evaluation, too; give training=self.training to "

@@ -1,13 +1,15 @@
 """The figures of a run that both the page and the text show, whole, with how to round them."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from dist_resnet.base.tables import quartiles
 from dist_resnet.report.record import RunRecord
+from dist_resnet.runs.diagnosis import REMEDIES
 
 Value = float | int | str | None
+_BEST = "best/val/top1", "best/step"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def result(run: RunRecord) -> str:
     parts = ["no evaluation yet"]
     if _is_number(top1):
         of = f"{images:,} " if _is_number(images) else ""
-        parts = [f"{100 * top1:.2f}% of {of}{name} images"]
+        parts = [f"{100 * top1:.2f}% of {of}{name} images{_beside(run, row)}"]
     if _is_number(epoch):
         parts.append(f"{epoch:.4g} epoch{'s' * (epoch != 1)}")
     if _is_number(gap):
@@ -50,6 +52,26 @@ def result(run: RunRecord) -> str:
     if _is_number(seconds):
         parts.append(f"{duration(seconds)}{_machine(done)}")
     return ", ".join(parts) + ("" if done else " (so far)")
+
+
+def _beside(run: RunRecord, row: Mapping[str, Any]) -> str:
+    """With mirror images, and at the best epoch, where these are known and others."""
+    parts = []
+    if _is_number(mirrored := row.get("val/top1_tta")):
+        parts.append(f"{100 * mirrored:.2f}% with mirror images")
+    best: list[Any] = [*(map(row.get, _BEST) if run.summary else _best(run))]
+    numbers = [*best, row.get("step"), row.get("epoch")]
+    if all(map(_is_number, numbers)):
+        top1, at, step, epoch = numbers
+        if 0 < at < step:
+            parts.append(f"best {100 * top1:.2f}% at epoch {epoch * at / step:.4g}")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def remedies(run: RunRecord) -> str:
+    """What the diagnosis advises; empty where it found nothing of the kind."""
+    found = (finding["name"] for finding in run.diagnosis)
+    return " ".join(f"{n.capitalize()}: {REMEDIES[n]}." for n in found if n in REMEDIES)
 
 
 def duration(seconds: float) -> str:
@@ -77,34 +99,31 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 def headline(run: RunRecord) -> list[Figure]:
     """A finished run's figures from summary.json; else the newest of metrics.jsonl."""
-    summary = run.summary
-    best = _best(run)
+    newest = {
+        **dict(zip(_BEST, _best(run), strict=True)),
+        "train/top1": _train_top1(run),
+        "images_per_second": run.last("perf/images_per_second"),
+        "wall_seconds": run.last("seconds"),
+    }
 
-    def either(key: str, newest: Callable[[], Value]) -> Value:
-        return _value(summary.get(key)) if summary else newest()
+    def figure(key: str, form: str, name: str = "") -> Figure:
+        value = run.summary.get(key) if run.summary else newest.get(key, run.last(key))
+        return Figure(name or key, _value(value), form)
 
-    step, total = either("step", lambda: run.last("step")), _value(run.plan.get("total_steps"))
     return [
         Figure("state", str(run.status.get("state", "unknown"))),
-        Figure("step", step, ",d"),
-        Figure("of steps", total, ",d"),
-        Figure("epoch", either("epoch", lambda: run.last("epoch")), ".4g"),
-        Figure("val/top1", either("val/top1", lambda: run.last("val/top1")), ".4f"),
-        Figure("val/top5", either("val/top5", lambda: run.last("val/top5")), ".4f"),
-        Figure("val/balanced", either("val/balanced", lambda: run.last("val/balanced")), ".4f"),
-        Figure("val/f1_macro", either("val/f1_macro", lambda: run.last("val/f1_macro")), ".4f"),
-        Figure("best/val/top1", either("best/val/top1", lambda: best[0]), ".4f"),
-        Figure("best/step", either("best/step", lambda: best[1]), ",d"),
-        Figure("val/loss", either("val/loss", lambda: run.last("val/loss")), ".4f"),
-        Figure("train/top1", either("train/top1", lambda: _train_top1(run)), ".4f"),
-        Figure("gap/top1", either("gap/top1", lambda: run.last("gap/top1")), "+.4f"),
-        Figure(
-            "images/s",
-            either("images_per_second", lambda: run.last("perf/images_per_second")),
-            ",.0f",
-        ),
-        Figure("wall seconds", either("wall_seconds", lambda: run.last("seconds")), ",.0f"),
-        Figure("parameters", _value(summary.get("parameters")), ",d"),
+        figure("step", ",d"),
+        Figure("of steps", _value(run.plan.get("total_steps")), ",d"),
+        figure("epoch", ".4g"),
+        *(figure(f"val/{name}", ".4f") for name in ("top1", "top5", "balanced", "f1_macro")),
+        figure("best/val/top1", ".4f"),
+        figure("best/step", ",d"),
+        figure("val/loss", ".4f"),
+        figure("train/top1", ".4f"),
+        figure("gap/top1", "+.4f"),
+        figure("images_per_second", ",.0f", "images/s"),
+        figure("wall_seconds", ",.0f", "wall seconds"),
+        figure("parameters", ",d"),
     ]
 
 

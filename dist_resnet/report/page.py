@@ -16,9 +16,9 @@ from dist_resnet.base.chart import STYLE, Points, Series, curves
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.tables import number
 from dist_resnet.report.figures import (
-    Figure,
     headline,
     per_class,
+    remedies,
     result,
     speed,
     step_parts,
@@ -46,7 +46,6 @@ def render_page(runs: Runs) -> str:
     minutes.
     """
     figures = [headline(run) for run in runs]
-    waiting = ", ".join(run.label for run in runs if not run.summary)
     return _template().render(
         title=" · ".join(run.label for run in runs),
         labels=[run.label for run in runs],
@@ -60,7 +59,7 @@ def render_page(runs: Runs) -> str:
         figures=[(row[0].name, *row) for row in zip(*figures, strict=True)],
         configuration=configuration(runs),
         plans=side_by_side([run.plan for run in runs]),
-        waiting=waiting,
+        waiting=", ".join(run.label for run in runs if not run.summary),
         facts=environment(runs),
     )
 
@@ -89,6 +88,7 @@ def _told(run: RunRecord) -> dict[str, Any]:
     return {
         "label": run.label,
         "result": result(run),
+        "remedies": remedies(run),
         "about": f"{model} on {on}, seed {seed}; {state}{f': {reason}' if reason else ''}",
         "findings": found,
         "remark": " ".join(remarks),
@@ -102,11 +102,8 @@ def _drawn(title: str, unit: str, series: Sequence[Series], zero: bool = True) -
 
 def _curves(runs: Runs) -> list[tuple[Any, ...]]:
     """Accuracy, loss, gap and learning rate over epochs."""
-    loss: Callable[[RunRecord], Points] = lambda run: run.curve("train/loss")  # noqa: E731
-    top1, losses = (
-        _train_and_val(runs, training, key)
-        for training, key in ((train_curve, "val/top1"), (loss, "val/loss"))
-    )
+    top1 = _train_and_val(runs, train_curve, "val/top1")
+    losses = _train_and_val(runs, lambda run: run.curve("train/loss"), "val/loss")
     return [
         _drawn("Top-1 accuracy", "share of images", top1, zero=False),
         _drawn("Loss", "cross-entropy, nats", losses, zero=False),
@@ -142,9 +139,8 @@ def _speed_curves(runs: Runs) -> list[tuple[Any, ...]]:
         for place, run in enumerate(runs)
         for what, points in zip(("step", "wait for data"), step_parts(run), strict=True)
     ]
-    throughput = _one_each(runs, "perf/images_per_second")
     return [
-        _drawn("Throughput", "images/s", throughput),
+        _drawn("Throughput", "images/s", _one_each(runs, "perf/images_per_second")),
         _drawn("Step time", "milliseconds", steps),
     ]
 
@@ -161,7 +157,7 @@ def _speed(runs: Runs) -> list[tuple[Any, ...]]:
     ]
 
 
-def _cell(value: Any, text: str, **look: Any) -> dict[str, Any]:
+def _cell(value: Any, text: str, **look: str) -> dict[str, Any]:
     """A figure: rounded for the reader, whole for whoever reads the page by program."""
     return {"value": value, "text": text, **look}
 
@@ -170,13 +166,7 @@ def _by_class(runs: Runs) -> list[tuple[Any, ...]]:
     """The accuracy of every class, a column for each run."""
     found = [{figure.name: figure for figure in per_class(run)} for run in runs]
     names = dict.fromkeys(name for figures in found for name in figures)
-    return [(name, *(_with_bar(figures.get(name)) for figures in found)) for name in names]
-
-
-def _with_bar(figure: Figure | None) -> Any:
-    if figure is None or not isinstance(figure.value, float | int):
-        return "–"
-    return _cell(figure.value, figure.text, bar=figure.value)
+    return [(name, *(figures.get(name, "–") for figures in found)) for name in names]
 
 
 def examples_of(run: RunRecord) -> dict[str, Any]:

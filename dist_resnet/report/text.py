@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from dist_resnet.base.paths import printable
-from dist_resnet.report.figures import headline, per_class, result
+from dist_resnet.report.figures import headline, per_class, remedies, result
 from dist_resnet.report.record import RunRecord
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -30,7 +30,8 @@ def render_text(runs: Sequence[RunRecord], plain: bool = False) -> str:
 
 def _lines(run: RunRecord, plain: bool) -> list[str]:
     marks = _PLAIN if plain else BLOCKS
-    lines = [printable(run.label), f"  {printable(result(run))}", ""]
+    lines = [printable(run.label), f"  {printable(result(run))}"]
+    lines += [f"  {advice}", ""] if (advice := remedies(run)) else [""]
     lines += [f"  {figure.name:16} {figure.text}" for figure in headline(run)]
     curve = [value for _, value in run.curve("val/top1")]
     if curve:

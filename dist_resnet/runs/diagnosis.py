@@ -21,6 +21,13 @@ PLATEAU, PLATEAU_TRAIN_RISE = 0.002, 0.01
 PLATEAU_PART, PLATEAU_EVALUATIONS = 1 / 3, 6
 STILL_RISING, STILL_RISING_PART = 0.005, 0.1
 DECLINE = 0.005
+REMEDIES = {
+    "overfitting": "more mixup or dropout may help",
+    "underfitting": "train longer, or with less regularisation",
+    "decline at low learning rate": "the best checkpoint may serve better, and more regularisation"
+    " may help",
+}
+"""What a finding advises, by its name."""
 _LOWERED = (
     "train/top1 is measured while the weights still move, on augmented images; mixup and dropout,"
     " where they are on, lower it further"
@@ -113,7 +120,7 @@ def _overfitting(points: Sequence[Point], peak: float) -> str | None:
         return None
     return (
         f"over the last {len(part)} of {len(points)} evaluations train/top1 moves {train:+.4f} and"
-        f" val/top1 {val:+.4f}: more mixup or dropout may help (rule: train above"
+        f" val/top1 {val:+.4f}: {REMEDIES['overfitting']} (rule: train above"
         f" val and rising at least {PLATEAU_TRAIN_RISE:+}, val below {PLATEAU:+}, over the last"
         f" third, {PLATEAU_EVALUATIONS} evaluations or more)"
     )
@@ -129,7 +136,7 @@ def _underfitting(points: Sequence[Point], peak: float) -> str | None:
     return (
         f"train/top1 {points[-1].train:.4f} is below val/top1 {points[-1].val:.4f}, and over the"
         f" last {len(part)} of {len(points)} evaluations both still rise, by {train:+.4f} and"
-        f" {val:+.4f}: train longer, or with less regularisation (rule: train below val, both at"
+        f" {val:+.4f}: {REMEDIES['underfitting']} (rule: train below val, both at"
         f" least {STILL_RISING:+} over the last tenth, 2 evaluations or more); {_LOWERED}"
     )
 
@@ -144,8 +151,8 @@ def _decline(points: Sequence[Point], peak: float) -> str | None:
         return None
     return (
         f"val/top1 falls from {best:.4f} to {last.val:.4f} ({last.val - best:+.4f}) while the"
-        f" learning rate is below {LOW_RATE:.0%} of its peak {peak:g}: the best checkpoint may"
-        f" serve better, and more regularisation may help (rule: at least {DECLINE} and two"
+        f" learning rate is below {LOW_RATE:.0%} of its peak {peak:g}:"
+        f" {REMEDIES['decline at low learning rate']} (rule: at least {DECLINE} and two"
         f" standard errors, here {threshold:.4f})"
     )
 

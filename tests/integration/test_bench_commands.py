@@ -56,12 +56,13 @@ def failures(found: dict[str, Any]) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_loader(digits: Dataset, tmp_path: Path) -> None:
-    found, text = bench("loader", digits, tmp_path)
+    found, text = bench("loader", digits, tmp_path, "data.loader=resident")
     assert failures(found) == []
     speeds = rows(found, "images per second")
     assert len(speeds) == 7
     assert all(row["ratio"] > 0 and row["ratio_to"].startswith("torchvision") for row in speeds)
     assert "torchvision, 2 workers" in text
+    assert "- data.loader: set by bench loader itself, not as given" in text
 
 
 @pytest.mark.slow

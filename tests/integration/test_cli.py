@@ -25,7 +25,7 @@ def call(
         env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=240,
         stdin=subprocess.DEVNULL,
     )
     return result.returncode, result.stdout + result.stderr

@@ -39,7 +39,7 @@ def test_an_edited_plugin_is_refused(tiny: Dataset, tmp_path: Path) -> None:
         ]  # fmt: skip
         return subprocess.run(
             command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=240,
         )  # fmt: skip
 
     done = train("train.max_steps=6")

@@ -299,7 +299,7 @@ def test_processes(
     arguments: list[str | bytes], environment: dict[str, str], code: int, line: str, tmp_path: Path
 ) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=tmp_path, capture_output=True, timeout=90,
+        [sys.executable, "-m", *arguments], cwd=tmp_path, capture_output=True, timeout=240,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, check=False,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip

@@ -483,7 +483,7 @@ def _process(arguments: list[str], before: str = "", **environment: str) -> tupl
     shell = f'{before} exec "$0" "$@"'
     done = subprocess.run(
         ["bash", "-c", shell, sys.executable, "-m", f"dist_resnet.{module}", *rest],
-        cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=100,
+        cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=240,
     )  # fmt: skip
     assert b"Traceback" not in done.stderr
     return done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
@@ -512,7 +512,7 @@ def test_a_reader_that_leaves_does_not_undo_a_preparation(tmp_path: Path) -> Non
     words[0] = "data.prepare"
     shell = 'set -o pipefail; "$0" "$@" 2>&1 | head -c 1 >/dev/null'
     command = ["bash", "-c", shell, sys.executable, "-m", f"dist_resnet.{words[0]}", *words[1:]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=240)
     assert (done.returncode, done.stderr) == (0, b"")
     Dataset.load(tmp_path / "data" / "x")
 

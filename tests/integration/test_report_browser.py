@@ -94,7 +94,7 @@ def test_in_a_browser(
         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         "--virtual-time-budget=10000", "--dump-dom", f"{address}/measure.html",
     ]  # fmt: skip
-    outcome = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     match = re.search(r'<pre id="result">(.+?)</pre>', outcome.stdout, re.DOTALL)
     assert match, outcome.stderr[-2000:]
     for width, measured in json.loads(unescape(match[1])).items():

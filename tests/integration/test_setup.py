@@ -56,7 +56,7 @@ class Checkout:
 
     def make(self, *arguments: str, **environment: str) -> tuple[int, str]:
         process = self.start(*arguments, **environment)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=240)
         return process.returncode, output
 
     def pip_calls(self) -> list[str]:
@@ -142,7 +142,7 @@ def test_an_environment_made_by_hand_is_used_or_refused_but_never_deleted(
 
 def test_two_at_once_install_once(checkout: Checkout) -> None:
     processes = [checkout.start("setup") for _ in range(3)]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     assert len(checkout.pip_calls()) == 1
 

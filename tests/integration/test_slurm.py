@@ -42,7 +42,7 @@ class Cluster:
 
     def ask(self, *command: str) -> str:
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, cwd=ROOT, timeout=100
+            command, env=self.environment, capture_output=True, text=True, cwd=ROOT, timeout=240
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

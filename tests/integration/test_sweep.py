@@ -72,7 +72,7 @@ def test_the_agents_command_trains_the_digits(digits: Dataset, tmp_path: Path) -
     command = _expanded_by_wandb(_content()["command"], values)
     where = [f"data.root={digits.folder.parent}", f"run.dir={tmp_path}", "parallel.threads=1"]
     done = subprocess.run(
-        [*command, *where, *QUICK], cwd=ROOT, capture_output=True, text=True, timeout=100
+        [*command, *where, *QUICK], cwd=ROOT, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     (run,) = (path.parent for path in tmp_path.glob("*/summary.json"))
@@ -169,14 +169,14 @@ def test_a_killed_grid_goes_on(tiny: Dataset, tmp_path: Path) -> None:
         assert not (second / "summary.json").exists()
         job.send_signal(signal.SIGKILL)
         # The kernel tells the trainer, which saves: it must not hold the folder for ever.
-        psutil.wait_procs([trainer], timeout=100)
+        psutil.wait_procs([trainer], timeout=240)
         assert not trainer.is_running()
     finally:
         kill_tree(job)
     before = (first / "metrics.jsonl").stat().st_mtime_ns
     again = _start(arguments, log)
     try:
-        assert again.wait(100) == 0, log.read_text()[-3000:]
+        assert again.wait(240) == 0, log.read_text()[-3000:]
     finally:
         kill_tree(again)
     text = log.read_text()
@@ -203,7 +203,7 @@ def test_a_request_to_stop_saves_and_ends_the_grid(tiny: Dataset, tmp_path: Path
     try:
         wait_for_step(first, 5, job, 60)
         job.terminate()
-        assert job.wait(100) == 75
+        assert job.wait(240) == 75
     finally:
         kill_tree(job)
     assert json.loads((first / "status.json").read_text())["state"] == "preempted"

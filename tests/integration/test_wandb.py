@@ -117,7 +117,7 @@ def test_rewound_run_offline_then_sent(child: Child, server: WandbStub) -> None:
         [sys.executable, "-m", "wandb", "sync", *map(str, child.folders())],
         env=child.environment(server.env()),
         check=True,
-        timeout=60,
+        timeout=240,
         capture_output=True,
     )
     assert _steps(server.history("the-run")) == list(range(20))
@@ -166,7 +166,7 @@ def test_leet_reads_the_run(child: Child) -> None:
         env=child.environment({}),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert "train/loss" in done.stdout

@@ -147,7 +147,7 @@ def test_sent_later_with_its_pictures_and_files(trained: Trained, tmp_path: Path
             [sys.executable, "-m", "wandb", "sync", str(trained.files)],
             env=Child(tmp_path).environment(server.env()),
             check=True,
-            timeout=60,
+            timeout=240,
             capture_output=True,
         )
         (run_id,) = server.runs
@@ -172,7 +172,7 @@ def test_the_dashboard_is_saved(tmp_path: Path) -> None:
             ),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
         )
         assert done.returncode == 0, done.stderr
         (view,) = server.views
@@ -204,7 +204,7 @@ def test_dry_run_needs_neither_wandb_nor_its_extra(tmp_path: Path) -> None:
         "assert 'torch' not in sys.modules; main(['--entity', 'x'])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=240,
         env=os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "online"}, cwd=tmp_path,
     )  # fmt: skip
     assert '"Learning"' in done.stdout
@@ -248,7 +248,7 @@ def _in_a_terminal(command: list[str], env: dict[str, Any], words: tuple[bytes, 
                 except OSError:  # its end of the terminal is closed
                     break
         os.write(ours, b"q")
-        job.wait(10)
+        job.wait(240)
     except (OSError, subprocess.TimeoutExpired):
         pass
     finally:

@@ -21,7 +21,7 @@ from torch.profiler import DeviceType
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.tables import number, quartiles
 from dist_resnet.bench import load, parts, roofline, startup
-from dist_resnet.bench.__main__ import main
+from dist_resnet.bench.__main__ import NAMES, main, not_taken
 from dist_resnet.bench.load import LoadMeter, check_idle
 from dist_resnet.bench.measure import (
     Candidate,
@@ -230,6 +230,16 @@ def test_a_mistyped_command_is_one_line(arguments: list[str], part: str) -> None
         main(arguments)
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_a_benchmark_sets_itself_is_told() -> None:
+    given = ["data.root=x", "data.loader=resident", "augment.flip=false", "run.name=a", "seed=1"]
+    told = {name: " ".join(not_taken(name, given)).partition(": ")[0] for name in NAMES}
+    assert told == {
+        "loader": "data.loader", "startup": "run.name", "step": "", "train": "", "scaling": "",
+        "peers": "augment.flip, data.loader, data.root",
+    }  # fmt: skip
+    assert not_taken("step", ["eval.every_epochs=1"])[0].startswith("eval.every_epochs: set by")
 
 
 # --- what is compared trains alike

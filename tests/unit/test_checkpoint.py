@@ -422,7 +422,7 @@ store.save(checkpoint_of(2), best=False)
 def test_a_kill_between_writing_and_renaming_leaves_the_old_one(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", KILLED, folder], cwd=root, timeout=100)
+    done = subprocess.run([sys.executable, "-c", KILLED, folder], cwd=root, timeout=240)
     assert done.returncode == -signal.SIGKILL
     store = CheckpointStore(folder, 1)
     assert len(list(folder.iterdir())) == 2  # it did get that far

@@ -120,7 +120,7 @@ def wrong_settings(words: list[str]) -> Iterator[str]:
 def options(module: str, command: str = "") -> frozenset[str]:
     """The --options in the help of a module, or of one of its commands."""
     call = [sys.executable, "-m", module, *([command] if command else []), "--help"]
-    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return frozenset(re.findall(r"--[a-z][\w-]*", done.stdout)) | {"--help"}
 

@@ -30,7 +30,7 @@ def facts_under(**environment: str) -> dict[str, str]:
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=Path(__file__).parents[2], text=True, check=True,
-        env=os.environ | environment, capture_output=True, timeout=100,
+        env=os.environ | environment, capture_output=True, timeout=240,
     )  # fmt: skip
     found: dict[str, str] = json.loads(done.stdout)
     return found

@@ -43,7 +43,7 @@ def _run(program: str, folder: Path, **environment: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", NOBODY + program, str(folder / "run")], cwd=ROOT, text=True,
         env={"PATH": os.environ["PATH"], "TMPDIR": str(folder)} | environment,
-        capture_output=True, timeout=60, check=True,
+        capture_output=True, timeout=240, check=True,
     )  # fmt: skip
     return done.stdout.split()
 

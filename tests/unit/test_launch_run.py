@@ -293,7 +293,7 @@ def test_gpus_that_torch_cannot_use_start_no_cpu_ranks(tmp_path: Path) -> None:
     arguments = ["configs/digits.yaml", f"run.dir={runs}"]
     job = start([str(LAUNCH / "single_node.sh"), *arguments], log, environment)
     try:
-        assert job.wait(60) == 2, log.read_text()
+        assert job.wait(240) == 2, log.read_text()
     finally:
         end(job)
     (line,) = log.read_text().splitlines()

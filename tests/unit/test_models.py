@@ -226,6 +226,6 @@ def test_narrow_nets_do_not_crash_where_there_is_avx2_only() -> None:
         env={**os.environ, **limits},
         capture_output=True,
         text=True,
-        timeout=100,  # a corrupted heap may also hang
+        timeout=240,  # a corrupted heap may also hang
     )
     assert done.returncode == 0, done.stderr

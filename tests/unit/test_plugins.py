@@ -195,7 +195,7 @@ def test_what_is_installed_for_a_user_is_no_source(tmp_path: Path) -> None:
         "print(list(code_of([('m', 'package_of_user:f')])))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", found], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", found], cwd=ROOT, capture_output=True, text=True, timeout=240,
         env={**os.environ, "PYTHONUSERBASE": str(tmp_path)}, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == "['package_of_user']"

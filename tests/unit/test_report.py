@@ -80,16 +80,17 @@ def test_the_first_line_is_the_result_in_plain_words(tmp_path: Path) -> None:
     told = {
         "val/top1": 0.92874, "val/images": 10000, "gap/top1": 0.021, "epoch": 150.0,
         "wall_seconds": 4810.0, "world_size": 2, "eval_set": "test set",
+        "best/val/top1": 0.9301, "best/step": 560, "val/top1_tta": 0.9295,
         "hardware": {"cpu": "Some CPU", "threads_per_rank": 1},
     }  # fmt: skip
     summary = json.loads(file.read_text()) | told
     cases = {
-        "92.87% of 10,000 test images, 150 epochs, train minus test +2.1 points, 1 h 20 min on 2"
-        " threads of Some CPU": {},
+        "92.87% of 10,000 test images (92.95% with mirror images, best 93.01% at epoch 140), 150"
+        " epochs, train minus test +2.1 points, 1 h 20 min on 2 threads of Some CPU": {},
         "92.87% of 5,000 held-out images, 150 epochs, train minus held-out +2.1 points, 4 min on 1"
         " x GPU":
         {"eval_set": "held-out training images", "val/images": 5000, "wall_seconds": 245.0,
-         "world_size": 1, "hardware": {"gpu": "GPU"}},
+         "world_size": 1, "hardware": {"gpu": "GPU"}, "best/step": 600, "val/top1_tta": None},
         "150 epochs": {"val/top1": "x", "gap/top1": None, "wall_seconds": None, "hardware": 3},
     }  # fmt: skip
     for line, other in cases.items():
@@ -107,6 +108,32 @@ def test_the_first_line_is_the_result_in_plain_words(tmp_path: Path) -> None:
     (tmp_path / "run" / "config.yaml").write_text("data: {val_split: 5}\n")
     page = page_of(tmp_path / "r.html", tmp_path / "run")
     assert "train minus held-out -3.1" in page.texts["p"][0]
+    assert "best" not in page.texts["p"][0]
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as rows:
+        rows.write('{"step": 800, "epoch": 4, "val/top1": 0.1}\n')
+    page = page_of(tmp_path / "r.html", tmp_path / "run")
+    assert re.match(
+        r"10\.00% of held-out images \(best \d\d\.\d\d% at epoch 3\)", page.texts["p"][0]
+    )
+
+
+def test_below_the_first_line_stands_what_the_diagnosis_advises(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "run")
+    assert page_of(tmp_path / "r.html", tmp_path / "run").texts["p"][1].startswith("resnet20 on")
+    file = tmp_path / "run" / "summary.json"
+    names = ("generalisation gap", "overfitting", "decline at low learning rate")
+    findings = [{"name": name, "text": "why"} for name in names]
+    write_json(file, json.loads(file.read_text()) | {"diagnosis": findings})
+    advice = (
+        "Overfitting: more mixup or dropout may help. Decline at low learning rate: the best"
+        " checkpoint may serve better, and more regularisation may help."
+    )
+    assert page_of(tmp_path / "r.html", tmp_path / "run").texts["p"][1] == advice
+    capsys.readouterr()
+    assert main([str(tmp_path / "run"), "--text"]) == 0
+    assert capsys.readouterr().out.splitlines()[2] == f"  {advice}"
 
 
 def test_speed_is_the_quartiles_of_the_rows(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_dead_process_holds_nothing(
     how: signal.Signals, tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     holder.send_signal(how)
-    holder.wait(100)
+    holder.wait(240)
     folder = RunFolder(tmp_path / "run")
     folder.open()
     owner = (tmp_path / "run" / ".lock").read_text()

@@ -74,7 +74,7 @@ def _full() -> Iterator[int]:
 def _work(folder: Path, out: int, environment: dict[str, str] | None = None) -> int:
     done = folder / "done"
     process = subprocess.run(
-        [sys.executable, "-c", WORK, str(done)], cwd=ROOT, stdout=out, stderr=out, timeout=60,
+        [sys.executable, "-c", WORK, str(done)], cwd=ROOT, stdout=out, stderr=out, timeout=240,
         env=os.environ | (environment or {}), start_new_session=True, check=False,
     )  # fmt: skip
     assert done.read_text() == "done"
@@ -102,7 +102,9 @@ def test_text_that_the_encoding_cannot_hold_is_escaped(tmp_path: Path) -> None:
 
 def test_closed_descriptors_are_not_given_to_files(tmp_path: Path) -> None:
     command = f'exec {sys.executable} -c "$0" {tmp_path / "done"} >&- 2>&- <&-'
-    code = subprocess.run(["sh", "-c", command, WORK], cwd=ROOT, timeout=60, check=False).returncode
+    code = subprocess.run(
+        ["sh", "-c", command, WORK], cwd=ROOT, timeout=240, check=False
+    ).returncode
     assert code == 7
     assert (tmp_path / "done").read_text() == "done"
 
@@ -112,7 +114,7 @@ def test_a_result_that_cannot_be_printed_is_no_success() -> None:
         with place() as out:
             done = subprocess.run(
                 [sys.executable, "-m", "dist_resnet.train", "--print-config"],
-                cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+                cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True, timeout=240, check=False,
             )  # fmt: skip
         assert done.returncode not in (0, 75)
         assert "Traceback" not in done.stderr
@@ -128,7 +130,7 @@ def test_a_training_whose_reader_has_gone_is_done(tiny: Dataset, tmp_path: Path)
     with _closed_pipe() as out:
         code = subprocess.run(
             [sys.executable, "-m", "dist_resnet.train", *arguments],
-            cwd=ROOT, stdout=out, stderr=out, timeout=120, check=False,
+            cwd=ROOT, stdout=out, stderr=out, timeout=240, check=False,
             env=os.environ | {"PYTHONIOENCODING": "ascii"},
         ).returncode  # fmt: skip
     assert code == 0
