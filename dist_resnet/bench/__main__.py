@@ -27,13 +27,15 @@ from dist_resnet.config.load import load_config, named_keys
 NAMES = {"loader": 7, "step": 7, "train": 6, "scaling": 8, "peers": 7, "startup": 5}
 """Benchmarks, and their default number of rounds."""
 # Of a loop that neither evaluates nor saves, and of which each rank is one replica.
-_LOOP = ("train.max_steps", "eval.", "checkpoint.", "parallel.replicas", "parallel.timeout_seconds")
+_LOOP = ("train.max_steps", "eval.", "checkpoint.", "parallel.replicas")
+_RANKS = (*_LOOP, "parallel.timeout_seconds")
+_MODES = ("train.step_mode", "precision.dtype", "precision.channels_last")
 _OWN_KEYS = {
     "loader": (*_LOOP, "data.batch_size_per_replica", "data.loader"),
-    "step": _LOOP,
-    "train": _LOOP,
-    "scaling": _LOOP,
-    "peers": (*_LOOP, "augment.", "data.dataset", "data.loader", "data.root", "train.epochs"),
+    "step": (*_RANKS, *_MODES),
+    "train": _RANKS,
+    "scaling": _RANKS,
+    "peers": (*_RANKS, "augment.", "data.dataset", "data.loader", "data.root", "train.epochs"),
     "startup": ("log.every_steps", "run.dir", "run.name", "run.overwrite"),
 }
 """Keys, or how they begin, for which a benchmark has values of its own."""

@@ -41,7 +41,9 @@ class ArrayDataset(Dataset[tuple[Any, int]]):
             steps.append(transforms.RandomCrop(size, padding=augment.crop_padding))
         if augment.flip:
             steps.append(transforms.RandomHorizontalFlip())
-        steps += [transforms.ToTensor(), normalise(prepared, 1 / 255)]
+        mean = [value / 255 for value in prepared.mean]
+        std = [(value or 1.0) / 255 for value in prepared.std]  # where a channel never varies
+        steps += [transforms.ToTensor(), transforms.Normalize(mean, std)]
         self.transform = transforms.Compose(steps)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
@@ -49,14 +51,6 @@ class ArrayDataset(Dataset[tuple[Any, int]]):
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-def normalise(data: Prepared, scale: float) -> Any:
-    """torchvision's Normalize for images from 0 to 255 times `scale`."""
-    from torchvision.transforms import Normalize
-
-    std = [scale * (value or 1.0) for value in data.std]  # where a channel never varies
-    return Normalize([scale * value for value in data.mean], std)
 
 
 def torch_loader(

@@ -55,21 +55,23 @@ def result(run: RunRecord) -> str:
 
 
 def _beside(run: RunRecord, row: Mapping[str, Any]) -> str:
-    """With mirror images, and at the best epoch, where these are known and others."""
+    """The best epoch where it was better, and the figure with mirror images where it is known."""
     parts = []
+    best: list[Any] = [*(map(row.get, _BEST) if run.summary else _best(run))]
+    numbers = [*best, *map(row.get, ("step", "epoch", "val/top1"))]
+    if all(map(_is_number, numbers)):
+        top1, at, step, epoch, last = numbers
+        if 0 < at < step and top1 > last:
+            parts.append(f"best {100 * top1:.2f}% at epoch {epoch * at / step:.4g}")
     if _is_number(mirrored := row.get("val/top1_tta")):
         parts.append(f"{100 * mirrored:.2f}% with mirror images")
-    best: list[Any] = [*(map(row.get, _BEST) if run.summary else _best(run))]
-    numbers = [*best, row.get("step"), row.get("epoch")]
-    if all(map(_is_number, numbers)):
-        top1, at, step, epoch = numbers
-        if 0 < at < step:
-            parts.append(f"best {100 * top1:.2f}% at epoch {epoch * at / step:.4g}")
     return f" ({', '.join(parts)})" if parts else ""
 
 
 def remedies(run: RunRecord) -> str:
-    """What the diagnosis advises; empty where it found nothing of the kind."""
+    """What a finished run's diagnosis advises; empty where it found nothing of the kind."""
+    if not run.summary:
+        return ""  # half a run looks like underfitting
     found = (finding["name"] for finding in run.diagnosis)
     return " ".join(f"{n.capitalize()}: {REMEDIES[n]}." for n in found if n in REMEDIES)
 

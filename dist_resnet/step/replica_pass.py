@@ -4,7 +4,7 @@ Shapes: R replicas of N images each, one replica's after the other's; H W pixels
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -166,7 +166,7 @@ class KernelPass(ReplicaPass):
         return Objective(logits, gradient, row)
 
     def by_torch(self) -> TorchPass:
-        return TorchPass(**vars(self))
+        return TorchPass(**{field.name: getattr(self, field.name) for field in fields(self)})
 
     def _parts(self, logits: Tensor, labels: Tensor, choices: Choices) -> list[Part]:
         size, parts = len(labels) // self.replicas, []

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_resnet.distributed.flat import FlatModel
 
@@ -15,6 +15,9 @@ class Shadow:
     """
 
     def __init__(self, flat: FlatModel, dtype: torch.dtype) -> None:
+        layers = [m for m in flat.model.modules() if type(m) in (nn.Conv2d, nn.Linear)]
+        weights = {id(layer.weight) for layer in layers}
+        assert all(p.ndim < 2 or id(p) in weights for p in flat.parameters)
         self._source = flat.values[: flat.num_decayed]
         self._copy = torch.empty_like(self._source, dtype=dtype)
         self._model = flat.model

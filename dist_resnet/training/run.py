@@ -199,8 +199,11 @@ def _fit_and_close(
     except BaseException as error:
         status, reason, code = ending(error)
         close = partial(outputs.close, code, status, state.step, reason, {})
-        # Then all ranks are here. Those that left before rank 0 has closed would end it early.
-        on_rank_zero(close) if isinstance(error, Preempted) else close()
+        if isinstance(error, Preempted):
+            # All ranks are here. Those that left before rank 0 has closed would end it early.
+            on_rank_zero(close)
+        else:
+            close()
         raise
     finally:
         trainer.batches.close()

@@ -95,7 +95,8 @@ def test_killed_agent_leaves_no_orphan_and_the_same_command_continues(
     assert len(ranks) == 2
     job.send_signal(signal.SIGKILL)
     job.wait()
-    _, alive = psutil.wait_procs(ranks, timeout=240)
+    # Sooner than parallel.timeout_seconds=120 would end them.
+    _, alive = psutil.wait_procs(ranks, timeout=100)
     assert not alive, "orphans train on"
     assert status(tmp_path, "job")["state"] == "preempted"
     outcome = run_job(2, settings(tmp_path, digits, "job"), tmp_path)
@@ -307,7 +308,7 @@ def test_rendezvous_port_in_use_is_told_within_seconds(tmp_path: Path, digits: D
         ]
         job = launch(arguments, tmp_path / "log")
         try:
-            assert job.wait(240) == 1
+            assert job.wait(100) == 1
         finally:
             kill_tree(job)
     assert "EADDRINUSE" in (tmp_path / "log").read_text()

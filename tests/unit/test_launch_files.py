@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,14 @@ class TestTrainJob:
         assert "--nproc-per-node=8" in call.split()
         environment = (tmp_path / "environment").read_text()
         assert environment.count("\nPET_") == environment.count("\nPET_SIGNALS_TO_HANDLE=") == 1
+
+
+def test_modules_that_launchers_name_exist() -> None:
+    files = [path for path in LAUNCH.iterdir() if path.is_file()]
+    named = {n for path in files for n in re.findall(r"\bdist_resnet(?:\.\w+)+", path.read_text())}
+    assert "dist_resnet.train" in named
+    for name in named:
+        assert find_spec(name), name
 
 
 def test_dockerfile() -> None:

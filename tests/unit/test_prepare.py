@@ -1,6 +1,7 @@
 """Preparing data sets: content and statistics, damage, kills, races, full disks, the commands."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -12,13 +13,13 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from dist_resnet.base.errors import UserError
@@ -26,7 +27,7 @@ from dist_resnet.data import prepare as prepare_module
 from dist_resnet.data.beton import read_back
 from dist_resnet.data.content import channel_statistics, fingerprint
 from dist_resnet.data.dataset import Dataset
-from dist_resnet.data.images import ImageSet, Split
+from dist_resnet.data.images import ImageSet, LazyImages, Split
 from dist_resnet.data.prepare import main, prepare, prepare_builtin
 from dist_resnet.data.sources import embedded, table
 from dist_resnet.data.sources.embedded import load_synthetic
@@ -257,45 +258,70 @@ def test_readers_never_see_a_mixture(folder: Path) -> None:
     assert set(seen) == expected
 
 
-def _start(output: Path, *options: str) -> subprocess.Popen[str]:
-    command = [*COMMAND, "synthetic", "--output", str(output), "--name", "x", *options]
+def _start(output: Path, *options: str, program: Sequence[str] = COMMAND) -> subprocess.Popen[str]:
+    command = [*program, "synthetic", "--output", str(output), "--name", "x", *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param("train.beton", marks=pytest.mark.slow), "test.beton"]
-)
+# Sends itself a signal in the midst of writing a file.
+STRUCK = """
+import os, runpy, sys
+from dist_resnet.data import beton
+file, number = sys.argv[1], int(sys.argv[2])
+del sys.argv[1:3]
+inner = beton.progress
+def progress(numbers, what, total):
+    for sample in inner(numbers, what, total):
+        if (what, sample) == (f"writing {file}", 2000):
+            os.kill(os.getpid(), number)
+        yield sample
+beton.progress = progress
+runpy.run_module("dist_resnet.data.prepare", run_name="__main__", alter_sys=True)
+"""
+
+
+def _struck(output: Path, file: str, number: signal.Signals, *options: str) -> tuple[int, str]:
+    """How the command ends, and what it said."""
+    program = [sys.executable, "-c", STRUCK, file, str(int(number))]
+    sizes = ("--num-train", "3000", "--num-test", "3000")
+    with _start(output, *sizes, *options, program=program) as process:
+        _, err = process.communicate(timeout=240)
+    return process.returncode, err
+
+
+@pytest.mark.parametrize("stage", ["train.beton", "test.beton"])
 def test_kill_nine_leaves_what_was_there(folder: Path, stage: str) -> None:
-    with _start(
-        folder.parent, "--num-train", "9000", "--num-test", "9000", "--seed", "7"
-    ) as process:
-        deadline = time.monotonic() + 60
-        while not list(folder.parent.glob(f".x.tmp-*/built/{stage}")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
+    code, err = _struck(folder.parent, stage, signal.SIGKILL, "--seed", "7")
+    assert code == -signal.SIGKILL, err
     assert Dataset.load(folder).fingerprint == fingerprint(_images())
     stale = _names(folder.parent) - LEFT_OVER - {"x"}
     assert len(stale) == 1
+    assert list(folder.parent.glob(f".x.tmp-*/built/{stage}"))
     prepare(_images(1), folder, "synthetic", "x")
     assert _names(folder.parent) - LEFT_OVER == {"x"}
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
-    with _start(tmp_path, "--num-train", "30000") as process:
-        while not list(tmp_path.glob(".x.tmp-*/built/train.beton")):
-            assert process.poll() is None
-            time.sleep(0.001)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=240)
-    # Python itself ends by the signal if that came while it ran an exec("..."), as imports do.
-    assert process.returncode in (128 + number, -number), err
+    code, err = _struck(tmp_path, "train.beton", number)
+    assert code == 128 + number, err
     assert "Traceback" not in err
     assert _names(tmp_path) == LEFT_OVER
+
+
+def test_an_image_that_cannot_be_read_leaves_what_was_there(folder: Path) -> None:
+    images = load_synthetic(train=3000, test=10, size=8)
+
+    def read(start: int, stop: int) -> NDArray[np.uint8]:
+        if stop > 2000:
+            raise OSError(errno.EIO, "Input/output error")
+        return images.train.images[start:stop]
+
+    broken = Split(LazyImages(3000, 8, 8, read), images.train.labels)
+    with pytest.raises(UserError, match="nput/output error"):
+        prepare(ImageSet(images.classes, broken, images.test), folder, "synthetic", "x")
+    assert Dataset.load(folder).fingerprint == fingerprint(_images())
+    assert _names(folder.parent) - LEFT_OVER == {"x"}
 
 
 def test_two_at_once_with_different_content(tmp_path: Path) -> None:

@@ -85,12 +85,14 @@ def test_the_first_line_is_the_result_in_plain_words(tmp_path: Path) -> None:
     }  # fmt: skip
     summary = json.loads(file.read_text()) | told
     cases = {
-        "92.87% of 10,000 test images (92.95% with mirror images, best 93.01% at epoch 140), 150"
+        "92.87% of 10,000 test images (best 93.01% at epoch 140, 92.95% with mirror images), 150"
         " epochs, train minus test +2.1 points, 1 h 20 min on 2 threads of Some CPU": {},
         "92.87% of 5,000 held-out images, 150 epochs, train minus held-out +2.1 points, 4 min on 1"
         " x GPU":
         {"eval_set": "held-out training images", "val/images": 5000, "wall_seconds": 245.0,
          "world_size": 1, "hardware": {"gpu": "GPU"}, "best/step": 600, "val/top1_tta": None},
+        "92.87% of 10,000 test images, 150 epochs, train minus test +2.1 points, 1 h 20 min on 2"
+        " threads of Some CPU": {"best/val/top1": 0.92874, "val/top1_tta": None},
         "150 epochs": {"val/top1": "x", "gap/top1": None, "wall_seconds": None, "hardware": 3},
     }  # fmt: skip
     for line, other in cases.items():
@@ -134,6 +136,17 @@ def test_below_the_first_line_stands_what_the_diagnosis_advises(
     capsys.readouterr()
     assert main([str(tmp_path / "run"), "--text"]) == 0
     assert capsys.readouterr().out.splitlines()[2] == f"  {advice}"
+    # As long as it runs nothing is advised: half a run looks like underfitting.
+    file.unlink()
+    rows = [
+        {"step": 10 * n, "epoch": n, "train/top1": 0.05 * n, "val/top1": 0.06 * n, "gap/top1": -0.1}
+        for n in range(1, 11)
+    ]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = page_of(tmp_path / "r.html", tmp_path / "run")
+    assert "underfitting" in page.texts["dt"]
+    assert "Underfitting" not in page.texts["p"][1]
 
 
 def test_speed_is_the_quartiles_of_the_rows(tmp_path: Path) -> None:
