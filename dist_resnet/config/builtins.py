@@ -10,3 +10,10 @@ AUGMENTATIONS = {
     "erasing": "dist_resnet.augment.erase:erasing",
     "jitter": "dist_resnet.augment.colour:jitter",
 }
+DATASETS = {
+    "cifar10": (50_000, 32, 32),
+    "cifar100": (50_000, 32, 32),
+    "digits": (1_437, 32, 32),
+    "synthetic": None,
+}
+"""What a training prepares where it is missing: images, height and width, where these are known."""

@@ -136,7 +136,11 @@ def _idle(config: Config) -> list[tuple[str, str]]:
     """Keys other than by default that nothing reads, and why."""
     optimizer, mix, schedule = config.optim.name, config.augment.mix, config.schedule.name
     rules: list[tuple[bool, str, str]] = [
-        (is_plugin(optimizer), "optim.momentum optim.nesterov", f"with optim.name={optimizer}"),
+        (
+            optimizer not in ("sgd", "muon"),
+            "optim.momentum optim.nesterov",
+            f"with optim.name={optimizer}",
+        ),
         (optimizer != "muon", "optim.muon_lr", f"with optim.name={optimizer}"),
         (
             is_plugin(config.model.name),

@@ -5,10 +5,9 @@ import json
 from dist_resnet.base.errors import UserError, first_line
 from dist_resnet.base.launcher import environment_world_size
 from dist_resnet.base.paths import user_path
+from dist_resnet.config.builtins import DATASETS
 from dist_resnet.config.plan import check_statistics, explain, make_plan
 from dist_resnet.config.schema import Config
-
-_BUILTIN = {"cifar10": (50_000, 32, 32), "cifar100": (50_000, 32, 32)}
 
 
 def preview(config: Config) -> str:
@@ -30,7 +29,7 @@ def _description(config: Config) -> tuple[int, int, int] | None:
         facts = json.loads(path.read_text(encoding="utf-8"))
         return int(facts["num_train"]), int(facts["height"]), int(facts["width"])
     except FileNotFoundError:
-        return _BUILTIN.get(config.data.dataset)
+        return DATASETS.get(config.data.dataset)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -25,6 +25,7 @@ from dist_resnet.base.cli import run_command
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.files import lock, sync_folder
 from dist_resnet.base.terminal import forgive
+from dist_resnet.config.builtins import DATASETS
 from dist_resnet.data.beton import read_back, write_beton
 from dist_resnet.data.content import fingerprint
 from dist_resnet.data.dataset import DESCRIPTION, TEST, TRAIN, Dataset, describe
@@ -32,7 +33,6 @@ from dist_resnet.data.images import ImageSet, tell
 from dist_resnet.data.sources.embedded import CIFAR
 from dist_resnet.data.sources.table import SOURCES, default_name, parser, recorded_source
 
-BUILTIN = (*CIFAR, "digits", "synthetic")
 LOCK_SECONDS = 1800.0  # how long to wait for another preparation of the same data set
 
 
@@ -53,7 +53,7 @@ def prepare_builtin(name: str, data_root: Path, source: str | None = None) -> Da
     `source`, module:callable. Raises UserError for others, and as `prepare` does.
     """
     folder = data_root / name
-    if source is None and name not in BUILTIN:
+    if source is None and name not in DATASETS:
         raise UserError(
             f"there is no data set {name!r} in {data_root}; prepare it: python -m "
             "dist_resnet.data.prepare folder --train PATH --test PATH "

@@ -15,6 +15,7 @@ import torch
 
 from dist_resnet.base.launcher import under_torchrun
 from dist_resnet.base.paths import user_path
+from dist_resnet.config.builtins import DATASETS
 from dist_resnet.config.schema import Config
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.data.prepare import prepare
@@ -32,7 +33,6 @@ MIB = 1 << 20
 OLDEST_TORCH = (2, 6)
 """As in pyproject.toml. What was run with which torch: docs/usage.md, "Versions"."""
 _SAFE_TORCH = (2, 10)
-_BUILTIN = ("cifar10", "cifar100", "digits")
 _PREPARE = "python -m dist_resnet.data.prepare"
 
 
@@ -115,7 +115,7 @@ def _dataset(config: Config) -> Finding:
             source = f"source {shlex.quote(own)} --name {shlex.quote(name)}"
         command = f"{_PREPARE} {source} --output {shlex.quote(config.data.root)}"
         text = f"{folder} is not there"
-        if not own and name not in _BUILTIN:
+        if not own and name not in DATASETS:
             remedy = f"prepare it: {_PREPARE} --help; or set data.root"
             return Finding("FAIL", "dataset", text, remedy)
         place = next(p for p in folder.absolute().parents if p.exists())

@@ -1,7 +1,7 @@
 // What is done to a batch before the model sees it: random choices, crop, flip, normalisation, cutout
 // and mixup.
 //
-// The results are those of augment.py, bit for bit where torch uses vectors:
+// The results are those of augment/pipeline.py by torch, bit for bit where torch uses vectors:
 // compile without contraction of products and sums, for the only fused ones are those of torch.lerp.
 
 #include <algorithm>

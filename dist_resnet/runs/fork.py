@@ -7,7 +7,6 @@ from typing import Any
 from dist_resnet.base.errors import UserError
 from dist_resnet.config.code import changed_code, check_code
 from dist_resnet.config.load import to_dict, trajectory_differences
-from dist_resnet.config.plugins import is_plugin
 from dist_resnet.config.schema import Config
 from dist_resnet.runs.checkpoint import Checkpoint
 
@@ -93,8 +92,8 @@ def _forked(saved: Checkpoint, config: Config, differences: list[str]) -> Checkp
     if config.train.ema_decay and state.ema is None:
         changed["ema"] = state.model  # an average that begins here
     names = {optim.get("name", "sgd"), config.optim.name}
-    if len(names) > 1 and any(map(is_plugin, names)):
-        changed["optimizer"] = {}  # another one's; those built in both keep the momentum
+    if len(names) > 1 and names != {"sgd", "muon"}:
+        changed["optimizer"] = {}  # another one's; these two both keep the momentum
     fork = {"step": state.step, "changed": differences, "wandb_id": saved.wandb_id}
     return replace(
         saved,

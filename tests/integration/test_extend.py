@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dist_resnet.base.errors import DistResnetError, UserError
+from dist_resnet.config.builtins import OPTIMIZERS
 from dist_resnet.config.load import load_config, named_keys
 from dist_resnet.config.plan import make_plan, rates
 from dist_resnet.data.dataset import Dataset
@@ -193,9 +194,15 @@ def test_torchrun_extends_too(runs: Runs, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("before", "after", "kept"),
-    [("sgd", "muon", True), ("sgd", "torch.optim:AdamW", False), ("my:A", "my:A", True)],
-)
-def test_another_optimizer_begins_with_no_state(before: str, after: str, kept: bool) -> None:
+    [
+        ("sgd", "muon", True), ("sgd", "torch.optim:AdamW", False), ("my:A", "my:A", True),
+        ("sgd", "lion", False), ("lion", "muon", False), ("lion", "lion", True),
+    ],
+)  # fmt: skip
+def test_another_optimizer_begins_with_no_state(
+    monkeypatch: pytest.MonkeyPatch, before: str, after: str, kept: bool
+) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "lion", "further:BuiltIn")
     saved = checkpoint_of(config=load_config([f"optim.name={before}"]))
     config = load_config(["run.extend=true", f"optim.name={after}", "optim.lr=0.2"])
     fork = starting_point(saved, config, "", ["optim.name", "optim.lr"])

@@ -25,7 +25,7 @@ from dist_resnet.config.load import (
 )
 from dist_resnet.config.schema import Config
 
-# The contract of DESIGN.md, section 3: names and defaults that scripts rely on.
+# Names and defaults that people's scripts rely on: they stay.
 CONTRACT = {
     "run.dir": "runs", "run.resume": "auto", "run.overwrite": False,
     "data.dataset": "cifar10", "data.root": "data", "data.loader": "ffcv",

@@ -11,8 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
+from dist_resnet.config.builtins import MODELS
 from dist_resnet.config.schema import ModelConfig
+from dist_resnet.models.build import build_model
+from dist_resnet.models.norm_act import NormAct
 from dist_resnet.models.resnet import BLOCKS_PER_STAGE, Pad, ResNet, resnet
 
 
@@ -52,6 +57,14 @@ def test_depth_is_what_the_name_says(name: str) -> None:
     model = _model(name, shortcut="pad")
     layers = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules())
     assert layers == (14 if name == "m6" else int(name.removeprefix("resnet")))
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_built_in_nets_know_replicas_and_samples(name: str) -> None:
+    """They are not tried at the start: their BatchNorm and dropout are those that a step knows."""
+    for module in build_model(ModelConfig(name=name), 10).modules():
+        assert not isinstance(module, _BatchNorm) or type(module) is NormAct
+        assert not isinstance(module, _DropoutNd)
 
 
 @pytest.mark.parametrize("shortcut", ["projection", "pad"])

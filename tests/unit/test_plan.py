@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_resnet.base.errors import UserError
+from dist_resnet.config.builtins import OPTIMIZERS
 from dist_resnet.config.load import load_config
 from dist_resnet.config.plan import Plan, check_statistics, explain, make_plan, rates
 from dist_resnet.config.schema import Config, DataConfig, ParallelConfig
@@ -149,7 +150,7 @@ def test_a_schedule_that_no_memory_holds_is_refused() -> None:
         make_plan(load_config(["train.epochs=1000000", "data.batch_size_per_replica=1"]), 1000, 1)
 
 
-def test_keys_that_do_nothing_are_said() -> None:
+def test_keys_that_do_nothing_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def said(*pairs: str) -> list[str]:
         config = load_config(pairs)
         return [line for line in explain(config, make_plan(config, 50_000, 1)) if "nothing" in line]
@@ -160,11 +161,12 @@ def test_keys_that_do_nothing_are_said() -> None:
         "optim.muon_lr=0.2: does nothing with optim.name=sgd",
         "schedule.milestones=[3,5]: does nothing with schedule.name=cosine",
     ]
-    own = "torch.optim:AdamW"
-    assert said(f"optim.name={own}", "optim.momentum=0.8", "optim.nesterov=true") == [
-        f"optim.momentum=0.8: does nothing with optim.name={own}",
-        f"optim.nesterov=True: does nothing with optim.name={own}",
-    ]
+    monkeypatch.setitem(OPTIMIZERS, "lion", "further:BuiltIn")
+    for other in ("torch.optim:AdamW", "lion"):
+        assert said(f"optim.name={other}", "optim.momentum=0.8", "optim.nesterov=true") == [
+            f"optim.momentum=0.8: does nothing with optim.name={other}",
+            f"optim.nesterov=True: does nothing with optim.name={other}",
+        ]
     assert said("augment.cutmix_alpha=2", "distill.weight=0.2", "augment.mixup_alpha=1") == [
         "augment.cutmix_alpha=2.0: does nothing with augment.mix=mixup",
         "distill.weight=0.2: does nothing without distill.teachers",
