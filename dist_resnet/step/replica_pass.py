@@ -3,6 +3,7 @@
 Shapes: R replicas of N images each, one replica's after the other's; H W pixels, K classes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
@@ -33,7 +34,7 @@ class Objective:
 
 
 @dataclass
-class ReplicaPass:
+class ReplicaPass(ABC):
     """Prepares the images of R replicas, and judges the logits made of them."""
 
     config: AugmentConfig
@@ -45,6 +46,7 @@ class ReplicaPass:
     weights: Tensor | None = None
     """float32 (K,): of the classes in the loss; None: 1."""
 
+    @abstractmethod
     def inputs(
         self, images: Tensor, samples: Tensor, key: Tensor, turn: Tensor | None = None
     ) -> tuple[Tensor, Any]:
@@ -56,8 +58,8 @@ class ReplicaPass:
             key: int64, 0-dimensional, of the step.
             turn: int64, 0-dimensional, of its epoch; None where nothing asks for it.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def objective(
         self, logits: Tensor, labels: Tensor, choices: Any, scale: Tensor | None
     ) -> Objective:
@@ -67,7 +69,6 @@ class ReplicaPass:
             logits: (R N, K).
             scale: float32, 0-dimensional: factor of the gradient alone; None: 1.
         """
-        raise NotImplementedError
 
     def by_torch(self) -> "ReplicaPass":
         """What does the same by PyTorch's operations."""

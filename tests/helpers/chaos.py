@@ -83,7 +83,7 @@ def disturbed_run(
             else:
                 victim = rng.choice(victims)
                 victim.send_signal(signal.SIGKILL)
-                victim.wait(240)
+                victim.wait(10)
                 wait_for_step(run, current_step(run) + room, agent, rng.uniform(0.3, 6.0))
         code = agent.wait(timeout=300)
         if code == 0:

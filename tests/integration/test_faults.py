@@ -95,8 +95,7 @@ def test_killed_agent_leaves_no_orphan_and_the_same_command_continues(
     assert len(ranks) == 2
     job.send_signal(signal.SIGKILL)
     job.wait()
-    # Sooner than parallel.timeout_seconds=120 would end them.
-    _, alive = psutil.wait_procs(ranks, timeout=100)
+    _, alive = psutil.wait_procs(ranks, timeout=60)
     assert not alive, "orphans train on"
     assert status(tmp_path, "job")["state"] == "preempted"
     outcome = run_job(2, settings(tmp_path, digits, "job"), tmp_path)
@@ -111,7 +110,7 @@ def test_killed_rank_is_restarted_by_torchrun(
     job = launch_held(2, keys, tmp_path / "log", restarts=1)
     wait_for_step(tmp_path / "job", 10, job, 100)
     held_rank(job).send_signal(signal.SIGKILL)
-    assert job.wait(240) == 0, (tmp_path / "log").read_text()
+    assert job.wait(100) == 0, (tmp_path / "log").read_text()
     # What the first workers began is continued, not overwritten once more.
     assert "continued at step" in (tmp_path / "log").read_text()
     assert differences(undisturbed, tmp_path / "job") == []
@@ -123,7 +122,7 @@ def test_sigterm_saves_at_a_step_border_and_the_same_command_continues(
     job = launch_held(2, settings(tmp_path, digits, "job"), tmp_path / "log")
     wait_for_step(tmp_path / "job", 10, job, 100)
     job.send_signal(signal.SIGTERM)
-    job.wait(240)  # what has not ended by itself, torchrun kills after 30 s: no code 75 then
+    job.wait(100)  # what has not ended by itself, torchrun kills after 30 s: no code 75 then
     found = status(tmp_path, "job")
     assert (found["state"], found["exit_code"]) == ("preempted", 75)
     saved = CheckpointStore(tmp_path / "job" / "checkpoints", 3).newest(print)
@@ -139,7 +138,7 @@ def test_one_process_exits_75_on_a_signal(tmp_path: Path, digits: Dataset, name:
     job = launch_held(0, settings(tmp_path, digits, "job"), tmp_path / "log")
     wait_for_step(tmp_path / "job", 10, job, 100)
     job.send_signal(signal.Signals[name])
-    assert job.wait(240) == 75
+    assert job.wait(100) == 75
     log = (tmp_path / "log").read_text()
     assert f"stopped by {name} at step" in log
     assert "Traceback" not in log
@@ -151,7 +150,7 @@ def test_a_closed_terminal_saves_under_torchrun_too(tmp_path: Path, digits: Data
     job = launch(arguments, tmp_path / "log")
     wait_for_step(tmp_path / "job", 10, job, 100)
     job.send_signal(signal.SIGHUP)
-    job.wait(240)
+    job.wait(100)
     found = status(tmp_path, "job")
     assert (found["state"], found["exit_code"]) == ("preempted", 75)
 
@@ -160,7 +159,7 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path, digits: D
     job = launch_held(2, settings(tmp_path, digits, "job"), tmp_path / "log")
     wait_for_step(tmp_path / "job", 10, job, 100)
     held_rank(job).send_signal(signal.SIGUSR1)
-    job.wait(240)
+    job.wait(100)
     assert status(tmp_path, "job")["state"] == "preempted"
     log = (tmp_path / "log").read_text()
     assert "Connection closed" not in log
@@ -214,7 +213,7 @@ def test_full_disk_costs_no_older_checkpoint(
         except OSError:
             pass
     go_on.touch()
-    code = job.wait(240)
+    code = job.wait(100)
     log = (tmp_path / "log").read_text()
     assert code == 2, log
     assert "No space left on device" in log
@@ -249,7 +248,7 @@ def test_two_jobs_on_one_run_folder(tmp_path: Path, digits: Dataset) -> None:
         second = run_job(0, settings(tmp_path, digits, "job"), tmp_path)
         assert_one_line(second.output, second.code, f"in use by process {first.pid}")
         go_on.touch()
-        assert first.wait(240) == 0
+        assert first.wait(100) == 0
     finally:
         kill_tree(first)
 
@@ -262,7 +261,7 @@ def test_dataset_replaced_or_truncated_after_the_run_began(tmp_path: Path, digit
     job = launch_held(0, base, tmp_path / "log")
     wait_for_step(tmp_path / "job", 10, job, 100)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(240) == 75
+    assert job.wait(100) == 75
 
     beton = root / "digits" / "train.beton"
     size = beton.stat().st_size
@@ -290,7 +289,7 @@ def test_wandb_service_killed_or_stopped_changes_nothing(
         for process in service:
             process.send_signal(number)
         (tmp_path / "go on").touch()
-        assert job.wait(240) == 0, (tmp_path / "log").read_text()
+        assert job.wait(100) == 0, (tmp_path / "log").read_text()
     finally:
         kill_tree(job)
     assert differences(undisturbed, tmp_path / "job") == []

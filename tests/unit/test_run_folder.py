@@ -122,6 +122,29 @@ def test_a_dead_process_holds_nothing(
     assert owner.startswith(f"process {os.getpid()} on ")
 
 
+UNFINISHED = (".tmp.7.status.json", "checkpoints/.tmp.7.x", ".metrics.jsonl.rewind-7")
+
+
+def test_only_the_holder_clears_away_unfinished_files(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
+    run = tmp_path / "run"
+    kept = ("metrics.jsonl", "checkpoints/step-00000001-0123456789abcdef.pt")
+    (run / "checkpoints").mkdir(exist_ok=True)
+    for name in (*UNFINISHED, *kept):
+        (run / name).write_text("x")
+    folder = RunFolder(run)
+    with pytest.raises(UserError):
+        folder.open()  # another process holds it: they may be its own, and in use
+    assert all((run / name).exists() for name in UNFINISHED)
+    holder.kill()
+    holder.wait(100)
+    folder.open()
+    folder.close()
+    assert not any((run / name).exists() for name in UNFINISHED)
+    assert all((run / name).read_text() == "x" for name in kept)
+
+
 def test_open_makes_the_folder_and_says_when_it_cannot(tmp_path: Path) -> None:
     RunFolder(tmp_path / "a" / "b" / "c").open()
     assert (tmp_path / "a" / "b" / "c").is_dir()

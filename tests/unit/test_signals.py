@@ -78,7 +78,7 @@ def test_whatever_ends_a_process_asks_it_to_stop() -> None:
 def test_a_first_signal_only_asks(name: str) -> None:
     process = start("deferred", "answers")
     process.send_signal(signal.Signals[name])
-    assert process.wait(240) == 0
+    assert process.wait(10) == 0
 
 
 def test_under_nohup_a_closed_terminal_asks_nothing() -> None:
@@ -87,21 +87,21 @@ def test_under_nohup_a_closed_terminal_asks_nothing() -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
     process.terminate()
-    assert process.wait(240) == 0
+    assert process.wait(10) == 0
 
 
 @pytest.mark.parametrize("number", [signal.Signals[name] for name in ASKING])
 def test_before_the_first_step_a_signal_ends_the_process_with_75(number: int) -> None:
     process = start("immediate", "answers")
     process.send_signal(number)
-    assert process.wait(240) == 75
+    assert process.wait(100) == 75
 
 
 def test_a_burst_of_signals_is_one_request() -> None:
     process = start("deferred", "answers")
     for _ in range(5):
         process.send_signal(signal.SIGTERM)
-    assert process.wait(240) == 0
+    assert process.wait(100) == 0
 
 
 def test_a_later_second_signal_ends_at_once() -> None:
@@ -110,7 +110,7 @@ def test_a_later_second_signal_ends_at_once() -> None:
     time.sleep(1.2)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(240) == 75
+    assert process.wait(50) == 75
 
 
 def test_a_repeated_request_sends_one_signal(monkeypatch: pytest.MonkeyPatch) -> None:

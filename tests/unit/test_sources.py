@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from dist_resnet.base.errors import UserError
+from dist_resnet.config.builtins import DATASETS
 from dist_resnet.data.sources import embedded
 from dist_resnet.data.sources.embedded import load_cifar, load_digits, load_synthetic
+from dist_resnet.data.sources.table import SOURCES
 
 NAMES = ["airplane", "automobile", "bird"]
 
@@ -171,6 +173,15 @@ def test_no_network(
             load_cifar("cifar10", None, tmp_path / "new")
     assert "\n" not in str(caught.value)
     assert 2 * embedded.NETWORK_SECONDS < 20
+
+
+def test_what_a_training_prepares_is_a_source_of_the_size_that_is_told() -> None:
+    assert DATASETS.keys() <= SOURCES.keys()
+    digits = load_digits()
+    assert DATASETS["digits"] == digits.train.images.shape[:3]
+    assert DATASETS["cifar10"] == DATASETS["cifar100"] == (50_000, 32, 32)
+    # Its size is an option's, so it is told by nobody.
+    assert DATASETS["synthetic"] is None
 
 
 def test_digits_are_those_of_scikit_learn_with_a_fixed_split() -> None:

@@ -15,6 +15,7 @@ from dist_resnet.config.schema import ModelConfig
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.models.matching import Start, matched, natural, start_from
 from dist_resnet.models.resnet import resnet
+from dist_resnet.runs.exported import read_tensors
 from dist_resnet.runs.fork import starting_point
 from dist_resnet.runs.store import CheckpointStore
 from dist_resnet.step.state import build_state
@@ -149,6 +150,14 @@ def test_from_a_run_or_a_checkpoint(tmp_path: Path, ema: bool, of_run: bool) -> 
     }
     wanted = weights(seed=2)
     assert_whole(start.tensors, {name: t + 1 if ema else t for name, t in wanted.items()})
+
+
+def test_a_safetensors_file_is_read_in_the_order_of_its_numbers(tmp_path: Path) -> None:
+    save = pytest.importorskip("safetensors.torch").save
+    names = ["a", "b2.weight", "b10.weight"]  # by text the last one comes second
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(save({name: torch.zeros(1) for name in reversed(names)}))
+    assert list(read_tensors(file)[0].tensors) == names
 
 
 def test_from_a_safetensors_file(tmp_path: Path) -> None:
