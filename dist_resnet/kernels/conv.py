@@ -22,6 +22,9 @@ MAX_CHANNELS = 128
 _FACTORS = 64  # of a result that are multiplied at a time
 _PARTS = 264  # of a weight gradient, about: programs over pixels and factors
 _CELLS = 4096  # values that a program adds up
+# Tiles of a program up to which both gradients are one launch: alone neither fills a GPU then, as
+# at batch 32. With more work each has the registers and the shared memory of its own kernel.
+_TOGETHER = 1
 
 
 def accepts(conv: nn.Conv2d, x: Tensor, shortcut: Tensor | None, replicas: int) -> bool:
@@ -99,12 +102,10 @@ class _ConvNormAct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dx_elsewhere: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, z, y, gamma, beta, batch = ctx.saved_tensors
         dz, dshortcut, dbeta, dgamma = norm_act.gradients(dy, z, y, gamma, beta, batch, ctx.relu)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            if dx_elsewhere is not None:
-                dx_elsewhere = dx_elsewhere.contiguous(memory_format=torch.channels_last)
-            dx = input_gradient(dz, weight, x, ctx.stride, dx_elsewhere)
-        dw = weight_gradient(dz, x, weight, ctx.stride) if ctx.needs_input_grad[2] else None
+        if dx_elsewhere is not None:
+            dx_elsewhere = dx_elsewhere.contiguous(memory_format=torch.channels_last)
+        needed = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        dx, dw = gradients(dz, weight, x, ctx.stride, dx_elsewhere, *needed)
         return dx, dshortcut, dw, dgamma, dbeta, None, None, None, None
 
 
@@ -144,50 +145,60 @@ def convolve(
     block_m, block_n, span, programs = _tiles(rows, filters, replicas)
     parts = torch.empty(replicas, programs, 2, filters, device=x.device)
     kernels.convolve[(programs, triton.cdiv(filters, block_n), replicas)](
-        x, weight, z, origin, parts, None, rows, span, programs, height, width, out_height,
-        out_width, CHANNELS=channels, FILTERS=filters, SIZE=size, STRIDE=stride, TRANSPOSED=False,
-        MOMENTS=True, ADD=False, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=_FACTORS,
+        x, weight, z, origin, parts, rows, span, programs, height, width, out_height, out_width,
+        CHANNELS=channels, FILTERS=filters, SIZE=size, STRIDE=stride, BLOCK_M=block_m,
+        BLOCK_N=block_n, BLOCK_K=_FACTORS,
     )  # fmt: skip
     return z, parts, span
 
 
-def input_gradient(
-    dz: Tensor, weight: Tensor, x: Tensor, stride: int, added: Tensor | None
-) -> Tensor:
-    """The gradient of the convolution's input, like `x`, plus `added`."""
+def gradients(
+    dz: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    stride: int,
+    added: Tensor | None,
+    of_input: bool,
+    of_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients, where asked for, of a convolution's input, plus `added`, and of its weight."""
     count, channels, height, width = x.shape
     filters, _, size, _ = weight.shape
-    dx, rows = torch.empty_like(x), count * height * width
-    block_m, block_n, span, programs = _tiles(rows, channels, 1)
-    kernels.convolve[(programs, triton.cdiv(channels, block_n), 1)](
-        dz, weight, dx, None, None, added, rows, span, programs, dz.shape[2], dz.shape[3], height,
-        width, CHANNELS=filters, FILTERS=channels, SIZE=size, STRIDE=stride, TRANSPOSED=True,
-        MOMENTS=False, ADD=added is not None, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_K=_FACTORS,
-    )  # fmt: skip
-    return dx
+    dx_rows, dw_rows = count * height * width, count * dz.shape[2] * dz.shape[3]
+    dx_m, dx_n, dx_span, dx_programs = _tiles(dx_rows, channels, 1)
+    columns = triton.cdiv(channels, dx_n)
+    factors, dw_m = size * size * channels, 128
+    dw_k = 64 if factors <= 192 else 128
+    chunks, blocks = triton.cdiv(factors, dw_k), triton.cdiv(dw_rows, dw_m)
+    dw_span = triton.cdiv(blocks, max(1, min(blocks, 128, _PARTS // chunks))) * dw_m
+    programs = triton.cdiv(dw_rows, dw_span)
+    dx = torch.empty_like(x) if of_input else None
+    parts = torch.empty(programs if of_weight else 0, weight.numel(), device=x.device)
+
+    def launch(of_input: bool, of_weight: bool) -> None:
+        kernels.conv_gradients[(of_input * dx_programs * columns + of_weight * programs * chunks,)](
+            dz, weight, dx, added, x, parts, height, width, dz.shape[2], dz.shape[3], dx_rows,
+            dx_span, dx_programs, columns, dw_rows, dw_span, chunks, CHANNELS=channels,
+            FILTERS=filters, PADDED_FILTERS=max(16, triton.next_power_of_2(filters)), SIZE=size,
+            STRIDE=stride, INPUT=of_input, WEIGHT=of_weight, ADD=added is not None, DX_M=dx_m,
+            DX_N=dx_n, DX_K=_FACTORS, DW_M=dw_m, DW_K=dw_k,
+            DW_STAGES=1 if dw_span == dw_m else 3,
+        )  # fmt: skip
+
+    if of_input and of_weight and dx_span > _TOGETHER * dx_m:
+        launch(True, False)
+        launch(False, True)
+    elif of_input or of_weight:
+        launch(of_input, of_weight)
+    return dx, _summed(parts, weight) if of_weight else None
 
 
-def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """The gradient of the convolution's weight, like `weight`."""
-    count, channels, height, width = x.shape
-    filters, _, size, _ = weight.shape
-    out_height, out_width = dz.shape[2:]
-    rows, factors = count * out_height * out_width, size * size * channels
-    block_m, block_k = 128, 64 if factors <= 192 else 128
-    chunks, blocks = triton.cdiv(factors, block_k), triton.cdiv(rows, block_m)
-    span = triton.cdiv(blocks, max(1, min(blocks, 128, _PARTS // chunks))) * block_m
-    programs = triton.cdiv(rows, span)
-    parts = torch.empty(programs, weight.numel(), device=x.device)
-    kernels.weight_gradient[(programs, chunks)](
-        dz, x, parts, rows, span, height, width, out_height, out_width, CHANNELS=channels,
-        FILTERS=filters, PADDED_FILTERS=max(16, triton.next_power_of_2(filters)), SIZE=size,
-        STRIDE=stride, BLOCK_M=block_m, BLOCK_K=block_k,
-    )  # fmt: skip
-    dw = torch.empty_like(weight)
+def _summed(parts: Tensor, weight: Tensor) -> Tensor:
+    """Float32 (P, ...) added up over P, like `weight`."""
+    programs, total = len(parts), torch.empty_like(weight)
     padded = triton.next_power_of_2(programs)
     block = max(16, _CELLS // padded)
     kernels.add_up[(triton.cdiv(weight.numel(), block),)](
-        parts, dw, programs, weight.numel(), PARTS=padded, BLOCK=block
+        parts, total, programs, weight.numel(), PARTS=padded, BLOCK=block
     )
-    return dw
+    return total

@@ -29,7 +29,52 @@ def _taps(
 
 @triton.jit
 def convolve(
-    x, weight, z, origin, parts, added, rows, span, programs, height, width, out_height, out_width,
+    x, weight, z, origin, parts, rows, span, programs, height, width, out_height, out_width,
+    CHANNELS: tl.constexpr, FILTERS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """z = conv(x), and mean and squared deviations of each program's rows of z."""
+    _convolution(
+        x, weight, z, origin, parts, None, tl.program_id(0), tl.program_id(1), tl.program_id(2),
+        rows, span, programs, height, width, out_height, out_width, CHANNELS, FILTERS, SIZE, STRIDE,
+        False, True, False, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def conv_gradients(
+    dz, weight, dx, added, x, parts, height, width, out_height, out_width,
+    dx_rows, dx_span, dx_programs, dx_columns, dw_rows, dw_span, dw_chunks,
+    CHANNELS: tl.constexpr, FILTERS: tl.constexpr, PADDED_FILTERS: tl.constexpr,
+    SIZE: tl.constexpr, STRIDE: tl.constexpr, INPUT: tl.constexpr, WEIGHT: tl.constexpr,
+    ADD: tl.constexpr, DX_M: tl.constexpr, DX_N: tl.constexpr, DX_K: tl.constexpr,
+    DW_M: tl.constexpr, DW_K: tl.constexpr, DW_STAGES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x, where INPUT, by the first programs, as the layer below waits for it; parts
+    of the weight's, where WEIGHT, by the others."""
+    program = tl.program_id(0)
+    if INPUT:
+        first = dx_programs * dx_columns
+        if program < first:
+            _convolution(
+                dz, weight, dx, None, None, added, program % dx_programs, program // dx_programs,
+                0, dx_rows, dx_span, dx_programs, out_height, out_width, height, width, FILTERS,
+                CHANNELS, SIZE, STRIDE, True, False, ADD, DX_M, DX_N, DX_K,
+            )  # fmt: skip
+        program -= first
+    if WEIGHT:  # noqa: SIM102 - told while compiling, which `and` is not
+        if program >= 0:
+            _weight_gradient(
+                dz, x, parts, program // dw_chunks, program % dw_chunks, dw_rows, dw_span, height,
+                width, out_height, out_width, CHANNELS, FILTERS, PADDED_FILTERS, SIZE, STRIDE,
+                DW_M, DW_K, DW_STAGES,
+            )  # fmt: skip
+
+
+@triton.jit
+def _convolution(
+    x, weight, z, origin, parts, added, program, column_block, replica, rows, span, programs,
+    height, width, out_height, out_width,
     CHANNELS: tl.constexpr, FILTERS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     TRANSPOSED: tl.constexpr, MOMENTS: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -38,8 +83,7 @@ def convolve(
 
     Factors of a result are numbered tap by tap, channel by channel, and taken BLOCK_K at a time.
     """
-    program, replica = tl.program_id(0), tl.program_id(2)
-    filter_ = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    filter_ = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     wanted = filter_ < FILTERS
     first, last = program * span, tl.minimum(program * span + span, rows)
     if MOMENTS:
@@ -85,20 +129,20 @@ def convolve(
 
 
 @triton.jit
-def weight_gradient(
-    dz, x, parts, rows, span, height, width, out_height, out_width,
+def _weight_gradient(
+    dz, x, parts, program, chunk, rows, span, height, width, out_height, out_width,
     CHANNELS: tl.constexpr, FILTERS: tl.constexpr, PADDED_FILTERS: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BLOCK_K factors of every filter over one program's pixels."""
-    program = tl.program_id(0)
     filter_ = tl.arange(0, PADDED_FILTERS)
-    factor = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    factor = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
     known, wanted = factor < SIZE * SIZE * CHANNELS, filter_ < FILTERS
     tap, channel = factor // CHANNELS, factor % CHANNELS
     first, last = program * span, tl.minimum(program * span + span, rows)
     total = tl.zeros((PADDED_FILTERS, BLOCK_K), tl.float32)
-    for start in range(first, last, BLOCK_M):
+    for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):
         place = start + tl.arange(0, BLOCK_M)
         there = place < last
         column, line = place % out_width, place // out_width % out_height

@@ -1,7 +1,9 @@
 """Dropout of features whose choices are a function of (seed, step, sample), as of every sample."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,10 +27,28 @@ class SampleDropout(nn.Module):
             return x
         if self.factors is None:
             return F.dropout(x, self.probability)
-        return x * self.factors
+        result: Tensor = _Scaled.apply(x, self.factors)
+        return result
 
     def extra_repr(self) -> str:
         return f"features={self.features}, p={self.probability}"
+
+
+class _Scaled(torch.autograd.Function):
+    """x times float32 factors, rounded once to x's type, as `nn.Dropout` leaves it.
+
+    A plain product is float32; its casts to and fro are two more kernels of a GPU's step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(factors)
+        return torch.mul(x, factors, out=torch.empty_like(x))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (factors,) = ctx.saved_tensors
+        return torch.mul(gradient, factors, out=torch.empty_like(gradient)), None
 
 
 def dropouts(model: nn.Module) -> list[SampleDropout]:

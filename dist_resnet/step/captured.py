@@ -38,9 +38,7 @@ class CapturedStep:
         self.state, self.rates = step.state, step.rates
         device = step.device
         self._position = torch.tensor([step.state.step], device=device)
-        self._rates = torch.tensor(step.rates, dtype=torch.float32, device=device)
-        weights = [step.ema_weight(number) for number in range(len(step.rates))]
-        self._ema_weights = torch.tensor(weights, dtype=torch.float32, device=device)
+        self._steps = _table(step).to(device)
         self._batch: Batch | None = None
         self._calls = 0
         self._run: Callable[[], None] | None = None
@@ -75,16 +73,16 @@ class CapturedStep:
 
     def _launch(self) -> None:
         assert self._batch is not None
-        key, lr, weight = map(self._now, (self._step.keys, self._rates, self._ema_weights))
-        self._step.advance(self._batch, key, lr, weight, self._turn())
+        key, turn, numbers = self._now()
+        lr, ema_weight = numbers.unbind()
+        self._step.advance(self._batch, key, lr, ema_weight, turn)
         self._position += 1
 
-    def _now(self, table: Tensor) -> Tensor:
-        """What a table of all steps holds for this one."""
-        return table.index_select(0, self._position).squeeze(0)
-
-    def _turn(self) -> Tensor | None:
-        return None if self._step.turns is None else self._now(self._step.turns)
+    def _now(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Of this step: key, turn, and learning rate and weight of the average, float32 (2,)."""
+        key, turn, numbers = self._steps.index_select(0, self._position).squeeze(0).split(1)
+        wanted = None if self._step.turns is None else turn.squeeze(0)
+        return key.squeeze(0), wanted, numbers.view(torch.float32)
 
     def _replay_checked(self) -> None:
         """One step by the graph, captured now if there is none, and by PyTorch's operations."""
@@ -95,7 +93,7 @@ class CapturedStep:
         batch, tensors = self._batch, [*self.state.tensors(), self._position]
         before = [tensor.clone() for tensor in tensors]
         with self._step.by_torch():
-            key, turn = self._now(self._step.keys), self._turn()
+            key, turn, _ = self._now()
             warm_up(lambda: self._step.average_over_replicas(batch, key, turn))
             expected = self.state.flat.exchange.clone()
         _restore(tensors, before)
@@ -178,6 +176,18 @@ def as_configured(step: TrainStep, report: Callable[[str], None]) -> TrainStep |
         report(f"train.step_mode=graph: no graph, steps run one by one: {reason}")
         return step
     return CapturedStep(step, report)
+
+
+def _table(step: TrainStep) -> Tensor:
+    """int64 (steps, 3): key, turn, and learning rate and weight of the average as 2 float32.
+
+    One table, since each look-up is a kernel of the graph.
+    """
+    weights = [step.ema_weight(number) for number in range(len(step.rates))]
+    numbers = torch.tensor([step.rates, weights], dtype=torch.float32).T.contiguous()
+    keys = step.keys.cpu()
+    turns = torch.zeros_like(keys) if step.turns is None else step.turns.cpu()
+    return torch.stack([keys, turns, numbers.view(torch.int64).squeeze(1)], dim=1)
 
 
 def _restore(tensors: Sequence[Tensor], contents: Sequence[Tensor]) -> None:

@@ -25,12 +25,12 @@ TYPES = {
     torch.int64: "i64", torch.uint8: "u8",
 }  # fmt: skip
 KERNELS = {
-    "convolve", "weight_gradient", "add_up", "moments", "normalise", "gradient_sums", "gradients",
+    "convolve", "conv_gradients", "add_up", "moments", "normalise", "gradient_sums", "gradients",
     "sum_rows", "_draw", "_augment", "_loss", "_update", "_account",
 }  # fmt: skip
 
 # Products of matrices, whose instructions are others in each generation.
-PRODUCTS = {"convolve", "weight_gradient"}
+PRODUCTS = {"convolve", "conv_gradients"}
 
 
 def _source(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:

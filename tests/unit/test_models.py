@@ -17,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from dist_resnet.config.builtins import MODELS
 from dist_resnet.config.schema import ModelConfig
 from dist_resnet.models.build import build_model
+from dist_resnet.models.dropout import SampleDropout
 from dist_resnet.models.norm_act import NormAct
 from dist_resnet.models.resnet import BLOCKS_PER_STAGE, Pad, ResNet, resnet
 
@@ -186,6 +187,20 @@ def test_dropout_scales_the_features_of_the_dense_layer() -> None:
     ordinary, alone = model(x), model.eval()(x)
     assert not torch.equal(ordinary, alone)
     assert torch.equal(alone, F.linear(features[0], model.head.weight, model.head.bias))
+
+
+def test_dropout_is_rounded_once_to_the_type_of_what_it_drops() -> None:
+    layer, factors = SampleDropout(7, 0.3), torch.tensor([0.0, 1 / 0.7]).repeat(4)[:7].expand(5, 7)
+    layer.factors = factors.contiguous()
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(5, 7, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        slopes = torch.randn(5, 7, generator=torch.Generator().manual_seed(2)).to(dtype)
+        found = layer(x)
+        found.backward(slopes)
+        assert found.dtype == dtype
+        assert x.grad is not None
+        assert torch.equal(found, (x.float() * factors).to(dtype))
+        assert torch.equal(x.grad, (slopes.float() * factors).to(dtype))
 
 
 def test_initial_weights_are_a_function_of_the_seed() -> None:
