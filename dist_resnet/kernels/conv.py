@@ -22,9 +22,6 @@ MAX_CHANNELS = 128
 _FACTORS = 64  # of a result that are multiplied at a time
 _PARTS = 264  # of a weight gradient, about: programs over pixels and factors
 _CELLS = 4096  # values that a program adds up
-# Tiles of a program up to which both gradients are one launch: alone neither fills a GPU then, as
-# at batch 32. With more work each has the registers and the shared memory of its own kernel.
-_TOGETHER = 1
 
 
 def accepts(conv: nn.Conv2d, x: Tensor, shortcut: Tensor | None, replicas: int) -> bool:
@@ -104,8 +101,7 @@ class _ConvNormAct(torch.autograd.Function):
         dz, dshortcut, dbeta, dgamma = norm_act.gradients(dy, z, y, gamma, beta, batch, ctx.relu)
         if dx_elsewhere is not None:
             dx_elsewhere = dx_elsewhere.contiguous(memory_format=torch.channels_last)
-        needed = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        dx, dw = gradients(dz, weight, x, ctx.stride, dx_elsewhere, *needed)
+        dx, dw = gradients(dz, weight, x, ctx.stride, dx_elsewhere, ctx.needs_input_grad[0])
         return dx, dshortcut, dw, dgamma, dbeta, None, None, None, None
 
 
@@ -153,15 +149,13 @@ def convolve(
 
 
 def gradients(
-    dz: Tensor,
-    weight: Tensor,
-    x: Tensor,
-    stride: int,
-    added: Tensor | None,
-    of_input: bool,
-    of_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients, where asked for, of a convolution's input, plus `added`, and of its weight."""
+    dz: Tensor, weight: Tensor, x: Tensor, stride: int, added: Tensor | None, of_input: bool
+) -> tuple[Tensor | None, Tensor]:
+    """The gradients of a convolution's input, plus `added`, if wanted, and of its weight.
+
+    By one launch where each has few programs with little to do, which do not fill a GPU, as at
+    batch 32. Otherwise one would hold the registers and the shared memory of the other's kernel.
+    """
     count, channels, height, width = x.shape
     filters, _, size, _ = weight.shape
     dx_rows, dw_rows = count * height * width, count * dz.shape[2] * dz.shape[3]
@@ -173,24 +167,22 @@ def gradients(
     dw_span = triton.cdiv(blocks, max(1, min(blocks, 128, _PARTS // chunks))) * dw_m
     programs = triton.cdiv(dw_rows, dw_span)
     dx = torch.empty_like(x) if of_input else None
-    parts = torch.empty(programs if of_weight else 0, weight.numel(), device=x.device)
-
-    def launch(of_input: bool, of_weight: bool) -> None:
-        kernels.conv_gradients[(of_input * dx_programs * columns + of_weight * programs * chunks,)](
-            dz, weight, dx, added, x, parts, height, width, dz.shape[2], dz.shape[3], dx_rows,
-            dx_span, dx_programs, columns, dw_rows, dw_span, chunks, CHANNELS=channels,
-            FILTERS=filters, PADDED_FILTERS=max(16, triton.next_power_of_2(filters)), SIZE=size,
-            STRIDE=stride, INPUT=of_input, WEIGHT=of_weight, ADD=added is not None, DX_M=dx_m,
-            DX_N=dx_n, DX_K=_FACTORS, DW_M=dw_m, DW_K=dw_k,
-            DW_STAGES=1 if dw_span == dw_m else 3,
+    parts = torch.empty(programs, weight.numel(), device=x.device)
+    together = dx_span == dx_m and (dw_span == dw_m or filters <= 32)
+    launches = [(of_input, True)] if together or not of_input else [(True, False), (False, True)]
+    for with_input, with_weight in launches:
+        grid = dx_programs * columns if with_input else 0
+        grid += programs * chunks if with_weight else 0
+        add = with_input and added is not None
+        kernels.conv_gradients[(grid,)](
+            dz, weight, dx, added if add else None, x, parts, height, width, dz.shape[2],
+            dz.shape[3], dx_rows, dx_span, dx_programs, columns, dw_rows, dw_span, chunks,
+            CHANNELS=channels, FILTERS=filters, SIZE=size, STRIDE=stride,
+            PADDED_FILTERS=max(16, triton.next_power_of_2(filters)), INPUT=with_input,
+            WEIGHT=with_weight, ADD=add, DX_M=dx_m, DX_N=dx_n, DX_K=_FACTORS, DW_M=dw_m,
+            DW_K=dw_k, DW_STAGES=1 if dw_span == dw_m else 3,  # one tile: nothing to fetch ahead
         )  # fmt: skip
-
-    if of_input and of_weight and dx_span > _TOGETHER * dx_m:
-        launch(True, False)
-        launch(False, True)
-    elif of_input or of_weight:
-        launch(of_input, of_weight)
-    return dx, _summed(parts, weight) if of_weight else None
+    return dx, _summed(parts, weight)
 
 
 def _summed(parts: Tensor, weight: Tensor) -> Tensor:

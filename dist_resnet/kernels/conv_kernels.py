@@ -53,21 +53,21 @@ def conv_gradients(
     """The gradient of x, where INPUT, by the first programs, as the layer below waits for it; parts
     of the weight's, where WEIGHT, by the others."""
     program = tl.program_id(0)
-    if INPUT:
-        first = dx_programs * dx_columns
+    first = dx_programs * dx_columns if INPUT else 0  # of the weight's
+    if INPUT:  # noqa: SIM102 - told while compiling, which `and` is not
         if program < first:
             _convolution(
                 dz, weight, dx, None, None, added, program % dx_programs, program // dx_programs,
                 0, dx_rows, dx_span, dx_programs, out_height, out_width, height, width, FILTERS,
                 CHANNELS, SIZE, STRIDE, True, False, ADD, DX_M, DX_N, DX_K,
             )  # fmt: skip
-        program -= first
-    if WEIGHT:  # noqa: SIM102 - told while compiling, which `and` is not
-        if program >= 0:
+    if WEIGHT:  # noqa: SIM102
+        if program >= first:
+            own = program - first
             _weight_gradient(
-                dz, x, parts, program // dw_chunks, program % dw_chunks, dw_rows, dw_span, height,
-                width, out_height, out_width, CHANNELS, FILTERS, PADDED_FILTERS, SIZE, STRIDE,
-                DW_M, DW_K, DW_STAGES,
+                dz, x, parts, own // dw_chunks, own % dw_chunks, dw_rows, dw_span, height, width,
+                out_height, out_width, CHANNELS, FILTERS, PADDED_FILTERS, SIZE, STRIDE, DW_M, DW_K,
+                DW_STAGES,
             )  # fmt: skip
 
 

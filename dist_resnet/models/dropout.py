@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -27,6 +28,8 @@ class SampleDropout(nn.Module):
             return x
         if self.factors is None:
             return F.dropout(x, self.probability)
+        if torch.compiler.is_compiling():  # which makes one kernel of it
+            return (x * self.factors).to(x.dtype)
         result: Tensor = _Scaled.apply(x, self.factors)
         return result
 
@@ -46,6 +49,7 @@ class _Scaled(torch.autograd.Function):
         return torch.mul(x, factors, out=torch.empty_like(x))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (factors,) = ctx.saved_tensors
         return torch.mul(gradient, factors, out=torch.empty_like(gradient)), None

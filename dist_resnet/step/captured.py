@@ -38,7 +38,7 @@ class CapturedStep:
         self.state, self.rates = step.state, step.rates
         device = step.device
         self._position = torch.tensor([step.state.step], device=device)
-        self._steps = _table(step).to(device)
+        self._steps = _table(step)
         self._batch: Batch | None = None
         self._calls = 0
         self._run: Callable[[], None] | None = None
@@ -73,16 +73,16 @@ class CapturedStep:
 
     def _launch(self) -> None:
         assert self._batch is not None
-        key, turn, numbers = self._now()
-        lr, ema_weight = numbers.unbind()
+        key, turn, lr, ema_weight = self._now()
         self._step.advance(self._batch, key, lr, ema_weight, turn)
         self._position += 1
 
-    def _now(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Of this step: key, turn, and learning rate and weight of the average, float32 (2,)."""
-        key, turn, numbers = self._steps.index_select(0, self._position).squeeze(0).split(1)
-        wanted = None if self._step.turns is None else turn.squeeze(0)
-        return key.squeeze(0), wanted, numbers.view(torch.float32)
+    def _now(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Key, turn, learning rate and weight of the average of this step."""
+        row = self._steps.index_select(0, self._position)[0]
+        key, turn = row[:2].unbind()
+        lr, ema_weight = row[2:].view(torch.float32).unbind()
+        return key, None if self._step.turns is None else turn, lr, ema_weight
 
     def _replay_checked(self) -> None:
         """One step by the graph, captured now if there is none, and by PyTorch's operations."""
@@ -93,7 +93,7 @@ class CapturedStep:
         batch, tensors = self._batch, [*self.state.tensors(), self._position]
         before = [tensor.clone() for tensor in tensors]
         with self._step.by_torch():
-            key, turn, _ = self._now()
+            key, turn, *_ = self._now()
             warm_up(lambda: self._step.average_over_replicas(batch, key, turn))
             expected = self.state.flat.exchange.clone()
         _restore(tensors, before)
@@ -183,11 +183,11 @@ def _table(step: TrainStep) -> Tensor:
 
     One table, since each look-up is a kernel of the graph.
     """
-    weights = [step.ema_weight(number) for number in range(len(step.rates))]
-    numbers = torch.tensor([step.rates, weights], dtype=torch.float32).T.contiguous()
-    keys = step.keys.cpu()
-    turns = torch.zeros_like(keys) if step.turns is None else step.turns.cpu()
-    return torch.stack([keys, turns, numbers.view(torch.int64).squeeze(1)], dim=1)
+    weights = map(step.ema_weight, range(len(step.rates)))
+    pairs = [*zip(step.rates, weights, strict=True)]
+    numbers = torch.tensor(pairs, dtype=torch.float32, device=step.device)
+    turns = torch.zeros_like(step.keys) if step.turns is None else step.turns
+    return torch.stack([step.keys, turns, numbers.view(torch.int64)[:, 0]], dim=1)
 
 
 def _restore(tensors: Sequence[Tensor], contents: Sequence[Tensor]) -> None:

@@ -135,6 +135,34 @@ def test_norm_act(dtype: torch.dtype, channels: int, add: bool, replicas: int) -
         assert distance < limit
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("count", "channels", "filters", "side", "stride"),
+    [
+        (32, 3, 16, 32, 1), (32, 16, 16, 32, 1), (32, 16, 32, 32, 2), (32, 64, 64, 8, 1),
+        (256, 64, 64, 8, 1), (1024, 16, 16, 32, 1), (32, 128, 128, 8, 1),
+    ],
+)  # fmt: skip
+def test_gradients_of_a_convolution(
+    dtype: torch.dtype, count: int, channels: int, filters: int, side: int, stride: int
+) -> None:
+    """One launch and two, one tile a program and several, against torch in float32."""
+    from dist_resnet.kernels import conv
+
+    torch.manual_seed(0)
+    shapes = (count, channels, side, side), (count, filters, side // stride, side // stride)
+    tensors = [torch.randn(s, device="cuda") for s in (*shapes, (filters, channels, 3, 3))]
+    x, dz, weight = (t.to(dtype).to(memory_format=torch.channels_last) for t in tensors)
+    added = torch.randn_like(x)
+    found = conv.gradients(dz, weight, x, stride, added, True)
+    leaves = [t.float().requires_grad_() for t in (x, weight)]
+    y = torch.nn.functional.conv2d(*leaves, stride=stride, padding=1)
+    dx, dw = torch.autograd.grad(y, leaves, dz.float())
+    for one, other in zip(found, (dx + added.float(), dw), strict=True):
+        assert one is not None
+        assert (one.float() - other).norm() / other.norm() < 6e-3
+
+
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_choices_and_images_are_the_cpus(replicas: int) -> None:
     step = _step("augment.cutout=5", replicas=replicas)

@@ -180,34 +180,38 @@ def test_conv_norm_act(
     _compare(run)
 
 
-@pytest.mark.parametrize("frozen", ["", "input", "weight"])
-def test_gradients_one_by_one(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is more to do each has its launch; what nobody needs has none."""
-    monkeypatch.setattr(conv, "_TOGETHER", 0)
-    launched: list[tuple[bool, bool]] = []
+@pytest.mark.parametrize(
+    ("programs", "frozen", "wanted"),
+    [(256, False, [(True, True)]), (2, False, [(True, False), (False, True)]),
+     (2, True, [(False, True)])],
+)  # fmt: skip
+def test_gradients_of_several_tiles_a_program(
+    programs: int, frozen: bool, wanted: list[tuple[bool, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few programs, so that each has a loop to go round; one launch, or one a gradient."""
+    monkeypatch.setattr(conv, "_PARTS", 1)
+    monkeypatch.setattr(norm_act, "_PROGRAMS", programs)
+    launched: list[tuple[object, object]] = []
     kernel = conv.kernels.conv_gradients
 
     class Noted:
         def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
             def launch(*arguments: object, **options: object) -> None:
-                launched.append((bool(options["INPUT"]), bool(options["WEIGHT"])))
+                launched.append((options["INPUT"], options["WEIGHT"]))
                 kernel[grid](*arguments, **options)
 
             return launch
 
     monkeypatch.setattr(conv.kernels, "conv_gradients", Noted())
-    layer, norm = nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False), _norm(24)
+    layer, norm = nn.Conv2d(16, 24, 3, padding=1, bias=False), _norm(24)
     layer = layer.to(memory_format=torch.channels_last)
-    layer.weight.requires_grad_(frozen != "weight")
-    x, slopes = _image(2, 16, 6, 6).requires_grad_(frozen != "input"), _image(2, 24, 3, 3)
-    wanted = [t for t in (x, layer.weight) if t.requires_grad]
-    expected = torch.autograd.grad(norm(layer(x)), wanted, slopes)
-    found = torch.autograd.grad(
-        conv.conv_norm_act(layer, norm, x, None, False, 1)[0], wanted, slopes
-    )
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    each = {"": [(True, False), (False, True)], "input": [(False, True)]}
-    assert launched == each.get(frozen, [(True, False)])
+    x, slopes = _image(3, 16, 13, 13).requires_grad_(not frozen), _image(3, 24, 13, 13)
+    leaves = [t for t in (x, layer.weight) if t.requires_grad]
+    expected = torch.autograd.grad(norm(layer(x)), leaves, slopes)
+    y, _ = conv.conv_norm_act(layer, norm, x, None, False, 1)
+    found = torch.autograd.grad(y, leaves, slopes)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert launched == wanted
 
 
 def test_conv_norm_act_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:

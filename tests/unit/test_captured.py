@@ -80,6 +80,13 @@ def test_it_follows_the_same_trajectory(
         assert _equal(plain.state, graphed.state), number
 
 
+def test_a_training_of_one_step() -> None:
+    plain, one = (train_step(small_config(), 1, steps=1) for _ in range(2))
+    plain(batch_of(0, 1))
+    CapturedStep(one, pytest.fail)(batch_of(0, 1))
+    assert _equal(plain.state, one.state)
+
+
 @pytest.mark.parametrize(("net", "replicas"), [("Counting", 1), ("Averaging", 2), ("Unused", 1)])
 def test_other_nets_draw_and_count_as_without_a_graph(
     monkeypatch: pytest.MonkeyPatch, net: str, replicas: int

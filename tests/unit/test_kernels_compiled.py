@@ -83,7 +83,8 @@ def _launch_all(half: torch.dtype, widest: int) -> None:
 
     _layer(half, 32, 3, 16, 32, 1, 1, False)
     _layer(half, 32, 16, 32, 32, 2, 1, False)
-    _layer(half, 1024, widest, widest, 8, 1, 8, True)
+    for count, replicas in ((32, 1), (256, 8), (1024, 8)):
+        _layer(half, count, widest, widest, 8, 1, replicas, True)
     x = _image(torch.float32, 256, 1024, 8, 8)
     norm = nn.BatchNorm2d(1024, device=META)
     norm_act.norm_act(norm, x, _image(torch.float32, 256, 1024, 8, 8), True, 1).sum().backward()
