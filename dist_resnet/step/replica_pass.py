@@ -161,7 +161,7 @@ class KernelPass(ReplicaPass):
         found, gradient = loss_and_gradient(
             logits.detach(), labels, mixup, self.smoothing, scale, self.replicas, self.weights
         )
-        row = found.sum(dim=0) if self.replicas > 1 else found[0]
+        row = found.sum(dim=0) if self.replicas > 1 else found[0]  # a sum is a launch
         if len(MEASURES) > 1:  # no launch more for top-1 alone
             row = torch.stack([row[0], *_measured(self._parts(logits, labels, choices))])
         return Objective(logits, gradient, row)

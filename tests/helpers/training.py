@@ -20,7 +20,9 @@ from dist_resnet.step.train_step import TrainStep
 
 CPU = torch.device("cpu")
 CLASSES, SIDE, BATCH = 5, 16, 8
-CROSSED = 1e-5  # from 0: within what rounding moves a value in front of a ReLU
+# From 0, in front of a ReLU: within what rounding moves a value. Those seen to cross were 2e-7 to
+# 5e-7 away; the nearest value of a step is 5e-6 away, by the median.
+CROSSED = 1e-6
 STATISTICS = Normalisation.of((120.0, 127.0, 133.0), (70.0, 74.0, 71.0), SIDE, CPU)
 SMALL = (
     "model.widths=[8,8,16]", f"data.batch_size_per_replica={BATCH}", "precision.dtype=fp32",
@@ -213,7 +215,7 @@ def assert_same_step(state: TrainState, plain: PlainLoop) -> None:
         if plain.nearest > CROSSED or plain.crossed > 2:
             raise
         for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor, rtol=0.01, atol=0.01)
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-3)
         take_momentum(plain.optimizer, plain.model, state)
     plain.model.load_state_dict(found)
 

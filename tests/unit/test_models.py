@@ -189,7 +189,11 @@ def test_dropout_scales_the_features_of_the_dense_layer() -> None:
     assert torch.equal(alone, F.linear(features[0], model.head.weight, model.head.bias))
 
 
-def test_dropout_is_rounded_once_to_the_type_of_what_it_drops() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_dropout_is_rounded_once_to_the_type_of_what_it_drops(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
     layer, factors = SampleDropout(7, 0.3), torch.tensor([0.0, 1 / 0.7]).repeat(4)[:7].expand(5, 7)
     layer.factors = factors.contiguous()
     for dtype in (torch.float32, torch.bfloat16):
