@@ -54,9 +54,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group("machine" if alone else "beside"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Sums in one order, and no fight for the cores between tests that spawn ranks."""
+def pytest_runtest_setup() -> None:
+    """Before every test and its fixtures: sums in one order, whatever number a test before has set.
+
+    And no fight for the cores between tests that spawn ranks.
+    """
     torch.set_num_threads(1)
 
 
@@ -125,14 +127,6 @@ def _cifar10_place() -> Path:
 def rng() -> np.random.Generator:
     """NumPy's generator, the same in every run."""
     return np.random.default_rng(20240607)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """For a test that changes torch's number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

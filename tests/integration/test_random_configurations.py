@@ -152,7 +152,6 @@ def test_print_config_says_what_a_run_of_three_steps_does(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    threads: None,
 ) -> None:
     # Handlers would stay with this process.
     monkeypatch.setattr("dist_resnet.base.signals.install", lambda: None)

@@ -111,6 +111,15 @@ def test_nothing_of_this_machine_leaves_it(trained: Trained) -> None:
     assert len(host) < 4 or not any(host in data for data in sent)
 
 
+def test_no_pictures_where_none_are_wanted(tiny: Dataset, tmp_path: Path) -> None:
+    pairs = "wandb.mode=offline", "wandb.media_every_epochs=0"
+    outcome = _train(tiny, tmp_path, "plain", *pairs, ranks=1)
+    assert outcome.code == 0, outcome.output
+    (files,) = (tmp_path / "plain" / "wandb").glob("offline-run-*")
+    assert "val/top1" in (logged := _logged(read_run(files)))
+    assert logged.isdisjoint(PICTURES)
+
+
 def test_pictures_at_their_cadence(trained: Trained) -> None:
     rows = trained.record.history
     shown = {key: [row[key] for row in rows if key in row] for key in PICTURES}

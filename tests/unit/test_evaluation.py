@@ -284,7 +284,7 @@ def _mistakes_on_ranks(world: World) -> list[tuple[Any, ...]]:
 
 
 def test_the_same_mistakes_on_any_number_of_ranks() -> None:
-    (alone,) = run_ranks(1, _mistakes_on_ranks)  # a process as new as the others
+    alone = _mistakes_on_ranks(ALONE)
     assert run_ranks(2, _mistakes_on_ranks) == [alone, alone]
 
 
@@ -300,7 +300,7 @@ def _on_ranks(world: World) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_same_figures_on_any_number_of_ranks(ranks: int) -> None:
-    (alone,) = run_ranks(1, _on_ranks)  # a process as new as the others
+    alone = _on_ranks(ALONE)
     for result in run_ranks(ranks, _on_ranks):
         for one, other in zip(alone, result, strict=True):
             assert one == other  # the loss too, to its last bit

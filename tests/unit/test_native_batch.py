@@ -159,7 +159,6 @@ def test_every_weight_of_mixup(lam: float) -> None:
     assert torch.equal(found, Augmenter(config, statistics).by_torch(images, choices))
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("count", [1, 2, 32])
 def test_the_bits_do_not_depend_on_the_number_of_threads(count: int) -> None:
     config = EVERYTHING

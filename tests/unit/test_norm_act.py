@@ -113,7 +113,6 @@ def test_layout_of_the_arguments_plays_no_part() -> None:
     assert torch.equal(a[1], b[1])
 
 
-@pytest.mark.usefixtures("threads")
 def test_the_bits_do_not_depend_on_the_number_of_threads() -> None:
     results = []
     for count in (1, 2, 3):

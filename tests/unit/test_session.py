@@ -96,7 +96,6 @@ def _session(dataset: Dataset, *pairs: str, device: torch.device = CPU) -> Sessi
     return open_session(load_config([*place, *pairs]), replace(world(1), device=device))
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
 @pytest.mark.parametrize(
     ("pairs", "calls"),
@@ -128,7 +127,6 @@ def test_a_gpu_is_told_how_to_compute(
     assert opened.precision_reason.endswith(", set up") == (kind == "cuda")
 
 
-@pytest.mark.usefixtures("threads")
 def test_balanced_class_weights_are_scikit_learns_of_what_is_trained_on(tiny: Dataset) -> None:
     from sklearn.utils.class_weight import compute_class_weight
 
@@ -145,7 +143,6 @@ def test_balanced_class_weights_are_scikit_learns_of_what_is_trained_on(tiny: Da
     assert given.tolist() == [1, 2, 3, 0.5, 1]
 
 
-@pytest.mark.usefixtures("threads")
 def test_class_weights_that_do_not_fit_are_refused(tiny: Dataset) -> None:
     few = _session(tiny, "optim.class_weights=[1,2]")
     with pytest.raises(UserError, match=r"2 numbers; .* has 5 classes: class0, class1"):
@@ -155,7 +152,6 @@ def test_class_weights_that_do_not_fit_are_refused(tiny: Dataset) -> None:
         none.class_weights()
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(
     ("given", "mean", "std"),
     [
@@ -174,7 +170,6 @@ def test_normalisation_is_torchvisions(
     torch.testing.assert_close(normalise(images, statistics), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("threads")
 def test_the_dataset_s_own_normalisation_is_as_it_was(tiny: Dataset) -> None:
     assert _session(tiny).channel_scale == (tiny.mean, tiny.std)
 
