@@ -21,6 +21,8 @@ from dist_resnet.step.train_step import TrainStep
 from tests.helpers.ranks import RankFailed, run_ranks
 from tests.helpers.training import (
     CLASSES,
+    CROSSED,
+    PlainLoop,
     batch_of,
     forward,
     part_of,
@@ -44,9 +46,23 @@ def _ours(
     return step
 
 
-def _first_steps(world: World, *pairs: str, replicas: int = RANKS) -> list[dict[str, Any]]:
-    """One step from the same weights with each of three batches."""
-    steps = (_ours(world, *pairs, replicas=replicas, batches=[number]) for number in range(3))
+def _clear_batches(replicas: int) -> list[int]:
+    """Three in whose first step no value is so near a ReLU's 0 that rounding may move it across."""
+    found: list[int] = []
+    for number in range(100):
+        plain = PlainLoop(small_config())
+        plain.step(0, batch_of(number, replicas))
+        found += [number] if plain.nearest > CROSSED else []
+        if len(found) == 3:
+            return found
+    raise AssertionError("no such batches")
+
+
+def _first_steps(
+    world: World, batches: list[int], *pairs: str, replicas: int = RANKS
+) -> list[dict[str, Any]]:
+    """One step from the same weights with each batch."""
+    steps = (_ours(world, *pairs, replicas=replicas, batches=[number]) for number in batches)
     return [vars(step.state.snapshot()) for step in steps]
 
 
@@ -106,7 +122,7 @@ def _is_missing(*arguments: Any) -> None:
     raise OSError("not here")
 
 
-def _everything(world: World) -> dict[str, Any]:
+def _everything(world: World, clear: dict[int, list[int]]) -> dict[str, Any]:
     """All that is asked of two ranks, in one start of them."""
     results: dict[str, Any] = {}
     for reduction in ("fast", "exact"):
@@ -126,9 +142,11 @@ def _everything(world: World) -> dict[str, Any]:
             results[f"without {missing}"] = vars(step.state.snapshot())
             results[f"without {missing} collectives"] = _collectives(world, step)
     results["four"] = vars(_ours(world, "parallel.reduction=exact", replicas=4).state.snapshot())
-    results["2, first steps"] = _first_steps(world)
-    results["4, first steps"] = _first_steps(world, replicas=4)
-    results["4 exact, first steps"] = _first_steps(world, "parallel.reduction=exact", replicas=4)
+    results["2, first steps"] = _first_steps(world, clear[2])
+    results["4, first steps"] = _first_steps(world, clear[4], replicas=4)
+    results["4 exact, first steps"] = _first_steps(
+        world, clear[4], "parallel.reduction=exact", replicas=4
+    )
     results["beside ddp"] = {kind: _beside_ddp(world, kind) for kind in ("fast", "exact")}
     return results
 
@@ -153,8 +171,13 @@ def compiled() -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks() -> list[dict[str, Any]]:
-    return run_ranks(RANKS, _everything)
+def clear() -> dict[int, list[int]]:
+    return {replicas: _clear_batches(replicas) for replicas in (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def ranks(clear: dict[int, list[int]]) -> list[dict[str, Any]]:
+    return run_ranks(RANKS, _everything, clear)
 
 
 def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -180,13 +203,9 @@ def _assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
 def _assert_same_but_for_rounding(
     found: list[dict[str, Any]], expected: list[dict[str, Any]]
 ) -> None:
-    """Of three steps, one may have crossed a ReLU: images side by side are rounded otherwise."""
-    pairs = list(zip(found, expected, strict=True))
-    weights = sorted(_distance(one["model"], other["model"]) for one, other in pairs)
-    momenta = sorted(_distance(_momentum(one), _momentum(other)) for one, other in pairs)
-    assert weights[1] <= 1e-6
-    assert weights[2] <= 1e-3
-    assert momenta[1] <= 1e-5
+    for one, other in zip(found, expected, strict=True):
+        assert _distance(one["model"], other["model"]) <= 1e-6
+        assert _distance(_momentum(one), _momentum(other)) <= 1e-5
 
 
 @pytest.mark.parametrize("reduction", ["fast", "exact"])
@@ -255,10 +274,10 @@ def test_exact_is_bit_for_bit_that_of_one_rank(
 
 @pytest.mark.parametrize("replicas", [2, 4])
 def test_fast_on_one_rank_differs_by_rounding_only(
-    ranks: list[dict[str, Any]], replicas: int
+    ranks: list[dict[str, Any]], clear: dict[int, list[int]], replicas: int
 ) -> None:
     alone = World(0, 1, 0, 1, torch.device("cpu"))
-    found = _first_steps(alone, replicas=replicas)
+    found = _first_steps(alone, clear[replicas], replicas=replicas)
     _assert_same_but_for_rounding(found, ranks[0][f"{replicas}, first steps"])
 
 
