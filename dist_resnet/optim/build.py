@@ -115,7 +115,7 @@ def build_optimizer(flat: FlatModel, config: Config, scaled: bool = False) -> Ru
     if scaled and not getattr(optimizer, "_step_supports_amp_scaling", False):
         raise UserError(
             f"precision.dtype=fp16: {KEY}={name} cannot skip a step whose gradients overflowed; "
-            "use bf16"
+            "use bf16, or fp32 where the GPU has no bf16"
         )
     built = RunOptimizer(name, optimizer, flat, optim.lr, not plugin or "capturable" in args)
     if optim.weight_decay and not decays:

@@ -1,5 +1,6 @@
 """Which folder a run lives in, and which checkpoint it finds there."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -123,6 +124,29 @@ def other_rounding(saved: Checkpoint, machine: dict[str, Any], step_mode: str) -
         "continued where sums may round otherwise: from here on not bit for bit the undisturbed run"
         f" ({'; '.join(found)})"
     )
+
+
+def check_same_machines(kinds: Sequence[dict[str, Any]], reduction: str) -> str:
+    """A line where processes of one run are on different kinds of machine; else empty.
+
+    Each updates its own weights: these part, bit by bit, where the arithmetic is not the same.
+
+    Args:
+        kinds: `environment.machine` of every process, the first one's first.
+        reduction: parallel.reduction.
+
+    Raises:
+        UserError: with `exact`, which promises the bits of one process.
+    """
+    for kind in kinds:
+        found = differences(kinds[0], kind | {"threads_per_rank": kinds[0]["threads_per_rank"]})
+        if not found:
+            continue
+        where = f"the processes are on different kinds of machine ({'; '.join(found)})"
+        if reduction == "exact":
+            raise UserError(f"parallel.reduction=exact: {where}; use machines of one kind, or fast")
+        return f"{where}: their weights may part in the last bits; those of the first are saved"
+    return ""
 
 
 def check_same_configuration(ours: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dist_resnet.base.errors import is_of_gpu_memory
 from dist_resnet.data.stream import Batch
 from dist_resnet.distributed.group import gather_objects
 from dist_resnet.step.cuda_graph import capture, free, warm_up
@@ -90,19 +91,17 @@ class CapturedStep:
             return
         assert self._graph is not None
         assert self._batch is not None
-        batch, tensors = self._batch, [*self.state.tensors(), self._position]
+        tensors = [*self.state.tensors(), self._position]
         before = [tensor.clone() for tensor in tensors]
-        with self._step.by_torch():
-            key, turn, *_ = self._now()
-            warm_up(lambda: self._step.average_over_replicas(batch, key, turn))
-            expected = self.state.flat.exchange.clone()
+        expected = self._by_torch()
         _restore(tensors, before)
         self._step.set_generators(0)
         self._graph.replay()
-        wrong = self._differs(expected)
+        wrong = self._differs(expected) if expected is not None else None
         if not any(gather_objects(wrong is not None)):
-            if self._calls == WARM_UP_STEPS + CHECKED_STEPS:
+            if expected is None or self._calls == WARM_UP_STEPS + CHECKED_STEPS:
                 self._run = self._graph.replay
+                torch.cuda.empty_cache()  # PyTorch's operations come no more
             return
         _restore(tensors, before)
         self.close()
@@ -113,6 +112,35 @@ class CapturedStep:
         self._run = self._launch_by_torch
         self._run()
 
+    def _by_torch(self) -> Tensor | None:
+        """The means of this step as PyTorch's operations find them.
+
+        None on all ranks where one has no memory for them beside the graph, which keeps its own.
+        """
+        step, scaling, batch = self._step, self.state.loss_scale, self._batch
+        assert batch is not None
+        key, turn, *_ = self._now()
+        short = False
+        with step.by_torch():
+            try:
+                warm_up(lambda: step.sum_over_local(batch, key, turn))
+            except RuntimeError as error:
+                if not is_of_gpu_memory(error):
+                    raise
+                short = True
+            if any(gather_objects(short)):
+                step.forget()
+                self._report(
+                    "train.step_mode=graph: not compared with PyTorch's operations, for which"
+                    " there is no memory beside it"
+                )
+                return None
+            warm_up(step.finish_average)
+        expected = self.state.flat.exchange.clone()
+        if scaling is not None:
+            expected[: self.state.flat.gradients.numel()] /= scaling.scale
+        return expected
+
     def _launch_by_torch(self) -> None:
         with self._step.by_torch():
             self._launch()
@@ -120,10 +148,10 @@ class CapturedStep:
     def _differs(self, expected: Tensor) -> str | None:
         """What of the last step's means is not what PyTorch found. Waits for the device."""
         flat, limit = self.state.flat, _LIMITS[self._step.precision]
-        size, scaling = flat.gradients.numel(), self.state.loss_scale
+        size = flat.gradients.numel()
         end = size + flat.statistics.numel()
-        if scaling is not None:
-            expected[:size] /= scaling.scale  # which has not moved, unless there was an overflow
+        if self.state.loss_scale is not None and not bool(flat.gradients.isfinite().all()):
+            return None  # an overflow, which need not be one of PyTorch's: a skipped step
         norm = torch.linalg.vector_norm(expected[:size])
         clip(expected[:size], norm, self._step.config.optim.clip_norm)
         parts = {

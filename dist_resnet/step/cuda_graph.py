@@ -11,9 +11,11 @@ def warm_up(action: Callable[[], object]) -> None:
     """Run `action` on the stream that is captured later: autograd remembers where it was used."""
     current, side = torch.cuda.current_stream(), side_stream(torch.cuda.current_device())
     side.wait_stream(current)
-    with torch.cuda.stream(side):
-        action()
-    current.wait_stream(side)
+    try:
+        with torch.cuda.stream(side):
+            action()
+    finally:
+        current.wait_stream(side)
 
 
 @cache

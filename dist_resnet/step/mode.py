@@ -70,15 +70,18 @@ def told_of_net(state: TrainState, local: int) -> list[str]:
     return lines
 
 
-def forward_function(mode: str, model: nn.Module, replicas: int = 1) -> Callable[[Tensor], Tensor]:
+def forward_function(
+    mode: str, model: nn.Module, replicas: int = 1, channels_last: bool = True
+) -> Callable[[Tensor], Tensor]:
     """The model's forward pass in training, as `mode` (not auto) wants it.
 
     Args:
         replicas: whose images a batch holds side by side.
+        channels_last: the order that our kernels are made for.
     """
     ours = [module for module in model.modules() if isinstance(module, NormAct)]
     for module in ours:
-        module.fused = mode in ("fused", "graph")
+        module.fused = mode in ("fused", "graph") and channels_last
         module.replicas = replicas
     if mode == "compile":
         # Ours are one graph; others' nets may have code that must stay Python.
@@ -92,7 +95,7 @@ def _lacking(config: Config, device: torch.device) -> str:
     if not config.precision.channels_last:
         return "needs precision.channels_last=true"
     if device.type != "cpu":
-        return "" if support.usable(device) else "Triton is missing"
+        return support.lacking(device)
     try:
         load("norm_act")
     except UserError as error:

@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +34,12 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
         raise UserError("precision.dtype=fp16: only on GPUs; use bf16, fp32 or auto on a CPU")
     if wanted == "auto":
         wanted = "bf16" if has_bf16 else "fp16" if has_fp16 else "fp32"
+    if wanted == "bf16" and device.type == "cuda" and not has_bf16:
+        # Neither cuDNN's convolutions nor Triton's compiler have it there.
+        raise UserError(
+            "precision.dtype=bf16: this GPU has none (compute capability "
+            f"{'.'.join(map(str, capability))}, it needs 8.0); use fp16 or fp32"
+        )
     if wanted == "bf16":
         return wanted, f"bf16 ({place} {'computes in it' if has_bf16 else 'emulates it: slow'})"
     return wanted, wanted if has_bf16 else f"{wanted} ({place} has no bf16 arithmetic)"
@@ -45,8 +53,10 @@ def _cpu_has_bf16() -> bool:
 
 
 def make_deterministic() -> None:
-    """Forbid CUDA kernels whose results vary from call to call; before the first CUDA call."""
+    """Forbid CUDA kernels whose results vary from call to call; before CUDA and NCCL start."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Sums within the switch, in an order of its own (https://github.com/NVIDIA/nccl/issues/1497).
+    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
     torch.use_deterministic_algorithms(True)
     # It would also fill every new tensor: launches for values that nothing here reads.
     options: Any = torch.utils.deterministic
@@ -67,4 +77,17 @@ def set_up_cuda(repeatable: bool) -> str:
     torch.backends.cuda.matmul.allow_tf32 = False
     # A batch always has the same shape: trying the algorithms once, in the first step, pays.
     torch.backends.cudnn.benchmark = not repeatable
+    torch.backends.cudnn.deterministic = repeatable
     return f"TF32 off, cuDNN benchmark {'off' if repeatable else 'on'}"
+
+
+@contextmanager
+def repeatable_convolutions() -> Iterator[None]:
+    """While open, cuDNN computes the same way in every process, whatever was chosen before."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before

@@ -69,7 +69,8 @@ class TrainStep:
         self.leaves = flat.parameters if self.shadow is None else self.shadow.leaves
         # Each gradient where it belongs, as soon as it is there; on a GPU that is a launch each.
         self.in_place = self.shadow is None and on_cpu
-        self.forward = forward_function(mode, flat.model, self.group)
+        order = config.precision.channels_last
+        self.forward = forward_function(mode, flat.model, self.group, order)
         if self.shadow is not None:
             self.forward = self.shadow.forward
         self.update = build_update(state, config.optim)
@@ -151,6 +152,11 @@ class TrainStep:
 
     def average_over_replicas(self, batch: Batch, key: Tensor, turn: Tensor | None = None) -> None:
         """Leave in `exchange` the means, over all replicas, of what each of them computed."""
+        self.sum_over_local(batch, key, turn)
+        self.finish_average()
+
+    def sum_over_local(self, batch: Batch, key: Tensor, turn: Tensor | None = None) -> None:
+        """The part of an average that needs no other rank, unless gradients travel in chunks."""
         flat, size = self.state.flat, self.group * self.config.data.batch_size_per_replica
         if self.shadow is not None:
             self.shadow.refresh()
@@ -169,6 +175,10 @@ class TrainStep:
             images, labels, samples = batch.images[part], batch.labels[part], batch.samples[part]
             self.sum_over_group(images, labels, samples, key, turn)
             self.reduction.add(flat.exchange)
+
+    def finish_average(self) -> None:
+        """The rest of an average: a collective."""
+        flat = self.state.flat
         self.reduction.finish(flat.exchange)
         flat.counters.finish(flat.counts)
 

@@ -16,6 +16,7 @@ from dist_resnet.base import watchdog
 from dist_resnet.data.order import eval_batches
 from dist_resnet.data.stream import Loader
 from dist_resnet.distributed.group import World, all_reduce_sum
+from dist_resnet.step.precision import repeatable_convolutions
 
 BATCH_SIZE = 500
 _TOP = 5
@@ -182,9 +183,10 @@ class Evaluator:
             inputs = normalise(images, self.statistics)
             if not self.channels_last:
                 inputs = inputs.contiguous()
-            with torch.autocast(
+            autocast = torch.autocast(
                 inputs.device.type, self.precision, enabled=self.precision != torch.float32
-            ):
+            )
+            with autocast, repeatable_convolutions():
                 logits = model(inputs).float()
                 mirrored = model(inputs.flip(3)).float() if self.flip_tta else None
             yield rank + turn * size, labels, logits, mirrored

@@ -23,13 +23,14 @@ from dist_resnet.distributed.group import (
     start,
     stop,
 )
-from dist_resnet.machine.environment import git_commit, hardware, machine, versions
+from dist_resnet.machine.environment import git_commit, hardware, versions
 from dist_resnet.machine.gpu_memory import explaining_memory
 from dist_resnet.runs.checkpoint import Checkpoint
 from dist_resnet.runs.folder import RunFolder
 from dist_resnet.runs.fork import forks_told, starting_point, with_code
 from dist_resnet.runs.resume import (
     check_same_configuration,
+    check_same_machines,
     find_checkpoint,
     open_folder,
     other_rounding,
@@ -38,6 +39,7 @@ from dist_resnet.runs.resume import (
 )
 from dist_resnet.runs.summary import last_evaluation, summarise
 from dist_resnet.step.captured import as_configured
+from dist_resnet.step.precision import make_deterministic
 from dist_resnet.step.state import TrainState, weights_sha256
 from dist_resnet.tracking.jsonl import read_rows
 from dist_resnet.training.ending import (
@@ -53,7 +55,7 @@ from dist_resnet.training.introduction import conclusion, introduction
 from dist_resnet.training.loop import Trainer
 from dist_resnet.training.outputs import Outputs, open_outputs
 from dist_resnet.training.session import Session, open_session, resolve_auto
-from dist_resnet.training.starting import begin, check_own_code
+from dist_resnet.training.starting import all_machines, begin, check_own_code
 from dist_resnet.training.stopwatch import Stopwatch
 from dist_resnet.training.teachers import FoundTeacher, build_distillation, find_teachers
 
@@ -71,6 +73,8 @@ def run(config: Config, named: Collection[str] = ()) -> Path:
         DistResnetError: how it ended, if not well; status.json tells it too.
     """
     signals.install()
+    if config.precision.deterministic:
+        make_deterministic()  # which NCCL asks for when it starts
     world = start(config.parallel.device, config.parallel.timeout_seconds)
     orderly = False
     folder = RunFolder(user_path(config.run.dir) / run_name(config))
@@ -104,6 +108,8 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     on_every_rank(lambda: check_same_configuration(ours, theirs))
     on_every_rank(lambda: check_own_code(config))  # before any download
     session = open_session(config, world)
+    kinds = all_machines(session)
+    mixed = on_every_rank(lambda: check_same_machines(kinds, config.parallel.reduction))
     plan = make_plan(config, len(session.train_indices), world.size)
     check_statistics(config, *session.image_size)
     on_every_rank(lambda: try_extras(config.augment, session.image_size, session.normalisation()))
@@ -130,12 +136,10 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     saved = on_every_rank(lambda: with_code(saved, code, everywhere, config.run.allow_code_change))
     state, init = begin(config, session, saved)
     if world.is_main:
-        for line in (*introduction(wanted, session, plan, state, folder), *forks_told(saved)):
-            say(line)
-        for line in told_of_code(before, code):
-            say(line)
-        kind = machine(world.device, session.threads)
-        if saved is not None and (line := other_rounding(saved, kind, config.train.step_mode)):
+        mode = config.train.step_mode
+        other = mixed, other_rounding(saved, kinds[0], mode) if saved is not None else ""
+        told = *forks_told(saved), *told_of_code(before, code), *filter(None, other)
+        for line in (*introduction(wanted, session, plan, state, folder), *told):
             say(line)
     on_rank_zero(lambda: take_over(config, folder, step))
     origin = {"code": code, "init": init}

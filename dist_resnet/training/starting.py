@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,9 @@ from dist_resnet.base.errors import UserError
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.plugins import is_plugin
 from dist_resnet.config.schema import Config, ModelConfig
-from dist_resnet.distributed.group import on_every_rank, on_rank_zero
+from dist_resnet.distributed.group import gather_objects, on_every_rank, on_rank_zero
+from dist_resnet.kernels import support
+from dist_resnet.machine.environment import machine
 from dist_resnet.models import build as models
 from dist_resnet.models.build import build_model, in_layout
 from dist_resnet.models.matching import Start, start_from
@@ -33,6 +36,13 @@ def check_own_code(config: Config) -> None:
         models.callable_of(config.model)
     optimizers.callable_of(config, torch.device("cpu"))
     check_signatures(config.augment)
+
+
+def all_machines(session: Session) -> list[dict[str, Any]]:
+    """The kind of machine of every process, the first one's first. A collective."""
+    device = session.world.device
+    triton = {"Triton": support.lacking(device) or "runs"}
+    return gather_objects(machine(device, session.threads) | triton)
 
 
 def begin(

@@ -45,7 +45,6 @@ def agreement(folder: Path, ranks: list[int], pairs: list[str]) -> dict[str, Any
     most, found = ranks[-1], {}
     for reduction in ("exact", "fast"):
         keys = [f"parallel.replicas={most}", f"parallel.reduction={reduction}", *pairs]
-        keys += ["precision.deterministic=true"] if reduction == "exact" else []
         runs = []
         for count in ranks:
             name = f"{reduction}{count}"

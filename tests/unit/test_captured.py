@@ -4,10 +4,12 @@ CUDA's capture itself is tests/gpu's; here a recorded action is run again instea
 """
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dist_resnet.base.errors import UserError
 from dist_resnet.config.schema import Config
@@ -15,8 +17,18 @@ from dist_resnet.distributed import reduction
 from dist_resnet.step import captured
 from dist_resnet.step import train_step as step
 from dist_resnet.step.captured import WARM_UP_STEPS, CapturedStep, as_configured
-from dist_resnet.step.state import TrainState
-from tests.helpers.training import batch_of, own_config, small_config, train_step
+from dist_resnet.step.state import TrainState, build_state
+from dist_resnet.step.train_step import TrainStep
+from tests.helpers.training import (
+    CLASSES,
+    CPU,
+    SIDE,
+    batch_of,
+    own_config,
+    rates,
+    small_config,
+    train_step,
+)
 
 STEPS = WARM_UP_STEPS + 5
 
@@ -27,6 +39,14 @@ def _equal(one: TrainState, other: TrainState) -> bool:
     if one.ema is not None and other.ema is not None:
         pairs.append((one.ema, other.ema))
     return all(torch.equal(a, b) for a, b in pairs)
+
+
+def _scaled(config: Config) -> TrainStep:
+    """With a loss scale, as in fp16, in float32."""
+    made = train_step(config, 1)
+    state = build_state(config, CLASSES, torch.float16, CPU, (SIDE, SIDE))
+    statistics = made.replica_pass.statistics
+    return TrainStep(config, state, rates(STEPS), 1, torch.float32, statistics, (SIDE, SIDE), 3)
 
 
 class Played:
@@ -226,7 +246,8 @@ def test_all_ranks_give_the_graph_up_if_that_of_one_differs(
     captures: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr(captured, "gather_objects", lambda own: [own, own is not None])
+    answers = iter([None, False, True])  # captured, compared, and another's differs
+    monkeypatch.setattr(captured, "gather_objects", lambda own: [own, next(answers)])
     config = small_config("train.step_mode=eager")
     plain, graphed = train_step(config, 1), CapturedStep(train_step(config, 1), told.append)
     for number in range(STEPS):
@@ -236,6 +257,72 @@ def test_all_ranks_give_the_graph_up_if_that_of_one_differs(
     assert len(told) == 1
     assert "another rank differs" in told[0]
     assert len(captures) == 1
+
+
+@pytest.mark.parametrize("kind", ["fast", "exact"])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_graph_that_leaves_no_memory_for_a_comparison_is_kept(
+    captures: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch, kind: str, own: bool
+) -> None:
+    """A batch that fits is trained on, on all ranks alike, whichever is short."""
+    told: list[str] = []
+    config = small_config(f"parallel.reduction={kind}")
+    plain, graphed = train_step(config, 2), CapturedStep(train_step(config, 2), told.append)
+    if own:
+        # Three steps before the capture, then one compared and one replayed.
+        _fails_once(monkeypatch, graphed._step, "sum_over_local", WARM_UP_STEPS + 3)
+    else:
+        answers = iter([None, False, False, True])  # captured, compared, equal; now it is short
+        monkeypatch.setattr(captured, "gather_objects", lambda own: [own, next(answers, None)])
+    for number in range(STEPS):
+        plain(batch_of(number, 2))
+        graphed(batch_of(number, 2))
+        assert _equal(plain.state, graphed.state), number
+    assert len(told) == 1
+    assert "no memory" in told[0]
+    assert len(captures) == 1
+
+
+def _fails_once(patch: pytest.MonkeyPatch, step: TrainStep, name: str, call: int) -> None:
+    """The method's `call`-th call does its work and then finds no memory."""
+    method, calls = getattr(step, name), count(1)
+
+    def fails(*args: Any) -> None:
+        method(*args)
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    patch.setattr(step, name, fails)
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+def test_a_loss_scale_that_moves_in_a_compared_step_is_no_difference(
+    captures: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch, overflows: bool
+) -> None:
+    """It grows after 2,000 steps; or our kernels overflow where PyTorch's operations do not."""
+    config = small_config()
+    plain, step = _scaled(config), _scaled(config)
+    graphed = CapturedStep(step, pytest.fail)
+    found = graphed._by_torch
+
+    def finite() -> Tensor:
+        expected = found()
+        assert expected is not None
+        return torch.where(expected.isfinite(), expected, 1.0)
+
+    monkeypatch.setattr(graphed, "_by_torch", finite)
+    for number in range(STEPS):
+        if number == WARM_UP_STEPS + 1:
+            for state in (plain.state, step.state):
+                assert state.loss_scale is not None
+                moved = state.loss_scale.scale if overflows else state.loss_scale.good_steps
+                moved.fill_(torch.inf if overflows else 1999.0)
+        before = plain.state.flat.values.clone()
+        plain(batch_of(number, 1))
+        graphed(batch_of(number, 1))
+        assert torch.equal(plain.state.flat.values, step.state.flat.values), number
+        skipped = torch.equal(before, plain.state.flat.values)
+        assert skipped == (overflows and number > WARM_UP_STEPS)
 
 
 def _trains_on_after_a_refusal(

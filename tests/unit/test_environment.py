@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_resnet.base.errors import UserError
 from dist_resnet.config.load import load_config
 from dist_resnet.machine.environment import differences, hardware, machine
-from dist_resnet.runs.resume import other_rounding
+from dist_resnet.runs.resume import check_same_machines, other_rounding
 from tests.helpers.checkpoints import checkpoint_of
 
 CPU = torch.device("cpu")
@@ -87,3 +88,15 @@ def test_of_a_checkpoint_that_names_no_machine_nothing_is_claimed() -> None:
 def test_from_a_cpu_to_a_gpu() -> None:
     now = {**BEGAN, "device": "cuda", "gpu": "H100", "cuda": "13.0"}
     assert "(device: cpu -> cuda)" in note(now)
+
+
+def test_processes_on_machines_of_different_kinds_are_told_of_or_refused() -> None:
+    others = {**BEGAN, "threads_per_rank": 4}, {**BEGAN, "cpu": "Xeon"}
+    for reduction in ("fast", "exact"):
+        assert check_same_machines([BEGAN], reduction) == ""
+        assert check_same_machines([BEGAN, BEGAN, others[0]], reduction) == ""
+    line = check_same_machines([BEGAN, BEGAN, others[1]], "fast")
+    assert "cpu: AMD EPYC -> Xeon" in line
+    assert "\n" not in line
+    with pytest.raises(UserError, match=r"reduction=exact: .*cpu: AMD EPYC -> Xeon"):
+        check_same_machines([BEGAN, *others], "exact")

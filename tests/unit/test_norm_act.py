@@ -203,11 +203,11 @@ def test_auto_is_fused_on_a_cpu_graph_on_a_gpu_and_eager_where_neither_can_be(
     assert choose_step_mode("auto", config, CPU)[0] == "fused"
     assert choose_step_mode("eager", config, CPU)[0] == "eager"
     gpu = torch.device("cuda")
-    for there in (True, False):
-        monkeypatch.setattr(support, "usable", lambda device, there=there: there)
+    for lacking in ("", "Triton is missing"):
+        monkeypatch.setattr(support, "lacking", lambda device, lacking=lacking: lacking)
         mode, reason = choose_step_mode("auto", config, gpu)
         assert mode == "graph"
-        assert ("our kernels" in reason) == there
+        assert ("our kernels" in reason) == (not lacking)
     nchw = load_config(["precision.channels_last=false"])
     assert choose_step_mode("auto", nchw, CPU)[0] == "eager"
     with pytest.raises(UserError, match=r"train\.step_mode=fused: needs precision\.channels_last"):
@@ -224,6 +224,29 @@ def test_auto_is_fused_on_a_cpu_graph_on_a_gpu_and_eager_where_neither_can_be(
             choose_step_mode("fused", config, CPU)
     finally:
         build.load.cache_clear()
+
+
+def test_triton_that_cannot_run_is_as_one_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as without a compiler: found once, before the first step."""
+    pytest.importorskip("triton")
+    nowhere = torch.device("cuda", 63)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert support.lacking(nowhere).startswith("Triton cannot run: ")
+    assert not support.usable(nowhere)
+    _, reason = choose_step_mode("graph", load_config([]), nowhere)
+    assert "no kernels of ours: Triton cannot run" in reason
+    support.lacking.cache_clear()
+
+
+@pytest.mark.parametrize("mode", ["eager", "fused", "graph"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_our_kernels_are_for_channels_last(mode: str, channels_last: bool) -> None:
+    model = resnet(load_config([]).model, 10)
+    forward_function(mode, model, 1, channels_last)
+    fused = {module.fused for module in model.modules() if isinstance(module, NormAct)}
+    assert fused == {channels_last and mode != "eager"}
 
 
 def test_compiled_once_and_kept(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
