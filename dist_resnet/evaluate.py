@@ -8,7 +8,6 @@ eval.flip_tta, precision.dtype ...). Under torchrun the images are shared among 
 figures are the same as with one.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_resnet.base.cli import Parser, run_command
 from dist_resnet.base.errors import EXIT_DONE, UserError
-from dist_resnet.base.files import check_writable, write_for_user
+from dist_resnet.base.files import as_json, check_writable, write_for_user
 from dist_resnet.base.home import ensure_home
 from dist_resnet.base.launcher import environment_rank
 from dist_resnet.base.paths import user_path
@@ -25,6 +24,7 @@ from dist_resnet.base.tables import columns
 from dist_resnet.training.api import callable_module, threads_kept
 
 if TYPE_CHECKING:
+    from dist_resnet.config.schema import Config
     from dist_resnet.models.matching import Start
     from dist_resnet.training.evaluation import Evaluation
     from dist_resnet.training.session import Session
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     figures = evaluate_checkpoint(path, pairs)
     if environment_rank() == 0:
         if output is not None:  # first: `| head` may close the pipe that the table goes to
-            write_for_user(output, json.dumps(figures, indent=2) + "\n")
+            write_for_user(output, as_json(figures, indent=2) + "\n")
         print(_table(figures))
     return EXIT_DONE
 
@@ -71,6 +71,7 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
     ):
         if mine != theirs:
             raise UserError(f"{key}: is the model's own; leave it out")
+    _check_split(own, config)
     world = start(config.parallel.device, config.parallel.timeout_seconds)
     try:
         session = open_session(config, world)
@@ -81,12 +82,27 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
             )
         if session.image_size != tuple(saved.image_size):
             raise UserError(f"{session.dataset.folder}: its images are not of the model's size")
+        if config.data.val_split and session.dataset.fingerprint != saved.fingerprint:
+            raise UserError(
+                f"{session.dataset.folder}: other images than the run's, which held out some; "
+                "data.val_split=0 evaluates the test set"
+            )
         width = session.dataset.width
         statistics = Normalisation.of(saved.mean, saved.std, width, world.device)
         result = session.evaluator(statistics)(model)
     finally:
         stop()
     return {"checkpoint": str(file), "step": saved.state.step} | _figures(session, result)
+
+
+def _check_split(own: "Config", wanted: "Config") -> None:
+    """Images that are called held out were not trained on."""
+    mine, theirs = own.data.val_split, wanted.data.val_split
+    if theirs not in (0, mine):
+        held = f"held out {mine:,} images: give {mine} or 0" if mine else "held out none; give 0"
+        raise UserError(f"data.val_split={theirs}: the run {held}")
+    if theirs and wanted.seed != own.seed:
+        raise UserError(f"seed={wanted.seed}: chooses other held-out images; leave it out")
 
 
 def _evaluate_file(weights: "Start", pairs: Sequence[str | dict[str, Any]]) -> dict[str, Any]:

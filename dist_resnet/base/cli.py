@@ -32,6 +32,8 @@ from dist_resnet.base.terminal import open_standard_streams, say
 
 # torchrun ends all ranks as soon as one has left: the others let the node's first speak first.
 _PATIENCE_SECONDS = 10.0
+# A path that may not be entered, or that no file can have: asking whether it is there raises.
+_NO_WAY = (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # and EIO of no file: a terminal that has closed
 
 
@@ -90,7 +92,9 @@ def run_command(action: Callable[[], int]) -> NoReturn:
         name = str(error.object)[:200]
         code = _say_once(UserError(f"{name}: no name for a file here; set LC_ALL=C.UTF-8"))
     except OSError as error:
-        if error.errno not in _NO_ROOM and (error.errno != errno.EIO or error.filename):
+        if error.errno in _NO_WAY and error.filename:
+            code = _say_once(UserError(f"{error.filename}: {error.strerror}"))
+        elif error.errno not in _NO_ROOM and (error.errno != errno.EIO or error.filename):
             code = _traceback(error)
         else:
             place = error.filename or "the output"

@@ -3,12 +3,15 @@
 import contextlib
 import errno
 import fcntl
+import json
+import math
 import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from dist_resnet.base.errors import UserError
 
@@ -16,6 +19,25 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 _NOT_REPLACED = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EROFS)
 # This process's own descriptors; opened by name, an appended log would be cut off.
 _DESCRIPTOR = re.compile(r"/dev/(stdout|stderr|fd/(\d+))|/proc/self/fd/(\d+)")
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON of texts, numbers, lists and mappings; a number that is not finite is null.
+
+    JSON has no NaN, and a reader that meets one refuses the whole file.
+    """
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if value is None or isinstance(value, int | str):
+        return value
+    number = float(value)  # NumPy's and torch's, too
+    return number if math.isfinite(number) else None
 
 
 def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:

@@ -118,6 +118,10 @@ def _names_a_run(name: str | None) -> bool:
     )
 
 
+def _fits(name: str | None) -> bool:
+    return name is None or len(os.fsencode(name)) <= _LONGEST_NAME
+
+
 def _is_short(path: str) -> bool:
     parts = [len(os.fsencode(part)) for part in path.split("/")]
     return max(parts) <= _LONGEST_NAME and sum(parts) <= _LONGEST_PATH
@@ -169,6 +173,7 @@ _POSSIBLE: tuple[_Rule, ...] = (
     ("model.widths", _are_widths, "three numbers of filters, such as [16,32,64]"),
     ("seed", lambda seed: 0 <= seed < 2**63, "0 to 2^63 - 1"),
     ("run.name", _names_a_run, _NAME),
+    ("run.name", _fits, "shorter: too long for a name"),
     ("run.resume", lambda path: path != "", "auto, never or a checkpoint's path"),
     ("run.dir run.resume data.root", _is_short, "shorter: too long for a path"),
     ("data.dataset", lambda n: n not in ("", ".", "..") and "/" not in n, "a name, not a path"),

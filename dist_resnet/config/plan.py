@@ -155,6 +155,11 @@ def _idle(config: Config) -> list[tuple[str, str]]:
             "without distill.teachers",
         ),
         (schedule != "step", "schedule.milestones", f"with schedule.name={schedule}"),
+        (
+            config.optim.lr_scaling == "none",
+            "optim.reference_batch_size",
+            "with optim.lr_scaling=none",
+        ),
     ]
     idle, default = [], Config()
     for applies, keys, why in rules:

@@ -69,7 +69,8 @@ def checked_model(
         trial = Trial(name, in_layout(twin.to(device), channels_last), images, classes, precision)
         traits = Traits(*trial.run())
     freeze(model, config.optim.freeze)
-    return in_layout(model.to(device), channels_last), traits
+    # A part that its maker left in evaluation mode would leave it at the first evaluation.
+    return in_layout(model.to(device), channels_last).train(), traits
 
 
 def check_tensors(name: str, model: nn.Module) -> None:

@@ -30,8 +30,10 @@ class Start:
         return {"file": self.file, "sha256": self.sha256}
 
 
-def start_from(model: nn.Module, start: Start, config: ModelConfig) -> tuple[str, list[str]]:
-    """Copy the weights into `model`.
+def start_from(
+    model: nn.Module, start: Start, config: ModelConfig, classes: int
+) -> tuple[str, list[str]]:
+    """Copy the weights into `model`, which tells `classes` apart.
 
     The last layer stays as it is where it has another number of classes.
 
@@ -43,7 +45,7 @@ def start_from(model: nn.Module, start: Start, config: ModelConfig) -> tuple[str
     """
     own = model.state_dict()
     try:
-        found, new = matched(own, start.tensors, config.init_map)
+        found, new = matched(own, start.tensors, config.init_map, classes)
     except UserError as error:
         raise UserError(f"model.init={config.init}: {error}") from None
     for name, tensor in found.items():
@@ -56,13 +58,17 @@ def start_from(model: nn.Module, start: Start, config: ModelConfig) -> tuple[str
 
 
 def matched(
-    own: Mapping[str, Tensor], given: Mapping[str, Tensor], how: Mapping[str, str] | str
+    own: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    how: Mapping[str, str] | str,
+    classes: int,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The given tensors by the net's names, and names of a last layer that stays new.
 
     Args:
         how: names (the same, but for wrappers before them); order (each takes the next one of its
             last name and shape); or {a prefix of theirs: ours}, the longest that fits.
+        classes: outputs of the net's last layer.
 
     Raises:
         UserError: tensors that are left over, missing or of another shape.
@@ -88,7 +94,7 @@ def matched(
         hint = "; is it another model, or does it take model.init_map=order?" * (how == "names")
         raise UserError(" and ".join(parts) + hint)
     wrong = [name for name, other in pairs.items() if own[name].shape != given[other].shape]
-    if wrong and not _is_last_layer(wrong, own, {n: given[pairs[n]] for n in wrong}):
+    if wrong and not _is_last_layer(wrong, own, {n: given[pairs[n]] for n in wrong}, classes):
         first = wrong[0]
         shapes = tuple(given[pairs[first]].shape), tuple(own[first].shape)
         raise UserError(f"{pairs[first]} is of shape {shapes[0]}, and {first} of {shapes[1]}")
@@ -166,11 +172,18 @@ def _by_prefix(
 
 
 def _is_last_layer(
-    wrong: list[str], own: Mapping[str, Tensor], given: Mapping[str, Tensor]
+    wrong: list[str], own: Mapping[str, Tensor], given: Mapping[str, Tensor], classes: int
 ) -> bool:
-    """Whether all are of one layer, and differ in the number of its outputs only."""
-    one_layer = len({name.rpartition(".")[0] for name in wrong}) == 1
-    return one_layer and all(own[n].ndim and own[n].shape[1:] == given[n].shape[1:] for n in wrong)
+    """Whether all are of one layer with an output a class, and differ in their number only."""
+    (layer, *others) = {name.rpartition(".")[0] for name in wrong}
+    return (
+        bool(layer)
+        and not others
+        and all(
+            own[n].ndim and len(own[n]) == classes and own[n].shape[1:] == given[n].shape[1:]
+            for n in wrong
+        )
+    )
 
 
 def _leaf(name: str) -> str:

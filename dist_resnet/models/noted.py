@@ -2,8 +2,10 @@
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from logging import Logger
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,14 +13,21 @@ import torch
 from torch import Tensor, nn
 
 _Seen = list[tuple[str, Any, Any]]  # a module's name, what was noted before and after it ran
-_DEPTH = 3  # of containers in containers that are looked into
+_DEPTH = 5  # of containers and objects in others that are looked into
+_INERT = (type, ModuleType, FunctionType, BuiltinFunctionType, Logger)
 
 
-def digest(value: Any, depth: int = _DEPTH) -> Any:
-    """Something that differs where `value` does; the type's name for what cannot be compared."""
+def digest(value: Any, known: Collection[int] = (), depth: int = _DEPTH) -> Any:
+    """Something that differs where `value` does; the type's name for what cannot be compared.
+
+    Args:
+        known: ids of objects that are not looked into.
+    """
+    if id(value) in known:
+        return id(value)
     if isinstance(value, Tensor):
         return bytes(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | np.generic):
         return value.tobytes()
     if isinstance(value, torch.Generator):
         return bytes(value.get_state().numpy())
@@ -30,11 +39,22 @@ def digest(value: Any, depth: int = _DEPTH) -> Any:
         return repr(value.getstate())
     if value is None or isinstance(value, int | float | str | bytes | complex):
         return repr(value)
-    if isinstance(value, dict) and depth:
-        return [(repr(key), digest(item, depth - 1)) for key, item in value.items()]
-    if isinstance(value, list | tuple | deque) and depth:
-        return [digest(item, depth - 1) for item in value]
-    return type(value).__name__
+    kind = type(value).__name__
+    if depth == 0:
+        return kind
+
+    def inner(item: Any) -> Any:
+        return digest(item, known, depth - 1)
+
+    if isinstance(value, dict):
+        return [(inner(key), inner(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple | deque):
+        return [inner(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(repr(inner(item)) for item in value)
+    if hasattr(value, "__dict__") and not isinstance(value, _INERT):
+        return [kind, inner(vars(value))]
+    return kind
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -44,9 +64,9 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 def attributes(model: nn.Module) -> dict[str, Any]:
     """Digests of what modules hold beside parameters, buffers and modules, by name."""
-    inner = vars(nn.Module()).keys()
+    inner, known = vars(nn.Module()).keys(), {id(module) for module in model.modules()}
     return {
-        f"{path}.{key}" if path else key: digest(value)
+        f"{path}.{key}" if path else key: digest(value, known)
         for path, module in model.named_modules()
         for key, value in vars(module).items()
         if key not in inner

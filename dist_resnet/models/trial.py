@@ -150,6 +150,11 @@ class Trial:
                     f"the buffer {name}, of type {kind}, changes in training; make it float32 or "
                     "an integer, of which the replicas' mean is taken"
                 )
+            if value.dtype == torch.float32 and not has_mean(value):
+                raise self._error(
+                    f"the buffer {name} changes in training but starts at infinity, NaN or above "
+                    "1e30, of which there is no mean; start it at a finite value"
+                )
 
     def _check_repeated(self, first: Tensor, second: Tensor, held: dict[str, Any]) -> None:
         """The second pass, from the same state and seed, was like the first."""

@@ -84,9 +84,12 @@ class FlatMuon(WithoutCompiler):
         """
         own = {id(parameter) for parameter in flat.parameters}
         modules = [m for m in flat.model.modules() if isinstance(m, nn.Conv2d)]
-        weights: list[Tensor] = [m.weight for m in modules if id(m.weight) in own]
+        # Once, where several share one.
+        found = {id(m.weight): m.weight for m in modules if id(m.weight) in own}
+        weights: list[Tensor] = [*found.values()]
         if not weights:
-            raise UserError("optim.name=muon: the model has no convolution; choose sgd")
+            trained = " that is trained (optim.freeze)" if modules else ""
+            raise UserError(f"optim.name=muon: the model has no convolution{trained}; choose sgd")
         count = sum(weight.numel() for weight in weights)
         if max(weight.storage_offset() + weight.numel() for weight in weights) == count:
             places = [_Place.of(weight, int(weight.storage_offset())) for weight in weights]

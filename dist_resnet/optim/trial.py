@@ -1,10 +1,7 @@
 """A trial step of an optimizer that a user brings, before a run depends on it."""
 
 import inspect
-from collections import deque
-from collections.abc import Callable, Collection
-from logging import Logger
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +15,6 @@ from dist_resnet.optim.plain_values import plain
 from dist_resnet.optim.saved import not_saved
 
 KEY = "optim.name"
-_INERT = (type, ModuleType, FunctionType, BuiltinFunctionType, Logger)
-_DEPTH = 5  # of objects in objects that are looked into
 
 
 def try_out(
@@ -39,7 +34,7 @@ def try_out(
     optimizer = make(copies)
     refuse_closure(name, optimizer)
     known = _known(optimizer)
-    before = {key: _noted(value, known) for key, value in not_saved(optimizer).items()}
+    before = {key: digest(value, known) for key, value in not_saved(optimizer).items()}
     places = [_place(p) for p in parameters]
     with calling(KEY, name):
         optimizer.step()
@@ -54,7 +49,7 @@ def try_out(
     kept = optimizer.state_dict()
     plain([kept["state"], kept["param_groups"]])
     for key, value in not_saved(optimizer).items():
-        if key not in before or _noted(value, known) != before[key]:
+        if key not in before or digest(value, known) != before[key]:
             kind = type(value).__name__
             raise UserError(
                 f"{KEY}={name}: its step changes its attribute {key} ({kind}), which "
@@ -101,23 +96,3 @@ def _known(optimizer: torch.optim.Optimizer) -> set[int]:
     parameters = [p for group in groups for p in group["params"]]
     gradients = [p.grad for p in parameters]
     return {*map(id, (optimizer, optimizer.state, groups, *groups, *parameters, *gradients))}
-
-
-def _noted(value: Any, known: Collection[int], depth: int = _DEPTH) -> Any:
-    """Something that differs where `value` does, looking into objects too."""
-    if id(value) in known:
-        return id(value)
-    if isinstance(value, dict) and depth:
-        return [
-            (_noted(key, known, depth - 1), _noted(item, known, depth - 1))
-            for key, item in value.items()
-        ]
-    if isinstance(value, list | tuple | deque) and depth:
-        return [_noted(item, known, depth - 1) for item in value]
-    if isinstance(value, set | frozenset) and depth:
-        return sorted(repr(_noted(item, known, depth - 1)) for item in value)
-    told = digest(value)
-    looks_in = told == type(value).__name__ and depth and not isinstance(value, _INERT)
-    if looks_in and hasattr(value, "__dict__"):
-        return [told, _noted(vars(value), known, depth - 1)]
-    return told

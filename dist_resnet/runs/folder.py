@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_resnet.base.errors import UserError
-from dist_resnet.base.files import lock, write_atomically
+from dist_resnet.base.files import as_json, lock, write_atomically
 from dist_resnet.base.terminal import say
 
 _JOB = ".job"
@@ -129,7 +129,7 @@ class RunFolder:
 
     def write_json(self, name: str, values: Mapping[str, Any], durable: bool = True) -> None:
         """Raises OSError: disk full, read-only."""
-        write_atomically(self.path / name, (json.dumps(values, indent=2) + "\n").encode(), durable)
+        write_atomically(self.path / name, (as_json(values, indent=2) + "\n").encode(), durable)
 
     def write_text(self, name: str, text: str) -> None:
         """Raises OSError: disk full, read-only."""
@@ -169,8 +169,9 @@ class RunFolder:
         """The last status; empty where there is none."""
         return _read_object(self.path / "status.json")
 
-    def has_summary(self) -> bool:
-        return (self.path / "summary.json").is_file()
+    def summary_step(self) -> int | None:
+        """The step of the weights that summary.json is about; None: there is none."""
+        return _read_object(self.path / "summary.json").get("step")
 
     def wandb_id(self, make: Callable[[], str], saved: str | None, anew: bool = False) -> str:
         """The id of this folder's W&B run: one run across restarts.

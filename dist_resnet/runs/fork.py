@@ -11,6 +11,7 @@ from dist_resnet.config.schema import Config
 from dist_resnet.runs.checkpoint import Checkpoint
 
 _LENGTH = "train.epochs"
+_NAME_CODE = ("optim.name", "augment.extra", "distill.teachers")
 
 
 def starting_point(
@@ -39,7 +40,7 @@ def starting_point(
             f"the checkpoint belongs to another run: {listed}; "
             f"set these back, choose another run.name, or run.overwrite=true{hint}"
         )
-    silent = [line for line in differences if line.split(":")[0] not in (*named, _LENGTH)]
+    silent = [line for line in differences if not _is_named(line, (*named, _LENGTH))]
     if other_data or silent:
         what = "; ".join(silent) or "the dataset's content (fingerprint)"
         raise UserError(
@@ -67,12 +68,29 @@ def with_code(
     """
     if other := changed_code(main, code):
         raise UserError(f"the ranks have other code of {other[0]}: copy it to every node")
-    changed = check_code(saved.code, code, allowed) if saved is not None else []
+    before = saved.code if saved is not None else {}
+    if saved is not None and _brings_code(saved):
+        both = before.keys() & code.keys()
+        before, code = ({name: found[name] for name in both} for found in (before, code))
+    changed = check_code(before, code, allowed)
     if saved is None or not changed:
         return saved
     told = [f"the code of {name}" for name in changed]
     fork = {"step": saved.state.step, "changed": told, "wandb_id": saved.wandb_id}
     return replace(saved, forks=[*saved.forks, fork])
+
+
+def _brings_code(saved: Checkpoint) -> bool:
+    """Whether a fork that begins here names code, which then was not there or is there no more."""
+    last: dict[str, Any] = saved.forks[-1] if saved.forks else {}
+    here = last.get("step") == saved.state.step
+    return here and any(_is_named(line, _NAME_CODE) for line in last["changed"])
+
+
+def _is_named(line: str, named: Collection[str]) -> bool:
+    """Whether the key of a difference is named, or one that it is within (optim.args.amsgrad)."""
+    key = line.split(":")[0]
+    return any(key == name or key.startswith(f"{name}.") for name in named)
 
 
 def forks_told(saved: Checkpoint | None) -> list[str]:
@@ -87,12 +105,14 @@ def _forked(saved: Checkpoint, config: Config, differences: list[str]) -> Checkp
     state, optim = saved.state, saved.config["optim"]
     # What was true of the old schedule and of the old evaluation set.
     changed: dict[str, Any] = {"stopped_early": False, "best_at_low_rate": 0.0}
-    if saved.config["data"]["val_split"] != config.data.val_split:
+    held = saved.config["data"]["val_split"], config.data.val_split
+    if held[0] != held[1] or (any(held) and saved.config["seed"] != config.seed):
         changed["best"] = {}
     if config.train.ema_decay and state.ema is None:
         changed["ema"] = state.model  # an average that begins here
     names = {optim.get("name", "sgd"), config.optim.name}
-    if len(names) > 1 and names != {"sgd", "muon"}:
+    others = any(_is_named(line, ["optim.args"]) for line in differences)  # other state, too
+    if (len(names) > 1 and names != {"sgd", "muon"}) or others:
         changed["optimizer"] = {}  # another one's; these two both keep the momentum
     fork = {"step": state.step, "changed": differences, "wandb_id": saved.wandb_id}
     return replace(

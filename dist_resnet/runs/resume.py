@@ -7,7 +7,13 @@ from typing import Any
 from dist_resnet.base.errors import EXIT_DIVERGED, Diverged, UserError
 from dist_resnet.base.launcher import job_id, restart_count
 from dist_resnet.base.paths import user_path
-from dist_resnet.config.load import flatten, trajectory_hash
+from dist_resnet.config.load import (
+    flatten,
+    load_config,
+    to_dict,
+    trajectory_differences,
+    trajectory_hash,
+)
 from dist_resnet.config.schema import Config
 from dist_resnet.distributed.group import on_rank_zero
 from dist_resnet.machine.environment import differences
@@ -85,6 +91,31 @@ def find_checkpoint(config: Config, folder: RunFolder) -> Checkpoint | None:
         return content
 
     return on_rank_zero(choose)
+
+
+def check_folder(config: Config, folder: RunFolder) -> None:
+    """Keep a checkpoint from elsewhere out of the folder of another run. On rank 0 only.
+
+    Raises:
+        UserError: the folder holds a run of another configuration, or one that cannot be told.
+    """
+    wanted = config.run.resume
+    if wanted in ("auto", "never") or folder.to_clear or _goes_on(folder):
+        return
+    if user_path(wanted).resolve().parent == folder.checkpoints.resolve():
+        return
+    if not (any(folder.checkpoints.glob("*.pt")) or folder.metrics.exists()):
+        return
+    try:
+        there = to_dict(load_config([str(folder.path / "config.yaml")]))
+        found = "; ".join(trajectory_differences(there, to_dict(config)))
+    except UserError as error:
+        found = str(error)
+    if found:
+        raise UserError(
+            f"run.resume={wanted}: {folder.path} holds another run already ({found}); "
+            "choose another run.name, or run.overwrite=true to delete it"
+        )
 
 
 def take_over(config: Config, folder: RunFolder, step: int) -> None:

@@ -31,6 +31,7 @@ class Classifier(nn.Module):
     def __init__(self, network: nn.Module, saved: Checkpoint, reading: Reading) -> None:
         super().__init__()
         self.network = network
+        self._in_rows = not stored_config(saved.config).precision.channels_last
         self.classes = tuple(saved.classes)
         height, width = saved.image_size
         self.image_size = height, width
@@ -44,7 +45,9 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 (N, K), of RGB images, float32 (N, 3, H, W) in [0, 1]."""
-        return self.network((images - self.mean) * self.scale)
+        inputs = (images - self.mean) * self.scale
+        # A net that was trained so may take its images' memory to be in this order.
+        return self.network(inputs.contiguous() if self._in_rows else inputs)
 
 
 def load(path: str | Path, checkpoint: str = "newest") -> Classifier:

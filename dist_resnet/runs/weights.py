@@ -69,7 +69,9 @@ def trained_model(saved: Checkpoint, config: Config) -> nn.Module:
         UserError: `config` describes another model, or its code is not found.
     """
     layout = config.precision.channels_last
-    model = in_layout(build_model(config.model, len(saved.classes)), layout)
+    # What a net draws when it is built and does not save is of its own run's seed.
+    seed = saved.config.get("seed", 0)
+    model = in_layout(build_model(config.model, len(saved.classes), seed), layout)
     load_tensors(model, saved.state.evaluated)
     if rank() == 0:
         for line in told_of_net_code(saved.code, config.model.name):

@@ -19,8 +19,15 @@ from dist_resnet.step.replica_pass import Objective
 class Teacher:
     """A trained net, and what takes images as the student sees them to those that it knows."""
 
-    def __init__(self, model: nn.Module, own: Normalisation, students: Normalisation) -> None:
-        """With the normalisations that each was trained under."""
+    def __init__(
+        self,
+        model: nn.Module,
+        own: Normalisation,
+        students: Normalisation,
+        channels_last: bool = True,
+    ) -> None:
+        """With the normalisations that each was trained under, and the teacher's own order."""
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.eval().requires_grad_(False)
         rows = own.mean, own.scale, students.mean, students.scale
         mean, scale, other_mean, other_scale = (row[:3].view(1, 3, 1, 1) for row in rows)
@@ -28,7 +35,8 @@ class Teacher:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits, float32 (N, K), of images that are normalised for the student."""
-        logits: Tensor = self.model(images * self.factor + self.offset)
+        images = (images * self.factor + self.offset).contiguous(memory_format=self.layout)
+        logits: Tensor = self.model(images)
         return logits.float()
 
 

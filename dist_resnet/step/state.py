@@ -174,7 +174,9 @@ def build_state(
         UserError: the net cannot be trained, or `start` is of another one.
     """
     model, traits = checked_model(config, classes, image_size, precision, device)
-    told = start_from(model, start, config.model)[0] if start is not None else ""
+    told = ""
+    if start is not None:
+        told, _ = start_from(model, start, config.model, classes)
     flat = flatten_model(model, len(MEASURES))
     scaled = precision == torch.float16
     return TrainState(

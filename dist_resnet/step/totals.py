@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Means:
-    """Means over the steps since the totals were last taken."""
+    """Means over the steps of a window."""
 
     loss: float
     measures: dict[str, float]
@@ -22,7 +22,9 @@ class Totals:
     """Sums of loss, measures and gradient norm over two windows: since the last log, this epoch's.
 
     They hold global values, equal on all ranks, and are part of the state: a run continued in the
-    middle of a window logs the same figures. Steps are counted from the run's first.
+    middle of a window logs the same figures, and so does one that was to end there and is made
+    longer, as a window is read without an end and begins anew with its first step. Steps are
+    counted from the run's first.
     """
 
     LOG, EPOCH = 0, 1
@@ -49,10 +51,13 @@ class Totals:
         """The sums, whether all was finite, and the number of steps until it was not."""
         return self.sums, self._finite, self._finite_steps
 
-    def take(self, window: int) -> Means:
-        """Read one window and start it anew. Waits for the device."""
-        *sums, steps = self.sums[window].tolist()
+    def begin(self, window: int) -> None:
+        """Count from the next step on."""
         self.sums[window].zero_()
+
+    def means(self, window: int) -> Means:
+        """Of one window so far. Waits for the device."""
+        *sums, steps = self.sums[window].tolist()
         loss, *measured, _, grad_norm = (value / max(steps, 1) for value in sums)
         named = dict(zip(self._measures, measured, strict=True))
         return Means(loss, named, grad_norm, int(steps))

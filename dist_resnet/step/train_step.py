@@ -56,7 +56,9 @@ class TrainStep:
         mode, _ = choose_step_mode(config.train.step_mode, config, self.device)
         self.group = replicas_at_once(config, self.local, self.device, state.traits)
         self.own = is_plugin(config.model.name)
-        self.host_keys = step_keys(config.seed, len(rates)) if state.traits.draws else None
+        # A net of the user's own may begin to draw later than in its trial.
+        draws = state.traits.draws or self.own
+        self.host_keys = step_keys(config.seed, len(rates)) if draws else None
         on_cpu = self.device.type == "cpu"
         self.reduction = build_reduction(
             config.parallel.reduction, flat, replicas, self.local, on_cpu

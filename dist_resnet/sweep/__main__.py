@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 from dist_resnet.base.cli import Parser, run_command
 from dist_resnet.base.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED, UserError
@@ -23,9 +24,10 @@ from dist_resnet.base.signals import end_with_parent
 from dist_resnet.base.tables import columns
 from dist_resnet.base.terminal import forgive
 from dist_resnet.config.effects import changes_result
+from dist_resnet.config.keys import did_you_mean
 from dist_resnet.config.load import load_config, to_dict, trajectory_differences
 from dist_resnet.runs.folder import RunFolder
-from dist_resnet.sweep.grid import Grid, Trial, read_grid
+from dist_resnet.sweep.grid import Grid, Trial, read_grid, word
 
 _FINISHED = ("done", "diverged")
 
@@ -46,6 +48,8 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{title}: {trial.impossible}", flush=True)
             continue
         before, why = _outcome(trial)
+        if before == "done":
+            _check_metric(grid, trial)
         if before in _FINISHED or (before == "failed" and not asked.retry_failed):
             hint = f": {why}; to try again: --retry-failed" if before == "failed" else ""
             print(f"{title}: {before} already{hint}", flush=True)
@@ -55,6 +59,8 @@ def main(arguments: Sequence[str]) -> int:
         if runner.stopped or code == EXIT_PREEMPTED:
             print("sweep: stopped; start the same command again to continue", file=sys.stderr)
             return EXIT_PREEMPTED
+        if code == EXIT_DONE:
+            _check_metric(grid, trial)
     outcomes = [_outcome(trial) for trial in grid.trials]
     print(_table(grid, outcomes))
     return EXIT_DONE if all(state in _FINISHED for state, _ in outcomes) else 1
@@ -100,7 +106,7 @@ def _table(grid: Grid, outcomes: Sequence[tuple[str, str]]) -> str:
         value = _figure(trial, grid.metric) if state == "done" else None
         order = float("inf") if value is None else -value if grid.maximize else value
         shown = "-" if value is None else f"{value:.4f}"
-        settings = [str(trial.values[key]) for key in keys]
+        settings = [word(trial.values[key]) for key in keys]
         reason = why if state == "failed" else ""
         rows.append((order, [*settings, shown, state, str(trial.folder), reason]))
     rows.sort(key=lambda row: row[0])
@@ -125,7 +131,7 @@ def _outcome(trial: Trial) -> tuple[str, str]:
     if trial.impossible:
         state, why = "failed", trial.impossible
     # A whole run is one, whatever another command was refused there since.
-    elif diverged or (state == "done" and folder.has_summary()):
+    elif diverged or (state == "done" and folder.summary_step() is not None):
         why = _another(trial)
         state = "failed" if why else "diverged" if diverged else "done"
     elif refusal:
@@ -155,12 +161,28 @@ def _another(trial: Trial) -> str:
     return f"{trial.folder} holds another run since: {'; '.join(differing)}; move it away"
 
 
+def _check_metric(grid: Grid, trial: Trial) -> None:
+    """A mistyped metric is told after the first training, not after the last."""
+    names = list(_summary(trial))
+    if names and grid.metric not in names:
+        raise UserError(
+            f"metric: {grid.metric}: {trial.folder / 'summary.json'} has no such figure"
+            f"{did_you_mean(grid.metric, names)}"
+        )
+
+
 def _figure(trial: Trial, metric: str) -> float | None:
-    try:
-        value = json.loads((trial.folder / "summary.json").read_text()).get(metric)
-    except (OSError, ValueError, AttributeError):
-        return None
+    value = _summary(trial).get(metric)
     return float(value) if isinstance(value, int | float) else None
+
+
+def _summary(trial: Trial) -> dict[str, Any]:
+    """summary.json; empty where there is none."""
+    try:
+        found = json.loads((trial.folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 if __name__ == "__main__":

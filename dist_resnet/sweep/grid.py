@@ -14,11 +14,13 @@ from dist_resnet.config.checks import check
 from dist_resnet.config.effects import changes_figures
 from dist_resnet.config.load import load_config, trajectory_hash
 from dist_resnet.config.schema import Config
-from dist_resnet.config.values import read_yaml
+from dist_resnet.config.values import Bare, read_yaml
 
 TRAINER = "dist_resnet.train"
 # What wandb's agent puts in their place; the runner here has no other.
 _INTERPRETER, _ARGUMENTS = "${interpreter}", "${args_no_hyphens}"
+# What YAML takes as it stands within brackets.
+_PLAIN = re.compile(r"[^\s,:#&*!|>%@`?'\"\[\]{}\\]+( +[^\s,:#'\"\[\]{}\\]+)*")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def read_grid(path: Path, extra: Sequence[str]) -> Grid:
     method, metric = content.get("method"), content.get("metric")
     if method != "grid":
         raise UserError(f"{path}: method={method}: here only grid; others need W&B (wandb sweep)")
-    if not isinstance(metric, dict) or metric.get("goal") not in ("maximize", "minimize"):
+    goal = isinstance(metric, dict) and metric.get("name") and metric.get("goal")
+    if not isinstance(metric, dict) or goal not in ("maximize", "minimize"):
         raise UserError(f"{path}: metric: needs name, and goal: maximize or minimize")
     command = content.get("command")
     if not isinstance(command, list) or not {TRAINER, _ARGUMENTS} <= set(map(str, command)):
@@ -77,7 +80,7 @@ def read_grid(path: Path, extra: Sequence[str]) -> Grid:
     _refuse_shared_folders(path, trials)
     if all(trial.impossible for trial in trials):
         raise UserError(trials[0].impossible)
-    return Grid(str(metric.get("name")), metric["goal"] == "maximize", trials)
+    return Grid(str(metric["name"]), goal == "maximize", trials)
 
 
 def _refuse_shared_folders(path: Path, trials: Sequence[Trial]) -> None:
@@ -87,7 +90,7 @@ def _refuse_shared_folders(path: Path, trials: Sequence[Trial]) -> None:
         other = first.setdefault(trial.folder, trial)
         if other is not trial:
             both = " and ".join(
-                " ".join(f"{key}={_word(value)}" for key, value in one.values.items())
+                " ".join(f"{key}={word(value)}" for key, value in one.values.items())
                 for one in (other, trial)
             )
             raise UserError(f"{path}: {both} are one training; leave one of them out")
@@ -110,18 +113,18 @@ def _choices(path: Path, parameters: Any, prefix: str = "") -> Iterator[tuple[st
 
 
 def _trial(stem: str, values: dict[str, Any], command: list[str], extra: Sequence[str]) -> Trial:
-    pairs = [f"{key}={_word(value)}" for key, value in values.items()]
+    pairs = [f"{key}={word(value)}" for key, value in values.items()]
     full: list[str] = []
-    for word in command:
-        full += pairs if word == _ARGUMENTS else [word]
-    full = [sys.executable if word == _INTERPRETER else word for word in full] + [*extra]
+    for part in command:
+        full += pairs if part == _ARGUMENTS else [part]
+    full = [sys.executable if part == _INTERPRETER else part for part in full] + [*extra]
     # What is mistyped is refused before the first of them starts; an impossible combination is a
     # row, as a grid cannot leave it out. Named by all that decides its figures: the same command
     # finds its runs again, another one does not take them for its own.
     config = load_config(full[full.index(TRAINER) + 1 :], checked=False)
     if config.run.name is not None:
         raise UserError(f"run.name={config.run.name}: a sweep names its runs itself; leave it out")
-    short = "-".join(f"{key.split('.')[-1]}{_word(value)}" for key, value in values.items())
+    short = "-".join(f"{key.split('.')[-1]}{word(value)}" for key, value in values.items())
     readable = re.sub(r"[^A-Za-z0-9._-]", "", f"{stem}-{short}").lstrip(".")[:48]
     digits = trajectory_hash(config, lambda key: changes_figures(key) or key in values)
     name = f"{readable}-{digits}"
@@ -138,14 +141,19 @@ def _impossible(config: Config) -> str:
     return ""
 
 
-def _word(value: Any) -> str:
-    """A value as the command line has it: null, true, 0.1, [1,2]."""
+def word(value: Any) -> str:
+    """A value as the command line has it: null, true, 0.1, [1,2], {depth: 16}."""
+    return _item(value) if isinstance(value, list | Mapping) else str(_item(value, alone=True))
+
+
+def _item(value: Any, alone: bool = False) -> str:
+    """A value within a list or a mapping, quoted where it was, or must be; `alone` it need not."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_item(key)}: {_item(item)}' for key, item in value.items())}}}"
     if isinstance(value, list):
         return f"[{','.join(map(_item, value))}]"
-    return "null" if value is None else str(value)
-
-
-def _item(value: Any) -> str:
-    word = _word(value)
-    plain = re.fullmatch(r"[^\s,'\"\[\]\\]+( +[^\s,'\"\[\]\\]+)*", word)
-    return word if plain else '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
+    if value is None:
+        return "null"
+    if alone or (isinstance(value, Bare) and _PLAIN.fullmatch(value)):
+        return str(value)
+    return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dist_resnet.base.files import write_atomically
+from dist_resnet.base.files import as_json, write_atomically
 from dist_resnet.tracking.tracker import Row, Say, Tracker, say_on_stderr
 
 
@@ -31,7 +31,7 @@ class MetricsFile(Tracker):
 
     def log(self, row: Row) -> None:
         """Append one row, after those that a full disk has kept waiting; the first one is told."""
-        line = json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False)
+        line = as_json(row)
         told = bool(self._waiting)
         self._waiting.append(line.encode() + b"\n")
         try:
@@ -100,11 +100,3 @@ def _cut_torn_line(path: Path) -> None:
     whole = data.rfind(b"\n") + 1
     if whole != len(data):
         os.truncate(path, whole)
-
-
-def _plain(value: float | int) -> float | int | None:
-    """A number as JSON knows it: NumPy and Torch scalars become Python's, non-finite ones null."""
-    if isinstance(value, int):
-        return value
-    number = float(value)
-    return number if math.isfinite(number) else None

@@ -1,13 +1,15 @@
-"""What a run tells its reader before the first step and after the last."""
+"""What a run tells its reader before the first step and after the last, and its summary."""
 
 from typing import Any
 
 from dist_resnet.config.code import plugins_of
 from dist_resnet.config.plan import Plan, explain
 from dist_resnet.config.schema import Config
+from dist_resnet.machine.environment import git_commit, hardware, versions
 from dist_resnet.runs.folder import RunFolder
 from dist_resnet.step.mode import choose_step_mode, told_of_net
-from dist_resnet.step.state import TrainState
+from dist_resnet.step.state import TrainState, weights_sha256
+from dist_resnet.training.loop import Trainer
 from dist_resnet.training.session import Session
 
 
@@ -48,3 +50,23 @@ def conclusion(summary: dict[str, Any], session: Session, folder: RunFolder) -> 
         f" ({summary['val/images']:,} images) after {summary['step']:,} steps,"
         f" {summary['wall_seconds']:.0f} s; {folder.path / 'summary.json'}",
     ]
+
+
+def facts(trainer: Trainer, session: Session) -> dict[str, Any]:
+    """What a summary holds beside figures: speed, plan, dataset, versions, hardware."""
+    plan, world = trainer.plan, session.world
+    return {
+        "stopped_early": not plan.finished(trainer.state.step),
+        "weights_sha256": weights_sha256(trainer.state.flat.model.state_dict()),
+        "eval_set": session.eval_set,
+        "images_per_second": trainer.watch.images_per_second(plan.global_batch_size),
+        "wall_seconds": trainer.watch.seconds(),
+        "world_size": world.size,
+        "replicas": plan.replicas,
+        "parameters": trainer.state.flat.num_parameters,
+        "dataset": {"name": session.dataset.name, "fingerprint": session.dataset.fingerprint},
+        "precision": str(session.precision).removeprefix("torch."),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "hardware": hardware(world.device, session.threads),
+    }

@@ -1,5 +1,6 @@
 """The training loop: what happens at which step."""
 
+import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
@@ -41,6 +42,9 @@ class Trainer:
     last_evaluation: dict[str, float | int] | None = None
     """The row of this process's last evaluation."""
 
+    evaluated: bool = True
+    """Whether the record has the evaluation of the state that the run goes on from."""
+
     def fit(self) -> None:
         """Train from `state.step` to the last step.
 
@@ -53,6 +57,8 @@ class Trainer:
         """
         plan, state = self.plan, self.state
         self.watch.start_window()
+        if plan.finished(state.step) and not self.evaluated:
+            self._end_where_it_stopped()
         while not plan.finished(state.step) and not self._stopped_early():
             self._train_on_next_batch()
             done, improved = state.step, False
@@ -71,7 +77,20 @@ class Trainer:
                     f"stopped by {reason} at step {done}, saved; start again to continue"
                 )
 
+    def _end_where_it_stopped(self) -> None:
+        """What is due after the last step, of a run that a signal had stopped at what is its end
+        now."""
+        done = self.state.step
+        if done % self.config.log.every_steps:
+            self._log(done)
+        self._save(done, self._end_epoch(done), must=True)
+
     def _train_on_next_batch(self) -> None:
+        done, totals = self.state.step, self.state.totals
+        if done % self.config.log.every_steps == 0:
+            totals.begin(Totals.LOG)
+        if done % self.plan.steps_per_epoch == 0:
+            totals.begin(Totals.EPOCH)
         with self.watch.waiting_for_data():
             batch = next(self.batches)
         if self.gallery is not None:
@@ -134,7 +153,7 @@ class Trainer:
 
     def _log(self, done: int) -> None:
         """One row of training metrics. Here, and at evaluations and saves, the host waits."""
-        means = self.state.totals.take(Totals.LOG)
+        means = self.state.totals.means(Totals.LOG)
         self._check_finite(done)
         row = self._row(done) | {"train/loss": means.loss}
         row |= {f"train/{name}": value for name, value in means.measures.items()}
@@ -146,7 +165,7 @@ class Trainer:
 
     def _end_epoch(self, done: int) -> bool:
         """Evaluate if due; whether the result is the best so far."""
-        epoch = self.state.totals.take(Totals.EPOCH)
+        epoch = self.state.totals.means(Totals.EPOCH)
         at_end = self.plan.finished(done)
         if not at_end and not self.plan.ends_epoch(done, self.config.eval.every_epochs):
             return False
@@ -156,6 +175,12 @@ class Trainer:
         row = self._row(done) | {"val/images": result.images} | result.figures(self.classes)
         self.last_evaluation = row | {"gap/top1": epoch.measures["top1"] - result.top1}
         self.tracker.log(self.last_evaluation)
+        if not math.isfinite(result.loss):
+            self.tracker.message(
+                f"warning: val/loss is not finite at step {done:,}: in evaluation the net gives "
+                "logits that are no numbers; its val/top1 means nothing"
+            )
+            return False
         if result.top1 <= self.state.best.get("val/top1", -1.0):
             return False
         self.state.best = {"val/top1": result.top1, "step": done}

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Generator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dist_resnet.augment.trial import try_extras
 from dist_resnet.base import signals, watchdog
@@ -23,12 +22,12 @@ from dist_resnet.distributed.group import (
     start,
     stop,
 )
-from dist_resnet.machine.environment import git_commit, hardware, versions
 from dist_resnet.machine.gpu_memory import explaining_memory
 from dist_resnet.runs.checkpoint import Checkpoint
 from dist_resnet.runs.folder import RunFolder
 from dist_resnet.runs.fork import forks_told, starting_point, with_code
 from dist_resnet.runs.resume import (
+    check_folder,
     check_same_configuration,
     check_same_machines,
     find_checkpoint,
@@ -39,8 +38,9 @@ from dist_resnet.runs.resume import (
 )
 from dist_resnet.runs.summary import last_evaluation, summarise
 from dist_resnet.step.captured import as_configured
+from dist_resnet.step.distill import Distillation
 from dist_resnet.step.precision import make_deterministic
-from dist_resnet.step.state import TrainState, weights_sha256
+from dist_resnet.step.state import TrainState
 from dist_resnet.tracking.jsonl import read_rows
 from dist_resnet.training.ending import (
     at_exit,
@@ -51,13 +51,13 @@ from dist_resnet.training.ending import (
 )
 from dist_resnet.training.evaluation import Evaluator
 from dist_resnet.training.gallery import Gallery
-from dist_resnet.training.introduction import conclusion, introduction
+from dist_resnet.training.introduction import conclusion, facts, introduction
 from dist_resnet.training.loop import Trainer
 from dist_resnet.training.outputs import Outputs, open_outputs
 from dist_resnet.training.session import Session, open_session, resolve_auto
 from dist_resnet.training.starting import all_machines, begin, check_own_code
 from dist_resnet.training.stopwatch import Stopwatch
-from dist_resnet.training.teachers import FoundTeacher, build_distillation, find_teachers
+from dist_resnet.training.teachers import build_distillation, find_teachers
 
 
 def run(config: Config, named: Collection[str] = ()) -> Path:
@@ -123,7 +123,8 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
             "command; choose more train.epochs or train.max_steps, or another run.name"
         )
     early = saved is not None and config.train.early_stop and saved.state.stopped_early
-    if (plan.finished(step) or early) and broadcast_object(folder.has_summary()):
+    on_rank_zero(lambda: check_folder(config, folder))
+    if (plan.finished(step) or early) and broadcast_object(folder.summary_step() == step):
         if world.is_main:
             say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
             folder.set_status("done", step, exit_code=EXIT_DONE)
@@ -135,6 +136,8 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     before, everywhere = saved.code if saved is not None else {}, broadcast_object(code)
     saved = on_every_rank(lambda: with_code(saved, code, everywhere, config.run.allow_code_change))
     state, init = begin(config, session, saved)
+    normalisation = session.normalisation()
+    distillation = on_every_rank(lambda: build_distillation(teachers, session, normalisation))
     if world.is_main:
         mode = config.train.step_mode
         other = mixed, other_rounding(saved, kinds[0], mode) if saved is not None else ""
@@ -146,7 +149,7 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     outputs = on_every_rank(
         lambda: open_outputs(config, session, plan, state.step, folder, saved, origin)
     )
-    trainer = _trainer(config, session, plan, state, outputs, saved, teachers)
+    trainer = _trainer(config, session, plan, state, outputs, saved, distillation, folder.metrics)
     _fit_and_close(trainer, session, folder, outputs, code)
 
 
@@ -157,7 +160,8 @@ def _trainer(
     state: TrainState,
     outputs: Outputs,
     saved: Checkpoint | None,
-    teachers: list[FoundTeacher],
+    distillation: Distillation | None,
+    metrics: Path,
 ) -> Trainer:
     def open_data() -> tuple[Generator[Batch, None, None], Evaluator]:
         batches = session.batches(plan, state.step)
@@ -165,10 +169,10 @@ def _trainer(
         session.dataset.check_not_replaced()
         return batches, evaluator
 
+    def evaluated() -> bool:
+        return any(row["step"] == state.step and "val/top1" in row for row in read_rows(metrics))
+
     batches, evaluator = on_every_rank(open_data)
-    distillation = on_every_rank(
-        lambda: build_distillation(teachers, session, session.normalisation())
-    )
     step = session.train_step(plan, state, distillation)
     wandb = outputs.writer.wandb if outputs.writer is not None else None
     # Rank 0 alone knows whether W&B has started, and finding mistakes takes all ranks.
@@ -185,6 +189,7 @@ def _trainer(
         watch=Stopwatch(saved.seconds if saved else 0.0, session.world.device),
         writer=outputs.writer,
         gallery=Gallery(config, session.dataset, wandb) if pictures else None,
+        evaluated=on_rank_zero(evaluated),
     )
 
 
@@ -218,8 +223,8 @@ def _fit_and_close(
         try:
             rows = read_rows(folder.metrics)
             last = trainer.last_evaluation or last_evaluation(rows)
-            facts = _facts(trainer, session) | {"code": {n: c[:16] for n, c in sources.items()}}
-            summary = summarise(rows, last, state.best, facts)
+            known = facts(trainer, session) | {"code": {n: c[:16] for n, c in sources.items()}}
+            summary = summarise(rows, last, state.best, known)
             folder.write_json("summary.json", summary)
         except OSError as error:
             raise UserError(f"{folder.path}: no summary.json: {error.strerror}") from None
@@ -229,22 +234,3 @@ def _fit_and_close(
 
     # The other ranks wait: torchrun would take a rank that left early for the end of the job.
     on_rank_zero(finish)
-
-
-def _facts(trainer: Trainer, session: Session) -> dict[str, Any]:
-    plan, world = trainer.plan, session.world
-    return {
-        "stopped_early": not plan.finished(trainer.state.step),
-        "weights_sha256": weights_sha256(trainer.state.flat.model.state_dict()),
-        "eval_set": session.eval_set,
-        "images_per_second": trainer.watch.images_per_second(plan.global_batch_size),
-        "wall_seconds": trainer.watch.seconds(),
-        "world_size": world.size,
-        "replicas": plan.replicas,
-        "parameters": trainer.state.flat.num_parameters,
-        "dataset": {"name": session.dataset.name, "fingerprint": session.dataset.fingerprint},
-        "precision": str(session.precision).removeprefix("torch."),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "hardware": hardware(world.device, session.threads),
-    }

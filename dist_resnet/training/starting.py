@@ -88,7 +88,7 @@ def started_model(config: Config, classes: int, start: Start) -> nn.Module:
         UserError: they are not of this net and these classes.
     """
     model = build_model(config.model, classes, config.seed)
-    if start_from(model, start, config.model)[1]:
+    if start_from(model, start, config.model, classes)[1]:
         raise UserError(f"{start.file}: its net tells other classes apart than {classes}")
     return in_layout(model, config.precision.channels_last).eval()
 

@@ -71,7 +71,8 @@ def build_distillation(
         saved = teacher.saved
         if isinstance(saved, Start):
             model = _of_file(teacher.name, saved, config, len(data.classes))
-            teachers.append(Teacher(model.to(device), students, students))
+            layout = config.precision.channels_last
+            teachers.append(Teacher(model.to(device), students, students, layout))
             continue
         if tuple(saved.classes) != tuple(data.classes):
             raise UserError(
@@ -82,8 +83,9 @@ def build_distillation(
             raise UserError(
                 f"distill.teachers={teacher.name}: was trained on images of {width}x{height}"
             )
-        model = trained_model(saved, stored_config(saved.config))
+        settled = stored_config(saved.config)
+        model, layout = trained_model(saved, settled), settled.precision.channels_last
         own = Normalisation.of(saved.mean, saved.std, data.width, device)
-        teachers.append(Teacher(model.to(device), own, students))
+        teachers.append(Teacher(model.to(device), own, students, layout))
     settings = config.distill
     return Distillation(teachers, settings.temperature, settings.weight) if teachers else None

@@ -417,7 +417,7 @@ def test_a_whole_step(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for number in range(2):
             step(batch_of(number, 2))
         states.append(step.state.tensors())
-        means = step.state.totals.take(Totals.EPOCH)
+        means = step.state.totals.means(Totals.EPOCH)
         found = means.measures
         assert list(found) == list(measures)
         assert found["top1"] == pytest.approx(found["top1 by torch"], abs=1e-6)

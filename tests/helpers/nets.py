@@ -2,6 +2,7 @@
 
 import os
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -274,6 +275,84 @@ class Attribute(Base):
         return x
 
 
+class NumpyCount(Base):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.calls = np.int64(0)
+
+    def between(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x
+
+
+class Within(Base):
+    """A counter within an object."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.kept = SimpleNamespace(calls=0, seen={1})
+
+    def between(self, x: Tensor) -> Tensor:
+        self.kept.calls += 1
+        return x
+
+
+class Minimum(Base):
+    """A buffer that begins where there is no mean."""
+
+    low: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.register_buffer("low", torch.tensor(torch.inf))
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.low.copy_(torch.minimum(self.low, x.detach().float().min()))
+        return x
+
+
+class Projected(Base):
+    """Good: what is drawn when it is built, and not saved, follows from the seed."""
+
+    seen: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.register_buffer("seen", torch.randn(8, 8), persistent=False)
+
+    def between(self, x: Tensor) -> Tensor:
+        return x @ self.seen.to(x.dtype)
+
+
+class Resting(Base):
+    """Good: its maker left a part in evaluation mode, which training ends."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.norm = nn.BatchNorm1d(8).eval()
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+class LateDraws(Base):
+    """Good: draws from its seventh pass in training on, beyond any trial."""
+
+    passes: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.passes += 1
+            if self.passes > 6:
+                return F.dropout(x, 0.5)
+        return x
+
+
 class History(Base):
     """A running mean that is no buffer."""
 
@@ -432,6 +511,13 @@ class Viewing(Base):
 
     def features(self, images: Tensor) -> Tensor:
         return self.conv(images).view(len(images), -1)
+
+
+class Rows(Base):
+    """Good where images are NCHW in memory, of any size."""
+
+    def features(self, images: Tensor) -> Tensor:
+        return super().features(images.view(len(images), -1).view(images.shape))
 
 
 _kept: dict[int, nn.Module] = {}

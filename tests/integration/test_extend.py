@@ -1,11 +1,9 @@
 """A refused command leaves a run as it was; run.extend continues one as a recorded fork."""
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,51 +12,11 @@ from dist_resnet.base.errors import DistResnetError, UserError
 from dist_resnet.config.builtins import OPTIMIZERS
 from dist_resnet.config.load import load_config, named_keys
 from dist_resnet.config.plan import make_plan, rates
-from dist_resnet.data.dataset import Dataset
 from dist_resnet.runs.folder import RunFolder
 from dist_resnet.runs.fork import starting_point
-from dist_resnet.train import main
 from tests.helpers.checkpoints import checkpoint_of
 from tests.helpers.jobs import Outcome, final_state, metric_rows, run_job
-
-
-class Runs:
-    """Trainings of 3 epochs of 6 steps in this process, in the folder `job`."""
-
-    def __init__(self, folder: Path, tiny: Dataset) -> None:
-        self.path = folder / "job"
-        self.common = [
-            f"data.root={tiny.folder.parent}", f"data.dataset={tiny.folder.name}",
-            f"run.dir={folder}", "run.name=job", "model.widths=[4,4,4]", "log.every_steps=1",
-            "data.batch_size_per_replica=8", "parallel.device=cpu", "wandb.mode=disabled",
-            "parallel.threads=1", "train.epochs=3", "data.loader=resident",
-        ]  # fmt: skip
-
-    def __call__(self, *settings: str) -> int:
-        return main([*self.common, *settings])
-
-    def refused(self, *settings: str) -> str:
-        before = self.content()
-        with pytest.raises(UserError) as caught:
-            self(*settings)
-        assert self.content() == before
-        return str(caught.value)
-
-    def content(self) -> dict[str, bytes]:
-        files = (path for path in self.path.rglob("*") if path.is_file())
-        own = {".lock", ".refused"}
-        return {str(path): path.read_bytes() for path in files if path.name not in own}
-
-    def json(self, name: str) -> dict[str, Any]:
-        return dict(json.loads((self.path / name).read_text()))
-
-
-@pytest.fixture
-def runs(tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
-    # The loop's signal handlers stay with the process.
-    monkeypatch.setattr("dist_resnet.base.signals.install", lambda: None)
-    monkeypatch.setattr("dist_resnet.base.signals.defer", lambda: None)
-    return Runs(tmp_path, tiny)
+from tests.helpers.own_runs import Runs
 
 
 def test_a_refused_command_leaves_a_run_as_it_was(runs: Runs) -> None:

@@ -156,6 +156,7 @@ SWEEPS = [
     ("method: random", "method=random"),
     ("method: grid\nmetric: 3", "metric"),
     ("method: grid\nmetric: {name: x, goal: best}", "metric"),
+    ("method: grid\nmetric: {goal: maximize}", "metric: needs name"),
     ("{head}\nparameters: 3", "must name parameters"),
     ("{head}\nparameters: {seed: {values: 3}}", "needs values"),
     ("{head}\nparameters: {seed: {values: []}}", "needs values"),
@@ -289,6 +290,8 @@ PROCESSES = [
     (["dist_resnet.train", "seed=x"], {"LOCAL_RANK": "x"}, 2, "seed=x"),
     (["dist_resnet.train", "--print-config"], {"RANK": "x"}, 2, "RANK=x"),
     (["dist_resnet.sweep", "--retry-failed"], {}, 2, "--help"),
+    (["dist_resnet.evaluate", "runs" + 300 * "x"], {}, 2, "File name too long"),
+    (["dist_resnet.predict", ".", 300 * "x"], {}, 2, "holds no checkpoint"),
     (["dist_resnet.train", "wandb.group=Versuch-ä", "data.root=none", "data.dataset=nöne"],
      {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}, 2, "n\\xf6ne"),
 ]  # fmt: skip

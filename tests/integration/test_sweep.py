@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from dist_resnet.base.errors import UserError
-from dist_resnet.config.load import to_yaml
+from dist_resnet.config.load import load_config, to_yaml
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.runs.folder import RunFolder
 from dist_resnet.sweep.__main__ import main
@@ -97,7 +97,7 @@ def test_the_shipped_grid_is_what_the_agent_would_run() -> None:
     assert first.values == {"optim.lr": "0.02", "optim.weight_decay": "0.0005", "seed": "0"}
     nested = {"optim": {"lr": 0.02, "weight_decay": 0.0005}, "seed": 0}
     agents = _expanded_by_wandb(_content()["command"], nested)
-    from dist_resnet.config.load import load_config, trajectory_hash
+    from dist_resnet.config.load import trajectory_hash
 
     hashes = [
         trajectory_hash(load_config(words[words.index("dist_resnet.train") + 1 :]))
@@ -147,6 +147,34 @@ def test_trials_that_would_be_one_run_are_refused(
     with pytest.raises(UserError) as caught:
         read_grid(_small(tmp_path, parameters=parameters), [])
     assert words in str(caught.value)
+
+
+def test_values_within_mappings_and_lists_arrive_as_they_were_written(tmp_path: Path) -> None:
+    args = {"depth": 2, "wide": False, "name": "2", "rate": 0.5, "none": None, "text": "a: b, [c]"}
+    swept = {"model": {"parameters": {"name": {"value": "nets:small"}, "args": {"values": [args]}}}}
+    extras = [{"name": "my:erase", "args": {"side": 3, "seen": [[1, 2], ["x y", "3"]]}}, "my:other"]
+    swept["augment"] = {"parameters": {"extra": {"values": [extras]}}}
+    (trial,) = read_grid(_small(tmp_path, parameters=swept), []).trials
+    assert trial.config.model.args == args
+    assert trial.config.augment.extra == extras
+    again = load_config(trial.command[trial.command.index("dist_resnet.train") + 1 :])
+    assert again.model.args == args
+
+
+def test_a_mistyped_metric_is_told_after_the_first_training(tmp_path: Path) -> None:
+    file, runs = (
+        _small(tmp_path, metric={"name": "val/top_1", "goal": "maximize"}),
+        tmp_path / "runs",
+    )
+    first = read_grid(file, [f"run.dir={runs}"]).trials[0]
+    first.folder.mkdir(parents=True)
+    (first.folder / "config.yaml").write_text(to_yaml(first.config))
+    folder = RunFolder(first.folder)
+    folder.write_json("summary.json", {"step": 3, "val/top1": 0.5})
+    folder.set_status("done", 3, exit_code=0)
+    with pytest.raises(UserError, match=r"val/top_1: .* did you mean val/top1\?"):
+        main([str(file), "--", f"run.dir={runs}"])
+    assert len(list(runs.iterdir())) == 1
 
 
 @pytest.mark.slow
@@ -246,7 +274,9 @@ def _finish(file: Path, arguments: list[str]) -> list[Trial]:
         if not trial.impossible:
             trial.folder.mkdir(parents=True)
             (trial.folder / "config.yaml").write_text(to_yaml(trial.config))
-            (trial.folder / "summary.json").write_text(json.dumps({"val/top1": 0.5 + number / 100}))
+            (trial.folder / "summary.json").write_text(
+                json.dumps({"step": 3, "val/top1": 0.5 + number / 100})
+            )
             RunFolder(trial.folder).set_status("done", 3, exit_code=0)
     return trials
 

@@ -77,6 +77,32 @@ def test_parquet_as_the_hub_has_it(tmp_path: Path, arrow: Any, rng: np.random.Ge
     assert (dataset.height, dataset.width) == (28, 28)
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_numbers_that_mean_other_classes_are_refused(
+    tmp_path: Path,
+    arrow: Any,
+    rng: np.random.Generator,
+    fits: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Else every label of that file is another one's."""
+    for name, names in (("train", ["b", "a"]), ("test", ["b", "a"] if fits else ["a", "b"])):
+        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+        columns = {
+            "image": [{"bytes": _png(image)} for image in _images(rng, 6)],
+            "label": [0, 1] * 3,
+        }
+        _write(arrow, tmp_path / f"{name}.parquet", columns, {"info": {"features": features}})
+    files = str(tmp_path / "train.parquet"), "--test", str(tmp_path / "test.parquet")
+    if fits:
+        assert _prepared(tmp_path, *files).num_test == 6
+        return
+    assert main(["huggingface", *files, "--output", str(tmp_path), "--name", "x"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "test.parquet: its labels 0, 1, ... mean a, b, and those of" in line
+    assert not (tmp_path / "x").exists()
+
+
 def test_plain_parquet_files(tmp_path: Path, arrow: Any, rng: np.random.Generator) -> None:
     """Bare bytes, labels as text, no notes; the columns found by their types or named."""
     for name, count in (("a", 12), ("b", 6)):

@@ -261,7 +261,7 @@ def test_the_reference_loop_computes_our_losses() -> None:
         images, _ = ours.replica_pass.inputs(batch.images, batch.samples, ours.keys[number_])
         images = images.contiguous()
         loss = plain.step(images, batch.labels)
-        assert ours.state.totals.take(Totals.LOG).loss == pytest.approx(loss, abs=1e-4)
+        assert ours.state.totals.means(Totals.LOG).loss == pytest.approx(loss, abs=1e-4)
     assert plain.seen == 10 * BATCH
 
 

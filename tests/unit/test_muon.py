@@ -1,6 +1,7 @@
 """Muon against torch's own Newton-Schulz iterations, singular values, and SGD for the rest."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from dist_resnet.base.errors import UserError
 from dist_resnet.config.load import load_config
 from dist_resnet.config.schema import Config, ModelConfig, OptimConfig
 from dist_resnet.distributed.flat import flatten_model
+from dist_resnet.models.build import freeze
 from dist_resnet.models.resnet import resnet
 from dist_resnet.optim.build import build_optimizer
 from dist_resnet.optim.muon import orthogonalise
@@ -139,6 +141,28 @@ def test_a_dense_layer_may_come_before_a_convolution(factor: int) -> None:
         torch.testing.assert_close(*kept, msg=name)
 
 
+def test_a_weight_of_two_convolutions_moves_once() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 2))
+    model[1].weight = model[0].weight
+    optimizer = build_optimizer(flatten_model(model), Config(optim=OptimConfig(name="muon")))
+    weight = model[0].weight
+    assert weight.grad is not None
+    weight.grad.normal_(generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's, of a parameter in a group twice
+        optimizer.step(0.1)
+    kept = optimizer.state.state_dict()["parameters"]
+    buffers = [entry["momentum_buffer"] for name, entry in kept.items() if "0.weight" in name]
+    assert torch.equal(buffers[0], weight.grad)
+
+
 def test_without_a_convolution_it_is_refused() -> None:
     with pytest.raises(UserError, match=r"optim\.name=muon: the model has no convolution"):
         build_optimizer(flatten_model(_Ordered("dense")), Config(optim=OptimConfig(name="muon")))
+
+
+def test_with_all_convolutions_frozen_the_reason_is_that() -> None:
+    model = _Ordered("first", "dense")
+    freeze(model, ["first.*"])
+    with pytest.raises(UserError, match=r"no convolution that is trained \(optim\.freeze\)"):
+        build_optimizer(flatten_model(model), Config(optim=OptimConfig(name="muon")))

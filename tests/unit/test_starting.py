@@ -61,7 +61,7 @@ def test_the_same_names_behind_wrappers(prefix: str) -> None:
     given = {f"{prefix}{name}": tensor for name, tensor in weights(seed=2).items()}
     given |= {"mean": torch.ones(1, 3, 1, 1), "scale": torch.ones(1, 3, 1, 1)}
     given["bn.num_batches_tracked"] = torch.tensor(3)
-    found, new = matched(weights(), given, "names")
+    found, new = matched(weights(), given, "names", 5)
     assert_whole(found, weights(seed=2))
     assert new == []
 
@@ -71,7 +71,7 @@ def test_somebody_elses_by_order_and_by_prefixes() -> None:
     for tensor in wanted.values():  # no two alike, or a mix-up would not show
         tensor.copy_(torch.randn_like(tensor))
     for how in ("order", PEER_NAMES):
-        found, new = matched(weights(), as_peers(wanted), how)
+        found, new = matched(weights(), as_peers(wanted), how, 5)
         assert_whole(found, wanted)
         assert new == []
 
@@ -79,7 +79,7 @@ def test_somebody_elses_by_order_and_by_prefixes() -> None:
 @pytest.mark.parametrize("how", ["names", "order"])
 def test_another_number_of_classes_leaves_the_last_layer_new(how: str) -> None:
     given = weights(7, seed=2)
-    found, new = matched(weights(), given if how == "names" else as_peers(given), how)
+    found, new = matched(weights(), given if how == "names" else as_peers(given), how, 5)
     assert new == ["head.weight", "head.bias"]
     assert_whole(found, {n: t for n, t in given.items() if not n.startswith("head.")})
 
@@ -87,7 +87,7 @@ def test_another_number_of_classes_leaves_the_last_layer_new(how: str) -> None:
 def test_what_stays_new_is_as_it_was_built_and_said() -> None:
     model = resnet(SMALL, 5, 1)
     start = Start("w.safetensors", "0" * 64, weights(7, seed=2))
-    told, new = start_from(model, start, SMALL)
+    told, new = start_from(model, start, SMALL, 5)
     assert told == (
         "starting weights: w.safetensors (SHA-256 0000000000000000); head is new, for 5 classes"
     )
@@ -112,6 +112,8 @@ def test_the_order_of_people() -> None:
             "names",
             "bn.weight is of shape",
         ),
+        # Nor is a single tensor of another length, be it one that belongs to no layer.
+        ({"bn.weight": torch.ones(9)}, "names", "bn.weight is of shape"),
         ({"stem.weight": None}, "order", "it lacks stem.weight"),
         ({}, {"stm": "stem"}, "it has nothing of stm; did you mean stem"),
         ({}, {"stem": "setm"}, "would be setm.weight, which the net does not have; did you mean"),
@@ -124,7 +126,7 @@ def test_what_does_not_fit_is_told(
     given = {n: t for n, t in (weights(seed=2) | change).items() if t is not None}
     config = ModelConfig(widths=[4, 4, 8], init="w", init_map=how)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=told) as caught:
-        start_from(resnet(SMALL, 5, 1), Start("w", "0", given), config)
+        start_from(resnet(SMALL, 5, 1), Start("w", "0", given), config, 5)
     assert str(caught.value).startswith("model.init=w: ")
     assert "\n" not in str(caught.value)
 
@@ -224,10 +226,10 @@ def test_the_embedded_weights_of_somebody_else_fit_by_order_and_by_prefixes() ->
     start = read_start(config)
     assert start is not None
     own = resnet(config, 10).state_dict()
-    found, new = matched(own, start.tensors, "order")
+    found, new = matched(own, start.tensors, "order", 10)
     assert new == []
     assert sum(found[n].numel() for n in own if "running" not in n) == 272_474
-    assert_whole(found, matched(own, start.tensors, PEER_NAMES)[0])
+    assert_whole(found, matched(own, start.tensors, PEER_NAMES, 10)[0])
 
 
 @pytest.mark.slow
@@ -272,3 +274,10 @@ def test_a_run_that_goes_on_cannot_begin_with_other_weights() -> None:
         starting_point(saved, load_config(other), "f", ["model.init"])
     with pytest.raises(UserError, match="these weights were read before the first step"):
         starting_point(saved, load_config([*other, "run.extend=true"]), "f", ["model.init"])
+
+
+def test_a_table_of_another_length_is_no_last_layer() -> None:
+    own = {"places": torch.zeros(49, 16), "head.weight": torch.zeros(49, 16)}
+    given = {"places": torch.zeros(16, 16), "head.weight": torch.zeros(49, 16)}
+    with pytest.raises(UserError, match="places is of shape"):
+        matched(own, given, "names", 49)

@@ -51,7 +51,7 @@ def test_one_replica_is_a_plain_loop(pairs: list[str]) -> None:
         plain.step(number, batch)
         assert_same_step(step.state, plain)
     assert step.state.step == STEPS
-    means = step.state.totals.take(Totals.EPOCH)
+    means = step.state.totals.means(Totals.EPOCH)
     assert means.steps == STEPS
     assert means.loss == pytest.approx(sum(plain.losses) / STEPS, rel=1e-5)
     assert means.measures["top1"] == pytest.approx(sum(plain.top1) / STEPS, abs=1e-6)
@@ -68,7 +68,7 @@ def test_replicas_on_one_rank_are_averaged(replicas: int, reduction: str) -> Non
         step(batch)
         plain.step(number, batch)
         assert_same_step(step.state, plain)
-    means = step.state.totals.take(Totals.LOG)
+    means = step.state.totals.means(Totals.LOG)
     assert means.loss == pytest.approx(sum(plain.losses) / 6, rel=1e-5)
     assert means.measures["top1"] == pytest.approx(sum(plain.top1) / 6, abs=1e-6)
     assert means.grad_norm == pytest.approx(sum(plain.norms) / 6, rel=1e-4)
@@ -85,7 +85,7 @@ def test_a_further_measure_is_a_line(monkeypatch: pytest.MonkeyPatch, reduction:
         labels.append(batch.labels.double().mean().item())
         plain(batch)
         more(batch)
-    found, expected = (step.state.totals.take(Totals.LOG) for step in (more, plain))
+    found, expected = (step.state.totals.means(Totals.LOG) for step in (more, plain))
     assert found.measures.pop("labels") == pytest.approx(sum(labels) / 4)
     assert found == expected
     for own, other in zip(
@@ -284,7 +284,7 @@ def test_bf16_follows_fp32_and_keeps_its_weights_in_float32() -> None:
     for number in range(5):
         half(batch_of(number, 1))
         full(batch_of(number, 1))
-    means = [step.state.totals.take(Totals.LOG).loss for step in (half, full)]
+    means = [step.state.totals.means(Totals.LOG).loss for step in (half, full)]
     assert means[0] == pytest.approx(means[1], rel=0.02)
     assert means[0] != means[1]
     assert all(t.dtype == torch.float32 for t in half.state.flat.model.state_dict().values())

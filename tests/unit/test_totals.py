@@ -24,12 +24,14 @@ def test_two_windows_are_read_independently() -> None:
     for number in range(10):
         _add(totals, number)
         if number == 5:
-            log = totals.take(Totals.LOG)
+            log = totals.means(Totals.LOG)
+            assert totals.means(Totals.LOG) == log  # reading changes nothing
+            totals.begin(Totals.LOG)
             assert log.steps == 6
             assert (log.loss, log.measures["top1"], log.grad_norm) == tuple(
                 pytest.approx(_mean(range(6), column)) for column in range(3)
             )
-    log, epoch = totals.take(Totals.LOG), totals.take(Totals.EPOCH)
+    log, epoch = totals.means(Totals.LOG), totals.means(Totals.EPOCH)
     assert (log.steps, epoch.steps) == (4, 10)
     assert log.loss == pytest.approx(_mean(range(6, 10), 0))
     assert epoch.measures["top1"] == pytest.approx(_mean(range(10), 1))
@@ -37,7 +39,7 @@ def test_two_windows_are_read_independently() -> None:
 
 
 def test_an_empty_window_divides_by_nothing() -> None:
-    means = Totals(CPU).take(Totals.LOG)
+    means = Totals(CPU).means(Totals.LOG)
     assert means == Means(0, {"top1": 0}, 0, 0)
 
 
@@ -53,7 +55,7 @@ def test_the_first_bad_step_stays(first: int, value: float, column: int) -> None
             row[column] = value
         totals.add(row)
         assert totals.bad_step() == (first if number >= first else None)
-    totals.take(Totals.LOG)
+    totals.begin(Totals.LOG)
     assert totals.bad_step() == first
 
 
@@ -67,25 +69,26 @@ def test_sums_are_float64() -> None:
     totals = Totals(CPU)
     for loss in (2.0**24, 1.0, 1.0):
         totals.add(torch.tensor([loss, 1.0, 0.0, 1.0, 1.0]))
-    assert totals.take(Totals.LOG).loss == (2.0**24 + 2) / 3
+    assert totals.means(Totals.LOG).loss == (2.0**24 + 2) / 3
 
 
 def test_round_trip_in_the_middle_of_a_window() -> None:
     first = Totals(CPU)
     for number in range(3):
         _add(first, number, bad=number == 2)
-    first.take(Totals.LOG)
+    first.begin(Totals.LOG)
     _add(first, 3)
     saved = first.state_dict()
     second = Totals(CPU)
     second.load_state_dict(saved)
     _add(second, 4)  # must not write through to what was saved
     assert second.bad_step() == 2
-    assert second.take(Totals.EPOCH).steps == 5
+    assert second.means(Totals.EPOCH).steps == 5
     third = Totals(CPU)
     third.load_state_dict(saved)
-    assert third.take(Totals.EPOCH) == first.take(Totals.EPOCH)
-    assert third.take(Totals.LOG) == first.take(Totals.LOG)
+    assert third.means(Totals.EPOCH) == first.means(Totals.EPOCH)
+    assert third.means(Totals.LOG) == first.means(Totals.LOG)
+    assert third.means(Totals.LOG).steps == 1
 
 
 def test_another_versions_measures_begin_anew() -> None:
@@ -95,7 +98,7 @@ def test_another_versions_measures_begin_anew() -> None:
     for names in (["top1", "confidence"], ["confidence"]):
         new = Totals(CPU, names)
         new.load_state_dict(old.state_dict())
-        assert new.take(Totals.EPOCH) == Means(0, dict.fromkeys(names, 0), 0, 0)
+        assert new.means(Totals.EPOCH) == Means(0, dict.fromkeys(names, 0), 0, 0)
         assert new.bad_step() == 1
 
 
@@ -105,4 +108,4 @@ def test_checkpoints_from_before_the_names_are_of_top1() -> None:
     saved = old.state_dict()
     del saved["measures"]
     new.load_state_dict(saved)
-    assert new.take(Totals.EPOCH) == Means(2.0, {"top1": 0.25}, 1.5, 1)
+    assert new.means(Totals.EPOCH) == Means(2.0, {"top1": 0.25}, 1.5, 1)

@@ -33,11 +33,19 @@ def feed(options: argparse.Namespace, workspace: Path) -> Feed:
         image = _column("image", options.image_column, schema, _images(arrow, schema))
         label = _column("label", options.label_column, schema, _labels(arrow, schema))
 
+    names = _class_names(schema, label)
+
     def pairs(split: str) -> Iterator[tuple[Any, Any]]:
         for file in files[split]:
             found, batches = _open(arrow, file)
             for name in {image, label} - set(found.names):
                 raise UserError(f"{file}: has no column {name}, which the first file has")
+            own = _class_names(found, label)
+            if own and names and own != names:
+                raise UserError(
+                    f"{file}: its labels 0, 1, ... mean {_few(own)}, and those of "
+                    f"{files['train'][0]} {_few(names)}; save both with the same ClassLabel"
+                )
             for batch in batches:
                 # A slice at a time: a batch may be a whole file.
                 for start in range(0, batch.num_rows, _ROWS):
@@ -45,7 +53,6 @@ def feed(options: argparse.Namespace, workspace: Path) -> Feed:
                     both = part.column(image).to_pylist(), part.column(label).to_pylist()
                     yield from ((_content(i), k) for i, k in zip(*both, strict=True))
 
-    names = _features(schema).get(label, {}).get("names")
     return Feed("huggingface", options.what, pairs, names)
 
 
@@ -125,6 +132,16 @@ def _features(schema: Any) -> dict[str, Any]:
         return json.loads(schema.metadata[b"huggingface"])["info"]["features"]
     except (TypeError, KeyError, ValueError):
         return {}
+
+
+def _class_names(schema: Any, label: str) -> list[str] | None:
+    """By number; None where the file does not say."""
+    feature = _features(schema).get(label)
+    return feature.get("names") if isinstance(feature, dict) else None
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
 
 def _images(arrow: Any, schema: Any) -> list[str]:

@@ -1,0 +1,221 @@
+"""A run's figures are those of its weights, wherever it was stopped and however it goes on."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dist_resnet
+from dist_resnet.base.errors import Preempted, UserError
+from dist_resnet.data.dataset import Dataset
+from dist_resnet.evaluate import evaluate_checkpoint
+from dist_resnet.step.train_step import TrainStep
+from dist_resnet.training.evaluation import Evaluator
+from tests.helpers.jobs import metric_rows
+from tests.helpers.own_runs import Runs
+
+FIGURES = ("step", "epoch", "val/top1", "val/loss", "gap/top1", "train/top1", "weights_sha256")
+
+
+def _figures(summary: dict[str, Any]) -> dict[str, Any]:
+    return {name: summary[name] for name in FIGURES}
+
+
+def _rows(run: Path, first: int = 0) -> list[dict[str, Any]]:
+    """Without times."""
+    return [
+        {k: v for k, v in row.items() if k != "seconds" and not k.startswith("perf/")}
+        for row in metric_rows(run)
+        if row["step"] > first
+    ]
+
+
+def _stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    """SIGTERM's mark is set in front of this step."""
+    plain = TrainStep.__call__
+
+    def stopping(self: TrainStep, batch: Any) -> None:
+        if self.state.step == step - 1:
+            patch.setattr("dist_resnet.base.signals.received", lambda: True)
+        plain(self, batch)
+
+    patch.setattr(TrainStep, "__call__", stopping)
+
+
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("step", [8, 12])
+def test_stopped_at_what_becomes_its_end(runs: Runs, step: int, every: int) -> None:
+    """In mid-epoch, or where an epoch ends that is not evaluated."""
+    keys = ["train.step_mode=eager", "eval.every_epochs=3", f"log.every_steps={every}"]
+    with pytest.MonkeyPatch.context() as patch:
+        _stop_at(patch, step)
+        with pytest.raises(Preempted):
+            runs(*keys)
+    assert runs(*keys, f"train.max_steps={step}") == 0
+    summary, rows = runs.json("summary.json"), _rows(runs.path)
+    figures = evaluate_checkpoint(runs.path, [])
+    assert figures["step"] == summary["step"] == step
+    assert figures["val/top1"] == summary["val/top1"]
+    assert figures["val/loss"] == pytest.approx(summary["val/loss"], abs=1e-9)
+    shutil.rmtree(runs.path)
+    assert runs(*keys, f"train.max_steps={step}") == 0
+    assert _figures(runs.json("summary.json")) == _figures(summary)
+    assert _rows(runs.path) == rows
+
+
+def test_a_longer_run_has_the_figures_of_one_that_was_as_long_at_once(runs: Runs) -> None:
+    keys = ["train.step_mode=eager", "log.every_steps=5"]
+    assert runs(*keys, "train.max_steps=8") == 0
+    assert runs(*keys, "train.max_steps=17") == 0
+    longer, rows = runs.json("summary.json"), _rows(runs.path, 8)
+    shutil.rmtree(runs.path)
+    assert runs(*keys, "train.max_steps=17") == 0
+    assert _figures(runs.json("summary.json")) == _figures(longer)
+    assert _rows(runs.path, 8) == rows
+
+
+def test_another_runs_checkpoint_stays_out_of_a_runs_folder(runs: Runs) -> None:
+    """It would be told as complete with the other's figures, or become a mixture of two."""
+    assert runs("seed=1", "run.name=other", "train.max_steps=4") == 0
+    other = next((runs.path.with_name("other") / "checkpoints").glob("step-*.pt"))
+    assert runs("train.max_steps=8") == 0
+    for steps in (4, 8, 12):
+        command = ["seed=1", f"run.resume={other}", f"train.max_steps={steps}"]
+        line = runs.refused(*command)
+        assert "holds another run already (seed: 0 -> 1)" in line
+        assert "run.overwrite=true" in line
+    assert runs(*command, "run.overwrite=true") == 0
+    assert runs.json("summary.json")["step"] == 12
+    assert runs(*command) == 0  # its own by now
+
+
+def test_taken_back_to_its_own_checkpoint_a_run_has_that_ones_figures(runs: Runs) -> None:
+    keys = ["train.step_mode=eager", "checkpoint.every_steps=4"]
+    assert runs(*keys, "train.max_steps=8") == 0
+    (middle,) = (runs.path / "checkpoints").glob("step-00000004-*.pt")
+    assert runs(*keys, f"run.resume={middle}", "train.max_steps=4") == 0
+    summary, figures = runs.json("summary.json"), evaluate_checkpoint(runs.path, [])
+    assert summary["step"] == figures["step"] == 4
+    assert summary["val/top1"] == figures["val/top1"]
+
+
+def test_only_what_was_held_out_is_evaluated_as_held_out(runs: Runs) -> None:
+    assert runs("data.val_split=12", "train.max_steps=4") == 0
+    found = evaluate_checkpoint(runs.path, [])
+    assert (found["eval_set"], found["images"]) == ("held-out training images", 12)
+    assert evaluate_checkpoint(runs.path, ["data.val_split=0"])["eval_set"] == "test set"
+    for pair, words in (("data.val_split=20", "12 or 0"), ("seed=3", "leave it out")):
+        with pytest.raises(UserError, match=words):
+            evaluate_checkpoint(runs.path, [pair])
+    assert evaluate_checkpoint(runs.path, ["seed=3", "data.val_split=0"])["images"] > 12
+    shutil.rmtree(runs.path)
+    assert runs("train.max_steps=4") == 0
+    with pytest.raises(UserError, match=r"data\.val_split=12: the run held out none"):
+        evaluate_checkpoint(runs.path, ["data.val_split=12"])
+
+
+def test_held_out_images_are_of_the_runs_own_data(runs: Runs, digits: Dataset) -> None:
+    keys = [f"data.root={digits.folder.parent}", f"data.dataset={digits.folder.name}"]
+    assert runs("data.val_split=12", "train.max_steps=2", *keys) == 0
+    copy = runs.path.with_name("copy")
+    shutil.copytree(digits.folder, copy)
+    about = json.loads((copy / "dataset.json").read_text())
+    about["fingerprint"] = "0" * len(about["fingerprint"])
+    (copy / "dataset.json").write_text(json.dumps(about))
+    elsewhere = [f"data.root={copy.parent}", "data.dataset=copy"]
+    with pytest.raises(UserError, match="other images than the run's"):
+        evaluate_checkpoint(runs.path, elsewhere)
+    found = evaluate_checkpoint(runs.path, [*elsewhere, "data.val_split=0"])
+    assert found["eval_set"] == "test set"
+
+
+def test_a_net_that_draws_when_it_is_built_is_built_alike_everywhere(runs: Runs) -> None:
+    """Of the run's seed, whatever the command's."""
+    assert runs("model.name=tests.helpers.nets:Projected", "seed=3", "train.max_steps=6") == 0
+    summary = runs.json("summary.json")
+    for pairs in ([], ["seed=5"]):
+        found = evaluate_checkpoint(runs.path, pairs)
+        assert found["val/loss"] == pytest.approx(summary["val/loss"], abs=1e-9)
+    seen = dist_resnet.load(runs.path).network.seen
+    torch.manual_seed(0)
+    assert not torch.equal(seen, torch.zeros_like(seen))
+
+
+def test_a_part_left_in_evaluation_mode_trains_from_the_first_step(runs: Runs) -> None:
+    """Else the first evaluation would change what the weights become."""
+    net = ["model.name=tests.helpers.nets:Resting", "train.step_mode=eager"]
+    assert runs(*net, "eval.every_epochs=1", "run.name=often") == 0
+    assert runs(*net, "eval.every_epochs=3") == 0
+    often = json.loads((runs.path.with_name("often") / "summary.json").read_text())
+    assert often["weights_sha256"] == runs.json("summary.json")["weights_sha256"]
+    model = dist_resnet.load(runs.path).network
+    assert bool(model.get_buffer("norm.running_mean").abs().max() > 0)
+
+
+def test_draws_that_begin_late_are_the_same_after_a_stop(runs: Runs) -> None:
+    net = ["model.name=tests.helpers.nets:LateDraws", "train.step_mode=eager"]
+    assert runs(*net, "run.name=whole") == 0
+    assert runs(*net, "train.max_steps=9") == 0
+    torch.manual_seed(12345)
+    assert runs(*net) == 0
+    whole = json.loads((runs.path.with_name("whole") / "summary.json").read_text())
+    assert whole["weights_sha256"] == runs.json("summary.json")["weights_sha256"]
+
+
+def test_a_net_for_the_other_layout_is_used_in_it(runs: Runs) -> None:
+    """By load, and by a student."""
+    keys = ["model.name=tests.helpers.nets:Rows", "precision.channels_last=false"]
+    assert runs(*keys, "run.name=rows", "train.max_steps=4") == 0
+    rows = runs.path.with_name("rows")
+    pixels = torch.rand(2, 12, 12, 3).permute(0, 3, 1, 2)
+    assert dist_resnet.load(rows)(pixels).shape[0] == 2
+    teacher = "distill.teachers=" + json.dumps([str(rows)])
+    assert runs("train.max_steps=2", "train.step_mode=eager", teacher) == 0
+
+
+def test_a_teacher_that_does_not_fit_costs_no_run(runs: Runs, digits: Dataset) -> None:
+    other = [f"data.root={digits.folder.parent}", f"data.dataset={digits.folder.name}"]
+    assert runs(*other, "run.name=other", "train.max_steps=2") == 0
+    assert runs("train.max_steps=4") == 0
+    teacher = "distill.teachers=" + json.dumps([str(runs.path.with_name("other"))])
+    assert "knows other classes" in runs.refused("run.overwrite=true", teacher)
+
+
+def test_an_evaluation_that_is_no_number_is_told_and_is_not_the_best(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = Evaluator._logits
+
+    def broken(self: Evaluator, model: Any) -> Any:
+        for number, labels, logits, mirrored in plain(self, model):
+            yield number, labels, torch.full_like(logits, torch.nan), mirrored
+
+    monkeypatch.setattr(Evaluator, "_logits", broken)
+    assert runs("train.max_steps=4") == 0
+    text = (runs.path / "summary.json").read_text()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    summary = json.loads(text, parse_constant=refuse)
+    assert summary["val/loss"] is None
+    assert summary["best/val/top1"] is None
+    assert "val/loss is not finite" in capsys.readouterr().err
+    assert not list((runs.path / "checkpoints").glob("best-*"))
+
+
+def test_a_fork_may_bring_code_and_arguments_that_it_names(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fork_aug.py").write_text("def darker(images, draws):\n    return images * 0.5\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    adam = ["optim.name=torch.optim:AdamW", "optim.lr=0.001"]
+    assert runs(*adam, "train.max_steps=4") == 0
+    more = [*adam, "optim.args={amsgrad: true}", "augment.extra=[fork_aug:darker]"]
+    assert runs(*more, "run.extend=true", "train.max_steps=8") == 0
+    assert runs(*more, "train.max_steps=10") == 0
+    changed = [line.split(":")[0] for line in runs.json("plan.json")["forks"][0]["changed"]]
+    assert changed == ["augment.extra", "optim.args.amsgrad"]
