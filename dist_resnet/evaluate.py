@@ -106,11 +106,11 @@ def _check_split(own: "Config", wanted: "Config") -> None:
 
 
 def _evaluate_file(weights: "Start", pairs: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
-    """As `evaluate_checkpoint`, of weights alone: all else is the configuration's."""
+    """As `evaluate_checkpoint`, of weights alone: all that they do not tell is configured."""
     from dist_resnet.config.load import stored_config
     from dist_resnet.distributed.group import on_every_rank, start, stop
     from dist_resnet.training.session import open_session
-    from dist_resnet.training.starting import started_model
+    from dist_resnet.training.starting import normalisation_of, started_model
 
     config = stored_config({}, [*pairs, {"model": {"init": weights.file}}])
     world = start(config.parallel.device, config.parallel.timeout_seconds)
@@ -118,7 +118,7 @@ def _evaluate_file(weights: "Start", pairs: Sequence[str | dict[str, Any]]) -> d
         session = open_session(config, world)
         classes = len(session.dataset.classes)
         model = on_every_rank(lambda: started_model(config, classes, weights)).to(world.device)
-        result = session.evaluator(session.normalisation())(model)
+        result = session.evaluator(normalisation_of(weights, model, session))(model)
     finally:
         stop()
     return {"weights": weights.file} | _figures(session, result)

@@ -25,6 +25,17 @@ class Start:
     """Of the file."""
     tensors: dict[str, Tensor]
 
+    def normalisation(self, net: nn.Module) -> tuple[list[float], list[float]] | None:
+        """Mean and standard deviation of a channel, of values from 0 to 255, in our own exports.
+
+        None where the file has none, or they are tensors of the net itself.
+        """
+        kept = {name: self.tensors.get(name) for name in _NORMALISATION.keys() - net.state_dict()}
+        mean, scale = kept.get("mean"), kept.get("scale")
+        if mean is None or scale is None or {mean.shape, scale.shape} != {(1, 3, 1, 1)}:
+            return None
+        return (mean.flatten() * 255).tolist(), (255 / scale.flatten()).tolist()
+
     def identity(self) -> dict[str, str]:
         """What a run remembers of it."""
         return {"file": self.file, "sha256": self.sha256}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_resnet.augment import Normalisation
 from dist_resnet.augment.trial import check_signatures
 from dist_resnet.base.errors import UserError
 from dist_resnet.base.paths import user_path
@@ -91,6 +92,14 @@ def started_model(config: Config, classes: int, start: Start) -> nn.Module:
     if start_from(model, start, config.model, classes)[1]:
         raise UserError(f"{start.file}: its net tells other classes apart than {classes}")
     return in_layout(model, config.precision.channels_last).eval()
+
+
+def normalisation_of(start: Start, net: nn.Module, session: Session) -> Normalisation:
+    """What its weights were trained under: the file's own if it tells, else the configured one."""
+    own = start.normalisation(net)
+    if own is None:
+        return session.normalisation()
+    return Normalisation.of(*own, session.dataset.width, session.world.device)
 
 
 def _read(path: Path) -> Start:

@@ -15,7 +15,7 @@ from dist_resnet.runs.checkpoint import Checkpoint
 from dist_resnet.runs.weights import read_weights, trained_model
 from dist_resnet.step.distill import Distillation, Teacher
 from dist_resnet.training.session import Session
-from dist_resnet.training.starting import started_model
+from dist_resnet.training.starting import normalisation_of, started_model
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def build_distillation(
         saved = teacher.saved
         if isinstance(saved, Start):
             model = _of_file(teacher.name, saved, config, len(data.classes))
-            layout = config.precision.channels_last
-            teachers.append(Teacher(model.to(device), students, students, layout))
+            layout, own = config.precision.channels_last, normalisation_of(saved, model, session)
+            teachers.append(Teacher(model.to(device), own, students, layout))
             continue
         if tuple(saved.classes) != tuple(data.classes):
             raise UserError(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dist_resnet
+from dist_resnet import export
 from dist_resnet.base.errors import Preempted, UserError
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.evaluate import evaluate_checkpoint
@@ -174,6 +175,19 @@ def test_a_net_for_the_other_layout_is_used_in_it(runs: Runs) -> None:
     assert dist_resnet.load(rows)(pixels).shape[0] == 2
     teacher = "distill.teachers=" + json.dumps([str(rows)])
     assert runs("train.max_steps=2", "train.step_mode=eager", teacher) == 0
+
+
+def test_an_exported_net_of_ones_own_keeps_its_normalisation(runs: Runs, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    net = "model.name=tests.helpers.nets:Grouped"
+    assert runs(net, "data.normalisation=imagenet", "train.max_steps=6") == 0
+    wanted = evaluate_checkpoint(runs.path, [])
+    where = ["--format", "safetensors", "--output", str(tmp_path / "out")]
+    assert export.main([str(runs.path), *where]) == 0
+    data = [pair for pair in runs.common if pair.startswith(("data.", "parallel."))]
+    found = evaluate_checkpoint(tmp_path / "out" / "model.safetensors", [net, *data])
+    assert found["correct"] == wanted["correct"]
+    assert found["val/loss"] == pytest.approx(wanted["val/loss"], rel=1e-3)
 
 
 def test_a_teacher_that_does_not_fit_costs_no_run(runs: Runs, digits: Dataset) -> None:
