@@ -86,7 +86,7 @@ def test_the_graph_is_given_up_before_the_process_group(
             write_json=lambda *a: None, begun=True, close=lambda: None,
         ),
         "run_name": lambda config: "run", "open_folder": lambda *a: None, "_run_in": run_in,
-        "read_rows": lambda path: [], "_facts": lambda *a: {}, "conclusion": lambda *a: [],
+        "read_rows": lambda path: [], "facts": lambda *a: {}, "conclusion": lambda *a: [],
         "summarise": lambda *a: {},
     }  # fmt: skip
     for name, stub in stubs.items():
@@ -95,7 +95,7 @@ def test_the_graph_is_given_up_before_the_process_group(
         monkeypatch.setattr(run.watchdog, name, calls.to(name))
     config = SimpleNamespace(
         parallel=SimpleNamespace(device="cpu", timeout_seconds=5),
-        run=SimpleNamespace(dir=str(tmp_path)),
+        run=SimpleNamespace(dir=str(tmp_path)), precision=SimpleNamespace(deterministic=False),
     )
     with contextlib.nullcontext() if ending is None else pytest.raises(type(ending)):
         run.run(config)  # type: ignore[arg-type]
