@@ -12,14 +12,15 @@ from torch import Tensor
 from dist_resnet.base.randomness import named_key, splitmix64
 
 
-def replica_seed(key: Tensor, replica: int) -> int:
-    """What the generators are set to before a replica's forward pass.
+def replica_seeds(keys: Tensor, replicas: range) -> Tensor:
+    """What the generators are set to before a replica's forward pass: int64 (S, R).
 
     Args:
-        key: int64, 0-dimensional, of the step; on the CPU.
-        replica: its number among all replicas of the run.
+        keys: int64 (S,), of the steps; on the CPU.
+        replicas: their numbers among all replicas of the run.
     """
-    return int(splitmix64(named_key(key, "model"), replica))
+    numbers = torch.arange(replicas.start, replicas.stop)
+    return splitmix64(named_key(keys, "model").unsqueeze(1), numbers)
 
 
 def set_generators(seed: int, device: torch.device) -> None:

@@ -70,7 +70,8 @@ def checked_model(
         traits = Traits(*trial.run())
     freeze(model, config.optim.freeze)
     # A part that its maker left in evaluation mode would leave it at the first evaluation.
-    return in_layout(model.to(device), channels_last).train(), traits
+    model.train()
+    return in_layout(model.to(device), channels_last), traits
 
 
 def check_tensors(name: str, model: nn.Module) -> None:

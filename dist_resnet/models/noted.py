@@ -25,7 +25,7 @@ def digest(value: Any, known: Collection[int] = (), depth: int = _DEPTH) -> Any:
     """
     if id(value) in known:
         return id(value)
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and not value.is_meta:
         return bytes(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     if isinstance(value, np.ndarray | np.generic):
         return value.tobytes()

@@ -19,8 +19,8 @@ def starting_point(
 ) -> Checkpoint:
     """The checkpoint from which `config` goes on: `saved`, or with run.extend a fork of it.
 
-    A fork keeps weights, momentum and step, and records under "forks" where it began and what
-    differs. It has a W&B record of its own.
+    A fork keeps weights, step and, where optim.name and optim.args stay, momentum, and records
+    under "forks" where it began and what differs. It has a W&B record of its own.
 
     Args:
         named: dotted keys that the command names: only these may differ, and the length.
@@ -80,11 +80,16 @@ def with_code(
     return replace(saved, forks=[*saved.forks, fork])
 
 
+def begins_here(saved: Checkpoint) -> bool:
+    """Whether it is the first state of a fork."""
+    return bool(saved.forks) and saved.forks[-1]["step"] == saved.state.step
+
+
 def _brings_code(saved: Checkpoint) -> bool:
     """Whether a fork that begins here names code, which then was not there or is there no more."""
-    last: dict[str, Any] = saved.forks[-1] if saved.forks else {}
-    here = last.get("step") == saved.state.step
-    return here and any(_is_named(line, _NAME_CODE) for line in last["changed"])
+    if not begins_here(saved):
+        return False
+    return any(_is_named(line, _NAME_CODE) for line in saved.forks[-1]["changed"])
 
 
 def _is_named(line: str, named: Collection[str]) -> bool:
@@ -112,8 +117,9 @@ def _forked(saved: Checkpoint, config: Config, differences: list[str]) -> Checkp
         changed["ema"] = state.model  # an average that begins here
     names = {optim.get("name", "sgd"), config.optim.name}
     others = any(_is_named(line, ["optim.args"]) for line in differences)  # other state, too
-    if (len(names) > 1 and names != {"sgd", "muon"}) or others:
+    if ((len(names) > 1 and names != {"sgd", "muon"}) or others) and state.optimizer:
         changed["optimizer"] = {}  # another one's; these two both keep the momentum
+        differences = [*differences, "the optimizer's state: begins anew"]
     fork = {"step": state.step, "changed": differences, "wandb_id": saved.wandb_id}
     return replace(
         saved,

@@ -22,6 +22,9 @@ from dist_resnet.runs.folder import RunFolder
 from dist_resnet.runs.store import CheckpointStore
 from dist_resnet.tracking.tracker import say_on_stderr
 
+# What the bits of a run on GPUs depend on.
+_OF_GPUS = ("device", "gpu", "cuda", "cudnn", "torch", "Triton")
+
 
 def run_name(config: Config) -> str:
     """The configured name, or one that the configuration decides: same command, same run."""
@@ -114,7 +117,8 @@ def check_folder(config: Config, folder: RunFolder) -> None:
     if found:
         raise UserError(
             f"run.resume={wanted}: {folder.path} holds another run already ({found}); "
-            "choose another run.name, or run.overwrite=true to delete it"
+            "choose another run.name, run.resume=auto to go on with that one, or "
+            "run.overwrite=true to delete it"
         )
 
 
@@ -169,8 +173,11 @@ def check_same_machines(kinds: Sequence[dict[str, Any]], reduction: str) -> str:
     Raises:
         UserError: with `exact`, which promises the bits of one process.
     """
-    for kind in kinds:
-        found = differences(kinds[0], kind | {"threads_per_rank": kinds[0]["threads_per_rank"]})
+    # Nothing of a training on GPUs is computed by processors.
+    counts = _OF_GPUS if kinds[0]["device"] == "cuda" else kinds[0].keys() - {"threads_per_rank"}
+    first, *others = ({name: kind[name] for name in counts if name in kind} for kind in kinds)
+    for other in others:
+        found = differences(first, other)
         if not found:
             continue
         where = f"the processes are on different kinds of machine ({'; '.join(found)})"

@@ -28,7 +28,7 @@ class CheckpointStore:
         self.keep = keep
 
     def save(self, checkpoint: Checkpoint, best: bool) -> Path:
-        """Write a checkpoint, then delete those beyond the newest `keep`.
+        """Write a checkpoint, in place of another of its step; keep the newest `keep`.
 
         Args:
             best: also keep it as the best one, by a hard link.
@@ -45,6 +45,9 @@ class CheckpointStore:
         self._delete_old()  # before, too: a lower checkpoint.keep makes room on a full disk
         path = self.folder / f"step-{name}"
         write_atomically(path, data)
+        for other in self._named("step"):  # which of two is the newest would be chance
+            if other != path and _step(other) == checkpoint.state.step and not other.is_dir():
+                other.unlink(missing_ok=True)
         if best:
             self._keep_as_best(path, self.folder / f"best-{name}", data)
         self._delete_old()

@@ -76,4 +76,5 @@ def trained_model(saved: Checkpoint, config: Config) -> nn.Module:
     if rank() == 0:
         for line in told_of_net_code(saved.code, config.model.name):
             say_on_stderr(line)
-    return model.eval()
+    model.eval()
+    return model

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dist_resnet.augment import ChoiceDrawer, Normalisation
 from dist_resnet.base import signals
-from dist_resnet.base.generators import replica_seed, set_generators
+from dist_resnet.base.generators import replica_seeds, set_generators
 from dist_resnet.base.randomness import step_keys, turn_keys
 from dist_resnet.config.plugins import is_plugin, within_step
 from dist_resnet.config.schema import Config
@@ -58,7 +58,9 @@ class TrainStep:
         self.own = is_plugin(config.model.name)
         # A net of the user's own may begin to draw later than in its trial.
         draws = state.traits.draws or self.own
-        self.host_keys = step_keys(config.seed, len(rates)) if draws else None
+        first = rank() * self.local
+        mine = range(first, first + self.local)
+        self.seeds = replica_seeds(step_keys(config.seed, len(rates)), mine) if draws else None
         on_cpu = self.device.type == "cpu"
         self.reduction = build_reduction(
             config.parallel.reduction, flat, replicas, self.local, on_cpu
@@ -189,10 +191,8 @@ class TrainStep:
 
         Not while a graph is captured: then before the replay, of the one local replica.
         """
-        if self.host_keys is not None and not capturing(self.device):
-            replica = rank() * self.local + number
-            seed = replica_seed(self.host_keys[self.state.step], replica)
-            set_generators(seed, self.device)
+        if self.seeds is not None and not capturing(self.device):
+            set_generators(int(self.seeds[self.state.step, number]), self.device)
 
     def sum_over_group(
         self,

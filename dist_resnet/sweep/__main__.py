@@ -41,15 +41,13 @@ def main(arguments: Sequence[str]) -> int:
     asked, extra = parser.parse_args(arguments[:end]), arguments[end + 1 :]
     forgive()
     grid = read_grid(asked.file, extra)
-    runner = _Runner()
+    runner, warned = _Runner(), False
     for number, trial in enumerate(grid.trials, 1):
         title = f"sweep: {number} of {len(grid.trials)}, {trial.folder}"
         if trial.impossible:
             print(f"{title}: {trial.impossible}", flush=True)
             continue
         before, why = _outcome(trial)
-        if before == "done":
-            _check_metric(grid, trial)
         if before in _FINISHED or (before == "failed" and not asked.retry_failed):
             hint = f": {why}; to try again: --retry-failed" if before == "failed" else ""
             print(f"{title}: {before} already{hint}", flush=True)
@@ -60,10 +58,14 @@ def main(arguments: Sequence[str]) -> int:
             print("sweep: stopped; start the same command again to continue", file=sys.stderr)
             return EXIT_PREEMPTED
         if code == EXIT_DONE:
-            _check_metric(grid, trial)
+            warned = warned or _warns(grid, trial)
     outcomes = [_outcome(trial) for trial in grid.trials]
     print(_table(grid, outcomes))
-    return EXIT_DONE if all(state in _FINISHED for state, _ in outcomes) else 1
+    states = [state for state, _ in outcomes]
+    done = [trial for trial, state in zip(grid.trials, states, strict=True) if state == "done"]
+    if done and not any(grid.metric in _summary(trial) for trial in done):
+        raise UserError(_no_figure(grid, done[0]))
+    return EXIT_DONE if all(state in _FINISHED for state in states) else 1
 
 
 class _Runner:
@@ -161,14 +163,17 @@ def _another(trial: Trial) -> str:
     return f"{trial.folder} holds another run since: {'; '.join(differing)}; move it away"
 
 
-def _check_metric(grid: Grid, trial: Trial) -> None:
-    """A mistyped metric is told after the first training, not after the last."""
-    names = list(_summary(trial))
-    if names and grid.metric not in names:
-        raise UserError(
-            f"metric: {grid.metric}: {trial.folder / 'summary.json'} has no such figure"
-            f"{did_you_mean(grid.metric, names)}"
-        )
+def _warns(grid: Grid, trial: Trial) -> bool:
+    """Tell of a metric that a training has not, which others may have: it may be mistyped."""
+    if grid.metric in _summary(trial):
+        return False
+    print(f"sweep: warning: {_no_figure(grid, trial)}", file=sys.stderr, flush=True)
+    return True
+
+
+def _no_figure(grid: Grid, trial: Trial) -> str:
+    hint = did_you_mean(grid.metric, list(_summary(trial)))
+    return f"metric {grid.metric}: {trial.folder / 'summary.json'} has no such figure{hint}"
 
 
 def _figure(trial: Trial, metric: str) -> float | None:

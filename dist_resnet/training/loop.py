@@ -1,7 +1,7 @@
 """The training loop: what happens at which step."""
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dist_resnet.base import signals, watchdog
@@ -10,7 +10,7 @@ from dist_resnet.config.plan import Plan
 from dist_resnet.config.schema import Config
 from dist_resnet.data.stream import Batch
 from dist_resnet.distributed.group import on_rank_zero
-from dist_resnet.runs.diagnosis import LOW_RATE, decline_threshold
+from dist_resnet.runs.diagnosis import LOW_RATE, Row, decline_threshold
 from dist_resnet.step.captured import CapturedStep
 from dist_resnet.step.state import TrainState
 from dist_resnet.step.totals import Totals
@@ -42,8 +42,10 @@ class Trainer:
     last_evaluation: dict[str, float | int] | None = None
     """The row of this process's last evaluation."""
 
-    evaluated: bool = True
-    """Whether the record has the evaluation of the state that the run goes on from."""
+    recorded: Sequence[Row] = ()
+    """Rows of the state that this process goes on from."""
+    begins_fork: bool = False
+    """Whether that state is of a fork, and in no checkpoint yet."""
 
     def fit(self) -> None:
         """Train from `state.step` to the last step.
@@ -57,8 +59,8 @@ class Trainer:
         """
         plan, state = self.plan, self.state
         self.watch.start_window()
-        if plan.finished(state.step) and not self.evaluated:
-            self._end_where_it_stopped()
+        if plan.finished(state.step):
+            self._end_where_it_began()
         while not plan.finished(state.step) and not self._stopped_early():
             self._train_on_next_batch()
             done, improved = state.step, False
@@ -77,13 +79,18 @@ class Trainer:
                     f"stopped by {reason} at step {done}, saved; start again to continue"
                 )
 
-    def _end_where_it_stopped(self) -> None:
-        """What is due after the last step, of a run that a signal had stopped at what is its end
-        now."""
+    def _end_where_it_began(self) -> None:
+        """What was not done yet after the last step, of a run that was at its end already.
+
+        It was stopped there by a signal or taken back there, or killed before its last save.
+        """
         done = self.state.step
-        if done % self.config.log.every_steps:
+        if not any("train/loss" in row for row in self.recorded):
             self._log(done)
-        self._save(done, self._end_epoch(done), must=True)
+        row = next((row for row in self.recorded if "val/top1" in row), None)
+        improved = self._end_epoch(done) if row is None else self._is_best(row, done)
+        if row is None or improved or self.begins_fork:
+            self._save(done, improved, must=True)
 
     def _train_on_next_batch(self) -> None:
         done, totals = self.state.step, self.state.totals
@@ -165,7 +172,6 @@ class Trainer:
 
     def _end_epoch(self, done: int) -> bool:
         """Evaluate if due; whether the result is the best so far."""
-        epoch = self.state.totals.means(Totals.EPOCH)
         at_end = self.plan.finished(done)
         if not at_end and not self.plan.ends_epoch(done, self.config.eval.every_epochs):
             return False
@@ -173,17 +179,25 @@ class Trainer:
         with self.watch.pause(), self.state.evaluated_weights():
             result = self._evaluate(done, at_end)
         row = self._row(done) | {"val/images": result.images} | result.figures(self.classes)
-        self.last_evaluation = row | {"gap/top1": epoch.measures["top1"] - result.top1}
+        epoch = self.state.totals.means(Totals.EPOCH)
+        train = epoch.measures["top1"] if epoch.steps else math.nan  # of an older version
+        self.last_evaluation = row | {"gap/top1": train - result.top1}
         self.tracker.log(self.last_evaluation)
         if not math.isfinite(result.loss):
             self.tracker.message(
                 f"warning: val/loss is not finite at step {done:,}: in evaluation the net gives "
                 "logits that are no numbers; its val/top1 means nothing"
             )
+        return self._is_best(self.last_evaluation, done)
+
+    def _is_best(self, row: Row, done: int) -> bool:
+        """Whether an evaluation is the best so far, which is then remembered."""
+        loss, top1 = row["val/loss"], row["val/top1"]
+        if loss is None or top1 is None or not math.isfinite(loss):
             return False
-        if result.top1 <= self.state.best.get("val/top1", -1.0):
+        if top1 <= self.state.best.get("val/top1", -1.0):
             return False
-        self.state.best = {"val/top1": result.top1, "step": done}
+        self.state.best = {"val/top1": top1, "step": done}
         return True
 
     def _evaluate(self, done: int, at_end: bool) -> Evaluation:

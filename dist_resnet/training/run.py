@@ -24,8 +24,9 @@ from dist_resnet.distributed.group import (
 )
 from dist_resnet.machine.gpu_memory import explaining_memory
 from dist_resnet.runs.checkpoint import Checkpoint
+from dist_resnet.runs.diagnosis import Row
 from dist_resnet.runs.folder import RunFolder
-from dist_resnet.runs.fork import forks_told, starting_point, with_code
+from dist_resnet.runs.fork import begins_here, forks_told, starting_point, with_code
 from dist_resnet.runs.resume import (
     check_folder,
     check_same_configuration,
@@ -124,7 +125,8 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
         )
     early = saved is not None and config.train.early_stop and saved.state.stopped_early
     on_rank_zero(lambda: check_folder(config, folder))
-    if (plan.finished(step) or early) and broadcast_object(folder.summary_step() == step):
+    complete = broadcast_object(not folder.to_clear and folder.summary_step() == step)
+    if (plan.finished(step) or early) and complete:
         if world.is_main:
             say(f"{folder.path}: complete already; to train it again: run.overwrite=true")
             folder.set_status("done", step, exit_code=EXIT_DONE)
@@ -139,10 +141,10 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     normalisation = session.normalisation()
     distillation = on_every_rank(lambda: build_distillation(teachers, session, normalisation))
     if world.is_main:
-        mode = config.train.step_mode
-        other = mixed, other_rounding(saved, kinds[0], mode) if saved is not None else ""
-        told = *forks_told(saved), *told_of_code(before, code), *filter(None, other)
-        for line in (*introduction(wanted, session, plan, state, folder), *told):
+        told = [*forks_told(saved), *told_of_code(before, code), mixed]
+        if saved is not None:
+            told.append(other_rounding(saved, kinds[0], config.train.step_mode))
+        for line in (*introduction(wanted, session, plan, state, folder), *filter(None, told)):
             say(line)
     on_rank_zero(lambda: take_over(config, folder, step))
     origin = {"code": code, "init": init}
@@ -169,8 +171,8 @@ def _trainer(
         session.dataset.check_not_replaced()
         return batches, evaluator
 
-    def evaluated() -> bool:
-        return any(row["step"] == state.step and "val/top1" in row for row in read_rows(metrics))
+    def recorded() -> list[Row]:
+        return [row for row in read_rows(metrics) if row["step"] == state.step]
 
     batches, evaluator = on_every_rank(open_data)
     step = session.train_step(plan, state, distillation)
@@ -189,7 +191,8 @@ def _trainer(
         watch=Stopwatch(saved.seconds if saved else 0.0, session.world.device),
         writer=outputs.writer,
         gallery=Gallery(config, session.dataset, wandb) if pictures else None,
-        evaluated=on_rank_zero(evaluated),
+        recorded=on_rank_zero(recorded),
+        begins_fork=saved is not None and begins_here(saved),
     )
 
 

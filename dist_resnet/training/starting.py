@@ -42,8 +42,10 @@ def check_own_code(config: Config) -> None:
 def all_machines(session: Session) -> list[dict[str, Any]]:
     """The kind of machine of every process, the first one's first. A collective."""
     device = session.world.device
-    triton = {"Triton": support.lacking(device) or "runs"}
-    return gather_objects(machine(device, session.threads) | triton)
+    kind: dict[str, Any] = {**machine(device, session.threads)}
+    if device.type == "cuda":
+        kind["Triton"] = "missing" if support.lacking(device) else "runs"
+    return gather_objects(kind)
 
 
 def begin(

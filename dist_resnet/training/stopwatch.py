@@ -89,11 +89,16 @@ class Stopwatch:
         self._paused += time.monotonic() - start
 
     def end_window(self, images_per_step: int) -> dict[str, float]:
-        """The perf/ metrics since `start_window`, which is called anew; the device has finished."""
+        """The perf/ metrics since `start_window`, which is called anew; the device has finished.
+
+        None where no step was made.
+        """
+        if not self._steps:
+            return {}
         if self._idle is not None:
             self._waited += self._idle.take(wait=True)
         elapsed = max(time.monotonic() - self._window_start - self._paused, 1e-9)
-        steps = max(self._steps, 1)
+        steps = self._steps
         row = {
             "perf/images_per_second": steps * images_per_step / elapsed,
             "perf/step_ms": 1000 * elapsed / steps,

@@ -11,10 +11,13 @@ import torch
 import dist_resnet
 from dist_resnet import export
 from dist_resnet.base.errors import Preempted, UserError
+from dist_resnet.config.load import load_config
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.evaluate import evaluate_checkpoint
+from dist_resnet.models.build import build_model
 from dist_resnet.step.train_step import TrainStep
 from dist_resnet.training.evaluation import Evaluator
+from dist_resnet.training.outputs import RunWriter
 from tests.helpers.jobs import metric_rows
 from tests.helpers.own_runs import Runs
 
@@ -26,12 +29,13 @@ def _figures(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rows(run: Path, first: int = 0) -> list[dict[str, Any]]:
-    """Without times."""
-    return [
+    """Without times, a step's training row first."""
+    rows = [
         {k: v for k, v in row.items() if k != "seconds" and not k.startswith("perf/")}
         for row in metric_rows(run)
         if row["step"] > first
     ]
+    return sorted(rows, key=lambda row: (row["step"], "val/top1" in row))
 
 
 def _stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
@@ -47,10 +51,10 @@ def _stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 5])
-@pytest.mark.parametrize("step", [8, 12])
-def test_stopped_at_what_becomes_its_end(runs: Runs, step: int, every: int) -> None:
-    """In mid-epoch, or where an epoch ends that is not evaluated."""
-    keys = ["train.step_mode=eager", "eval.every_epochs=3", f"log.every_steps={every}"]
+@pytest.mark.parametrize(("step", "epochs"), [(8, 1), (12, 3), (12, 1)])
+def test_stopped_at_what_becomes_its_end(runs: Runs, step: int, epochs: int, every: int) -> None:
+    """In mid-epoch, or where an epoch ends that is evaluated, or is not."""
+    keys = ["train.step_mode=eager", f"eval.every_epochs={epochs}", f"log.every_steps={every}"]
     with pytest.MonkeyPatch.context() as patch:
         _stop_at(patch, step)
         with pytest.raises(Preempted):
@@ -60,6 +64,7 @@ def test_stopped_at_what_becomes_its_end(runs: Runs, step: int, every: int) -> N
     figures = evaluate_checkpoint(runs.path, [])
     assert figures["step"] == summary["step"] == step
     assert figures["val/top1"] == summary["val/top1"]
+    assert summary["images_per_second"] is None  # of no step
     assert figures["val/loss"] == pytest.approx(summary["val/loss"], abs=1e-9)
     shutil.rmtree(runs.path)
     assert runs(*keys, f"train.max_steps={step}") == 0
@@ -83,14 +88,51 @@ def test_another_runs_checkpoint_stays_out_of_a_runs_folder(runs: Runs) -> None:
     assert runs("seed=1", "run.name=other", "train.max_steps=4") == 0
     other = next((runs.path.with_name("other") / "checkpoints").glob("step-*.pt"))
     assert runs("train.max_steps=8") == 0
-    for steps in (4, 8, 12):
+    for steps in (12, 8, 4):
         command = ["seed=1", f"run.resume={other}", f"train.max_steps={steps}"]
         line = runs.refused(*command)
         assert "holds another run already (seed: 0 -> 1)" in line
         assert "run.overwrite=true" in line
+    assert runs("train.max_steps=4", "run.overwrite=true") == 0  # at the other's step
     assert runs(*command, "run.overwrite=true") == 0
-    assert runs.json("summary.json")["step"] == 12
+    whole = json.loads((other.parent.parent / "summary.json").read_text())
+    assert _figures(runs.json("summary.json")) == _figures(whole)
     assert runs(*command) == 0  # its own by now
+    assert runs.json("summary.json")["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_killed_between_the_last_evaluation_and_its_checkpoint(runs: Runs) -> None:
+    """Of a run that was stopped where it ends now: the evaluation is the best one all the same."""
+    keys = ["train.step_mode=eager", "log.every_steps=5"]
+    with pytest.MonkeyPatch.context() as patch:
+        _stop_at(patch, 8)
+        with pytest.raises(Preempted):
+            runs(*keys)
+    keys.append("train.max_steps=8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunWriter, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            runs(*keys)
+    assert runs(*keys) == 0
+    summary, rows = runs.json("summary.json"), _rows(runs.path)
+    assert len([row for row in rows if "val/top1" in row and row["step"] == 8]) == 1
+    tops = {row["step"]: row["val/top1"] for row in rows if "val/top1" in row}
+    assert summary["best/val/top1"] == max(tops.values())
+    best = next((runs.path / "checkpoints").glob("best-*"))
+    assert int(best.name.split("-")[1]) == max(tops, key=lambda step: (tops[step], -step))
+
+
+def test_a_fork_that_ends_where_it_begins_is_one_afterwards(runs: Runs) -> None:
+    keys = ["train.step_mode=eager", "log.every_steps=5"]
+    with pytest.MonkeyPatch.context() as patch:
+        _stop_at(patch, 12)
+        with pytest.raises(Preempted):
+            runs(*keys)
+    for command in (["run.extend=true"], [], ["run.extend=true"]):
+        assert runs(*keys, "train.epochs=2", *command) == 0
+        assert runs.json("summary.json")["step"] == 12
+        assert len(runs.json("plan.json")["forks"]) == 1
+    assert len(list((runs.path / "checkpoints").glob("step-00000012-*.pt"))) == 1
 
 
 def test_taken_back_to_its_own_checkpoint_a_run_has_that_ones_figures(runs: Runs) -> None:
@@ -140,9 +182,11 @@ def test_a_net_that_draws_when_it_is_built_is_built_alike_everywhere(runs: Runs)
     for pairs in ([], ["seed=5"]):
         found = evaluate_checkpoint(runs.path, pairs)
         assert found["val/loss"] == pytest.approx(summary["val/loss"], abs=1e-9)
-    seen = dist_resnet.load(runs.path).network.seen
-    torch.manual_seed(0)
-    assert not torch.equal(seen, torch.zeros_like(seen))
+    config = load_config([str(runs.path / "config.yaml")])
+    built = [build_model(config.model, 5, seed).get_buffer("seen") for seed in (3, 0)]
+    seen = dist_resnet.load(runs.path).network.get_buffer("seen")
+    assert torch.equal(seen, built[0])
+    assert not torch.equal(seen, built[1])
 
 
 def test_a_part_left_in_evaluation_mode_trains_from_the_first_step(runs: Runs) -> None:
@@ -232,4 +276,4 @@ def test_a_fork_may_bring_code_and_arguments_that_it_names(
     assert runs(*more, "run.extend=true", "train.max_steps=8") == 0
     assert runs(*more, "train.max_steps=10") == 0
     changed = [line.split(":")[0] for line in runs.json("plan.json")["forks"][0]["changed"]]
-    assert changed == ["augment.extra", "optim.args.amsgrad"]
+    assert changed == ["augment.extra", "optim.args.amsgrad", "the optimizer's state"]

@@ -17,7 +17,7 @@ from dist_resnet.base.errors import UserError
 from dist_resnet.config.load import load_config, to_yaml
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.runs.folder import RunFolder
-from dist_resnet.sweep.__main__ import main
+from dist_resnet.sweep.__main__ import _warns, main
 from dist_resnet.sweep.grid import Trial, read_grid
 from tests.helpers.jobs import ROOT, kill_tree, wait_for_step
 
@@ -161,20 +161,21 @@ def test_values_within_mappings_and_lists_arrive_as_they_were_written(tmp_path: 
     assert again.model.args == args
 
 
-def test_a_mistyped_metric_is_told_after_the_first_training(tmp_path: Path) -> None:
+def test_a_mistyped_metric_is_told_after_the_first_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, runs = (
         _small(tmp_path, metric={"name": "val/top_1", "goal": "maximize"}),
         tmp_path / "runs",
     )
-    first = read_grid(file, [f"run.dir={runs}"]).trials[0]
-    first.folder.mkdir(parents=True)
-    (first.folder / "config.yaml").write_text(to_yaml(first.config))
-    folder = RunFolder(first.folder)
-    folder.write_json("summary.json", {"step": 3, "val/top1": 0.5})
-    folder.set_status("done", 3, exit_code=0)
+    first, _ = _finish(file, [f"run.dir={runs}"])
+    grid = read_grid(file, [f"run.dir={runs}"])
+    assert _warns(grid, first)
+    assert "did you mean val/top1?" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"val/top_1: .* did you mean val/top1\?"):
         main([str(file), "--", f"run.dir={runs}"])
-    assert len(list(runs.iterdir())) == 1
+    assert "done already" in capsys.readouterr().out
+    assert not _warns(replace(grid, metric="val/top1"), first)
 
 
 @pytest.mark.slow

@@ -171,6 +171,20 @@ def test_a_step_saved_again_is_fine(tmp_path: Path) -> None:
     assert _names(store) == ["best-00000004", "step-00000004"]
 
 
+@pytest.mark.parametrize("keep", [1, 3])
+def test_of_two_of_one_step_the_last_written_is_there(tmp_path: Path, keep: int) -> None:
+    """Whatever their checksums are."""
+    store = _store(tmp_path, keep)
+    store.save(checkpoint_of(3), best=False)
+    for seconds in range(8):
+        path = store.save(replace(checkpoint_of(4), seconds=float(seconds)), best=seconds == 5)
+        assert _names(store)[-1] == "step-00000004"
+        found = store.newest(pytest.fail)
+        assert found is not None
+        assert (found[0], found[1].seconds) == (path, seconds)
+    assert _names(store).count("step-00000004") == 1
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, bytes]:
     path = _store(tmp_path).save(checkpoint_of(9), best=False)

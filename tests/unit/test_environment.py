@@ -100,3 +100,13 @@ def test_processes_on_machines_of_different_kinds_are_told_of_or_refused() -> No
     assert "\n" not in line
     with pytest.raises(UserError, match=r"reduction=exact: .*cpu: AMD EPYC -> Xeon"):
         check_same_machines([BEGAN, *others], "exact")
+
+
+def test_on_gpus_the_processor_is_no_other_kind_and_triton_is() -> None:
+    card = {**BEGAN, "device": "cuda", "gpu": "H100", "cuda": "13.0", "Triton": "runs"}
+    assert (
+        check_same_machines([card, {**card, "cpu": "Xeon", "instructions": "none"}], "exact") == ""
+    )
+    for name, value in (("gpu", "A100"), ("Triton", "missing"), ("cuda", "12.8")):
+        with pytest.raises(UserError, match=f"{name}: .* -> {value}"):
+            check_same_machines([card, {**card, name: value}], "exact")

@@ -95,7 +95,8 @@ def test_the_graph_is_given_up_before_the_process_group(
         monkeypatch.setattr(run.watchdog, name, calls.to(name))
     config = SimpleNamespace(
         parallel=SimpleNamespace(device="cpu", timeout_seconds=5),
-        run=SimpleNamespace(dir=str(tmp_path)), precision=SimpleNamespace(deterministic=False),
+        run=SimpleNamespace(dir=str(tmp_path)),
+        precision=SimpleNamespace(deterministic=False),
     )
     with contextlib.nullcontext() if ending is None else pytest.raises(type(ending)):
         run.run(config)  # type: ignore[arg-type]
