@@ -56,11 +56,10 @@ class TrainStep:
         mode, _ = choose_step_mode(config.train.step_mode, config, self.device)
         self.group = replicas_at_once(config, self.local, self.device, state.traits)
         self.own = is_plugin(config.model.name)
-        # A net of the user's own may begin to draw later than in its trial.
-        draws = state.traits.draws or self.own
-        first = rank() * self.local
-        mine = range(first, first + self.local)
-        self.seeds = replica_seeds(step_keys(config.seed, len(rates)), mine) if draws else None
+        self.seeds = None
+        if state.traits.draws or self.own:  # which may begin to draw later than in its trial
+            mine = range(rank() * self.local, (rank() + 1) * self.local)
+            self.seeds = replica_seeds(step_keys(config.seed, len(rates)), mine)
         on_cpu = self.device.type == "cpu"
         self.reduction = build_reduction(
             config.parallel.reduction, flat, replicas, self.local, on_cpu

@@ -129,10 +129,15 @@ def test_the_time_of_an_evaluation_counts_as_nothing(gpu: Gpu) -> None:
 
 
 def test_memory_and_utilisation_are_logged_on_a_gpu(gpu: Gpu) -> None:
-    row = Stopwatch(0.0, torch.device("cuda")).end_window(IMAGES)
-    assert (row["perf/gpu_memory_mb"], row["perf/gpu_utilisation"]) == (3, 0.75)
-    row = Stopwatch(0.0, torch.device("cpu")).end_window(IMAGES)
-    assert not [key for key in row if "gpu" in key]
+    rows = []
+    for device in ("cuda", "cpu"):
+        watch = Stopwatch(0.0, torch.device(device))
+        assert watch.end_window(IMAGES) == {}, "of no step"
+        with watch.waiting_for_data():
+            pass
+        rows.append(watch.end_window(IMAGES))
+    assert (rows[0]["perf/gpu_memory_mb"], rows[0]["perf/gpu_utilisation"]) == (3, 0.75)
+    assert not [key for key in rows[1] if "gpu" in key]
 
 
 class Library:
