@@ -257,6 +257,7 @@ def test_the_reference_loop_computes_our_losses() -> None:
     plain = ReferenceLoop(steady, CLASSES, ALONE)
     for number_ in range(10):
         batch = batch_of(number_, 1)
+        ours.state.totals.begin(Totals.LOG)
         ours(batch)
         images, _ = ours.replica_pass.inputs(batch.images, batch.samples, ours.keys[number_])
         images = images.contiguous()
