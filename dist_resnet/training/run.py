@@ -172,7 +172,7 @@ def _trainer(
         return batches, evaluator
 
     def recorded() -> list[Row]:
-        return [row for row in read_rows(metrics) if row["step"] == state.step]
+        return [row for row in read_rows(metrics) if row.get("step") == state.step]
 
     batches, evaluator = on_every_rank(open_data)
     step = session.train_step(plan, state, distillation)
