@@ -169,9 +169,9 @@ class RunFolder:
         """The last status; empty where there is none."""
         return _read_object(self.path / "status.json")
 
-    def summary_step(self) -> int | None:
-        """The step of the weights that summary.json is about; None: there is none."""
-        return _read_object(self.path / "summary.json").get("step")
+    def summary(self) -> dict[str, Any]:
+        """summary.json; empty where there is none."""
+        return _read_object(self.path / "summary.json")
 
     def wandb_id(self, make: Callable[[], str], saved: str | None, anew: bool = False) -> str:
         """The id of this folder's W&B run: one run across restarts.

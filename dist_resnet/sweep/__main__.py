@@ -9,13 +9,11 @@ training that fails or is impossible is a row with its reason, and the exit code
 --retry-failed tries it again.
 """
 
-import json
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
 
 from dist_resnet.base.cli import Parser, run_command
 from dist_resnet.base.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_PREEMPTED, UserError
@@ -63,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     print(_table(grid, outcomes))
     states = [state for state, _ in outcomes]
     done = [trial for trial, state in zip(grid.trials, states, strict=True) if state == "done"]
-    if done and not any(grid.metric in _summary(trial) for trial in done):
+    if done and not any(grid.metric in RunFolder(trial.folder).summary() for trial in done):
         raise UserError(_no_figure(grid, done[0]))
     return EXIT_DONE if all(state in _FINISHED for state in states) else 1
 
@@ -133,7 +131,7 @@ def _outcome(trial: Trial) -> tuple[str, str]:
     if trial.impossible:
         state, why = "failed", trial.impossible
     # A whole run is one, whatever another command was refused there since.
-    elif diverged or (state == "done" and folder.summary_step() is not None):
+    elif diverged or (state == "done" and folder.summary()):
         why = _another(trial)
         state = "failed" if why else "diverged" if diverged else "done"
     elif refusal:
@@ -165,29 +163,20 @@ def _another(trial: Trial) -> str:
 
 def _warns(grid: Grid, trial: Trial) -> bool:
     """Tell of a metric that a training has not, which others may have: it may be mistyped."""
-    if grid.metric in _summary(trial):
+    if grid.metric in RunFolder(trial.folder).summary():
         return False
     print(f"sweep: warning: {_no_figure(grid, trial)}", file=sys.stderr, flush=True)
     return True
 
 
 def _no_figure(grid: Grid, trial: Trial) -> str:
-    hint = did_you_mean(grid.metric, list(_summary(trial)))
+    hint = did_you_mean(grid.metric, list(RunFolder(trial.folder).summary()))
     return f"metric {grid.metric}: {trial.folder / 'summary.json'} has no such figure{hint}"
 
 
 def _figure(trial: Trial, metric: str) -> float | None:
-    value = _summary(trial).get(metric)
+    value = RunFolder(trial.folder).summary().get(metric)
     return float(value) if isinstance(value, int | float) else None
-
-
-def _summary(trial: Trial) -> dict[str, Any]:
-    """summary.json; empty where there is none."""
-    try:
-        found = json.loads((trial.folder / "summary.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 if __name__ == "__main__":

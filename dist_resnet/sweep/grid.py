@@ -143,7 +143,7 @@ def _impossible(config: Config) -> str:
 
 def word(value: Any) -> str:
     """A value as the command line has it: null, true, 0.1, [1,2], {depth: 16}."""
-    return _item(value) if isinstance(value, list | Mapping) else str(_item(value, alone=True))
+    return _item(value, alone=True)
 
 
 def _item(value: Any, alone: bool = False) -> str:

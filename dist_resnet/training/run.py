@@ -125,7 +125,7 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
         )
     early = saved is not None and config.train.early_stop and saved.state.stopped_early
     on_rank_zero(lambda: check_folder(config, folder))
-    complete = broadcast_object(not folder.to_clear and folder.summary_step() == step)
+    complete = broadcast_object(not folder.to_clear and folder.summary().get("step") == step)
     if (plan.finished(step) or early) and complete:
         if world.is_main:
             say(f"{folder.path}: complete already; to train it again: run.overwrite=true")

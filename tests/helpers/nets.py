@@ -275,14 +275,8 @@ class Attribute(Base):
         return x
 
 
-class NumpyCount(Base):
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes)
-        self.calls = np.int64(0)
-
-    def between(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x
+class NumpyCount(Attribute):
+    calls = np.int64(0)  # type: ignore[assignment]
 
 
 class Within(Base):
@@ -331,6 +325,10 @@ class Resting(Base):
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes)
         self.norm = nn.BatchNorm1d(8).eval()
+
+    def train(self, mode: bool = True) -> Any:
+        """Without its result, as many write it."""
+        super().train(mode)
 
     def between(self, x: Tensor) -> Tensor:
         return self.norm(x)

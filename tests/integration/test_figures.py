@@ -38,16 +38,20 @@ def _rows(run: Path, first: int = 0) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["step"], "val/top1" in row))
 
 
-def _stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
-    """SIGTERM's mark is set in front of this step."""
+def _stopped(runs: Runs, step: int, keys: list[str]) -> None:
+    """A training for which SIGTERM's mark is set in front of this step."""
     plain = TrainStep.__call__
 
-    def stopping(self: TrainStep, batch: Any) -> None:
-        if self.state.step == step - 1:
-            patch.setattr("dist_resnet.base.signals.received", lambda: True)
-        plain(self, batch)
+    with pytest.MonkeyPatch.context() as patch:
 
-    patch.setattr(TrainStep, "__call__", stopping)
+        def stopping(self: TrainStep, batch: Any) -> None:
+            if self.state.step == step - 1:
+                patch.setattr("dist_resnet.base.signals.received", lambda: True)
+            plain(self, batch)
+
+        patch.setattr(TrainStep, "__call__", stopping)
+        with pytest.raises(Preempted):
+            runs(*keys)
 
 
 @pytest.mark.parametrize("every", [1, 5])
@@ -55,10 +59,7 @@ def _stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
 def test_stopped_at_what_becomes_its_end(runs: Runs, step: int, epochs: int, every: int) -> None:
     """In mid-epoch, or where an epoch ends that is evaluated, or is not."""
     keys = ["train.step_mode=eager", f"eval.every_epochs={epochs}", f"log.every_steps={every}"]
-    with pytest.MonkeyPatch.context() as patch:
-        _stop_at(patch, step)
-        with pytest.raises(Preempted):
-            runs(*keys)
+    _stopped(runs, step, keys)
     assert runs(*keys, f"train.max_steps={step}") == 0
     summary, rows = runs.json("summary.json"), _rows(runs.path)
     figures = evaluate_checkpoint(runs.path, [])
@@ -104,10 +105,7 @@ def test_another_runs_checkpoint_stays_out_of_a_runs_folder(runs: Runs) -> None:
 def test_killed_between_the_last_evaluation_and_its_checkpoint(runs: Runs) -> None:
     """Of a run that was stopped where it ends now: the evaluation is the best one all the same."""
     keys = ["train.step_mode=eager", "log.every_steps=5"]
-    with pytest.MonkeyPatch.context() as patch:
-        _stop_at(patch, 8)
-        with pytest.raises(Preempted):
-            runs(*keys)
+    _stopped(runs, 8, keys)
     keys.append("train.max_steps=8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunWriter, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -124,10 +122,7 @@ def test_killed_between_the_last_evaluation_and_its_checkpoint(runs: Runs) -> No
 
 def test_a_fork_that_ends_where_it_begins_is_one_afterwards(runs: Runs) -> None:
     keys = ["train.step_mode=eager", "log.every_steps=5"]
-    with pytest.MonkeyPatch.context() as patch:
-        _stop_at(patch, 12)
-        with pytest.raises(Preempted):
-            runs(*keys)
+    _stopped(runs, 12, keys)
     for command in (["run.extend=true"], [], ["run.extend=true"]):
         assert runs(*keys, "train.epochs=2", *command) == 0
         assert runs.json("summary.json")["step"] == 12

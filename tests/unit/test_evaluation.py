@@ -322,3 +322,18 @@ def test_real_loaders_give_what_the_arrays_give(
         found.append(evaluator(model))
     assert found[0].loss == found[1].loss
     assert torch.equal(found[0].confusion, found[1].confusion)
+
+
+def test_cudnn_computes_alike_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever training has chosen: the best checkpoint and an early end follow from figures."""
+    cudnn, seen = torch.backends.cudnn, list[tuple[bool, bool]]()
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    model = _model()
+    model.register_forward_hook(lambda *_: seen.append((cudnn.benchmark, cudnn.deterministic)))
+    images, labels = _data()
+    Evaluator(
+        ArrayLoader(images, labels, 16), np.arange(COUNT), Normalisation.of(MEAN, STD, SIDE, CPU),
+        torch.float32, False, ALONE, CLASSES,
+    )(model)  # fmt: skip
+    assert set(seen) == {(False, True)}
+    assert cudnn.benchmark
