@@ -24,6 +24,7 @@ import numpy as np
 from dist_resnet.base.cli import Parser, run_command
 from dist_resnet.base.errors import EXIT_DONE, EXIT_USER, UserError
 from dist_resnet.base.paths import printable, user_path
+from dist_resnet.config.plugins import calling
 from dist_resnet.data.decoding import Decoder, decodable
 from dist_resnet.data.sources.members import explained, members, read_limited
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
             continue
         pixels = np.stack([image for _, image in images])
         batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-        with torch.inference_mode():
+        with calling("model", str(options.model)), torch.inference_mode():
             shares, order = model(batch).softmax(dim=1).topk(min(options.top, len(model.classes)))
         for (name, _), row, chosen in zip(images, shares.tolist(), order.tolist(), strict=True):
             print(line(name, [(model.classes[k], p) for k, p in zip(chosen, row, strict=True)]))

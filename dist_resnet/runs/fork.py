@@ -9,8 +9,10 @@ from dist_resnet.config.code import changed_code, check_code
 from dist_resnet.config.load import to_dict, trajectory_differences
 from dist_resnet.config.schema import Config
 from dist_resnet.runs.checkpoint import Checkpoint
+from dist_resnet.runs.held_out import trained_on
 
 _LENGTH = "train.epochs"
+_SPLIT = ("seed", "data.val_split")
 _NAME_CODE = ("optim.name", "augment.extra", "distill.teachers")
 
 
@@ -46,6 +48,12 @@ def starting_point(
         raise UserError(
             f"run.extend=true: {what}: "
             + ("only what the command names may change" if silent else "it must be the same data")
+        )
+    if trained_on(saved.config, config):
+        split = "; ".join(line for line in differences if _is_named(line, _SPLIT))
+        raise UserError(
+            f"run.extend=true: {split}: images held out so were trained on until here; leave that "
+            "as it was, or set data.val_split=0"
         )
     if begun := [line for line in differences if line.startswith("model.init")]:
         raise UserError(

@@ -6,6 +6,7 @@ Shapes: N images, K classes.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_resnet.augment import Normalisation
+from dist_resnet.config.plugins import within_step
+from dist_resnet.step.cuda_graph import capturing
 from dist_resnet.step.replica_pass import Objective
 
 
 class Teacher:
-    """A trained net, and what takes images as the student sees them to those that it knows."""
+    """A trained net, and what takes images as the student sees them to those that it knows.
+
+    Args:
+        name: what a line about it calls it.
+    """
 
     def __init__(
         self,
@@ -25,18 +32,26 @@ class Teacher:
         own: Normalisation,
         students: Normalisation,
         channels_last: bool = True,
+        name: str = "",
     ) -> None:
         """With the normalisations that each was trained under, and the teacher's own order."""
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.model = model.eval().requires_grad_(False)
+        self.model, self.name = model.eval().requires_grad_(False), name
         rows = own.mean, own.scale, students.mean, students.scale
         mean, scale, other_mean, other_scale = (row[:3].view(1, 3, 1, 1) for row in rows)
         self.factor, self.offset = scale / other_scale, (other_mean - mean) * scale
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits, float32 (N, K), of images that are normalised for the student."""
+        """Logits, float32 (N, K), of images that are normalised for the student.
+
+        Raises:
+            StepError: its net raised.
+        """
         images = (images * self.factor + self.offset).contiguous(memory_format=self.layout)
-        logits: Tensor = self.model(images)
+        # While a graph is captured an error is the capture's, which has a way out.
+        told = not capturing(images.device)
+        with within_step("distill.teachers", self.name) if told else nullcontext():
+            logits: Tensor = self.model(images)
         return logits.float()
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_resnet.base.errors import UserError
-from dist_resnet.config.schema import Config
+from dist_resnet.config.schema import Config, ModelConfig
 from dist_resnet.kernels import support
 from dist_resnet.models.contract import Traits
 from dist_resnet.models.norm_act import NormAct
@@ -58,7 +59,7 @@ def replicas_at_once(config: Config, local: int, device: torch.device, traits: T
     return max(count for count in range(1, _AT_ONCE_ON_CPU + 1) if local % count == 0)
 
 
-def told_of_net(state: TrainState, local: int) -> list[str]:
+def told_of_net(config: ModelConfig, state: TrainState, local: int) -> list[str]:
     """What the reader should know of it: its starting weights, how its replicas run, what is
     frozen."""
     lines = [state.told] * bool(state.told)
@@ -67,6 +68,9 @@ def told_of_net(state: TrainState, local: int) -> list[str]:
         lines.append(f"frozen: {len(frozen)} parameters, such as {frozen[0]}")
     if local > 1 and state.traits.alone:
         lines.append(f"a process's {local} replicas one after the other: {state.traits.alone}")
+    momentum, modules = config.bn_momentum, state.flat.model.modules()
+    if momentum is not None and not any(isinstance(module, _BatchNorm) for module in modules):
+        lines.append(f"model.bn_momentum={momentum:g}: does nothing with a net without BatchNorm")
     return lines
 
 

@@ -4,6 +4,7 @@ Shapes: N images, K classes.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 
 from dist_resnet.augment import Normalisation, normalise
 from dist_resnet.base import watchdog
+from dist_resnet.config.plugins import is_plugin, within_step
+from dist_resnet.config.schema import ModelConfig
 from dist_resnet.data.order import eval_batches
 from dist_resnet.data.stream import Loader
 from dist_resnet.distributed.group import World, all_reduce_sum
@@ -117,6 +120,8 @@ class Evaluator:
     world: World
     classes: int
     channels_last: bool = True
+    name: str = ModelConfig.name
+    """Of the net, for the line about what it raises."""
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, mistakes: int = 0) -> Evaluation:
@@ -186,7 +191,8 @@ class Evaluator:
             autocast = torch.autocast(
                 inputs.device.type, self.precision, enabled=self.precision != torch.float32
             )
-            with autocast, repeatable_convolutions():
+            own = within_step("model.name", self.name) if is_plugin(self.name) else nullcontext()
+            with own, autocast, repeatable_convolutions():
                 logits = model(inputs).float()
                 mirrored = model(inputs.flip(3)).float() if self.flip_tta else None
             yield rank + turn * size, labels, logits, mirrored

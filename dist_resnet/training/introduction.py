@@ -31,7 +31,7 @@ def introduction(
         f"device: {session.world.device.type}, {session.precision_reason},"
         f" {session.threads} CPU threads a process; step: {step}",
         *explain(config, plan),
-        *told_of_net(state, plan.replicas_per_rank),
+        *told_of_net(config.model, state, plan.replicas_per_rank),
         *state.optimizer.remarks,
         *(f"code: {key}={name}" for key, name in plugins_of(config)),
     ]

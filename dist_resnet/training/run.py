@@ -27,6 +27,7 @@ from dist_resnet.runs.checkpoint import Checkpoint
 from dist_resnet.runs.diagnosis import Row
 from dist_resnet.runs.folder import RunFolder
 from dist_resnet.runs.fork import begins_here, forks_told, starting_point, with_code
+from dist_resnet.runs.held_out import told_of_held_out
 from dist_resnet.runs.resume import (
     check_folder,
     check_same_configuration,
@@ -142,6 +143,7 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     distillation = on_every_rank(lambda: build_distillation(teachers, session, normalisation))
     if world.is_main:
         told = [*forks_told(saved), *told_of_code(before, code), mixed]
+        told += told_of_held_out(config, session.dataset.fingerprint)
         if saved is not None:
             told.append(other_rounding(saved, kinds[0], config.train.step_mode))
         for line in (*introduction(wanted, session, plan, state, folder), *filter(None, told)):

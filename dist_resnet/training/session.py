@@ -147,6 +147,7 @@ class Session:
             self.world,
             len(data.classes),
             self.config.precision.channels_last,
+            self.config.model.name,
         )
 
 

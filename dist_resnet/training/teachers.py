@@ -72,7 +72,7 @@ def build_distillation(
         if isinstance(saved, Start):
             model = _of_file(teacher.name, saved, config, len(data.classes))
             layout, own = config.precision.channels_last, normalisation_of(saved, model, session)
-            teachers.append(Teacher(model.to(device), own, students, layout))
+            teachers.append(Teacher(model.to(device), own, students, layout, teacher.name))
             continue
         if tuple(saved.classes) != tuple(data.classes):
             raise UserError(
@@ -86,6 +86,6 @@ def build_distillation(
         settled = stored_config(saved.config)
         model, layout = trained_model(saved, settled), settled.precision.channels_last
         own = Normalisation.of(saved.mean, saved.std, data.width, device)
-        teachers.append(Teacher(model.to(device), own, students, layout))
+        teachers.append(Teacher(model.to(device), own, students, layout, teacher.name))
     settings = config.distill
     return Distillation(teachers, settings.temperature, settings.weight) if teachers else None

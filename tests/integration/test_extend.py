@@ -51,6 +51,24 @@ def test_a_first_command_that_is_refused_says_so_in_its_status(runs: Runs) -> No
     assert "run.extend=true" in runs.refused("run.extend=true")
 
 
+def test_a_fork_holds_out_no_images_that_were_trained_on(runs: Runs) -> None:
+    assert runs("data.val_split=12", "train.epochs=1") == 0
+    for keys, told in (
+        (["data.val_split=13"], "data.val_split: 12 -> 13"),
+        (["seed=1", "data.val_split=12"], "seed: 0 -> 1"),
+        (["seed=1", "data.val_split=3"], "data.val_split: 12 -> 3; seed: 0 -> 1"),
+    ):
+        words = runs.refused("run.extend=true", "train.epochs=2", *keys)
+        assert words == (
+            f"run.extend=true: {told}: images held out so were trained on until here; leave that "
+            "as it was, or set data.val_split=0"
+        )
+    # Of the same seed fewer are some of these; then the others have been trained on.
+    assert runs("run.extend=true", "train.epochs=2", "data.val_split=3") == 0
+    assert "12" in runs.refused("run.extend=true", "train.epochs=3", "data.val_split=12")
+    assert runs("run.extend=true", "train.epochs=3", "data.val_split=0", "seed=1") == 0
+
+
 @pytest.mark.parametrize("begun", [[], ["train.max_steps=8"]])
 def test_more_epochs_after_the_end(runs: Runs, begun: list[str]) -> None:
     assert runs(*begun) == 0

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import dist_resnet
-from dist_resnet import export
+from dist_resnet import export, predict
 from dist_resnet.base.errors import Preempted, UserError
 from dist_resnet.config.load import load_config
 from dist_resnet.data.dataset import Dataset
@@ -18,6 +19,7 @@ from dist_resnet.models.build import build_model
 from dist_resnet.step.train_step import TrainStep
 from dist_resnet.training.evaluation import Evaluator
 from dist_resnet.training.outputs import RunWriter
+from tests.helpers import nets
 from tests.helpers.jobs import metric_rows
 from tests.helpers.own_runs import Runs
 
@@ -274,3 +276,49 @@ def test_a_fork_may_bring_code_and_arguments_that_it_names(
     assert runs(*more, "train.max_steps=10") == 0
     changed = [line.split(":")[0] for line in runs.json("plan.json")["forks"][0]["changed"]]
     assert changed == ["augment.extra", "optim.args.amsgrad", "the optimizer's state"]
+
+
+def test_a_reader_is_told_of_held_out_images_that_were_trained_on(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a teacher, or by starting weights: the figures on them flatter."""
+    for name, keys in (("all", []), ("some", ["data.val_split=12"])):
+        assert runs(*keys, f"run.name={name}", "train.max_steps=2", "train.step_mode=eager") == 0
+    every, some = (str(runs.path.with_name(name)) for name in ("all", "some"))
+    for start, held_out, seed, told in (
+        (every, 12, 0, True),
+        (every, 0, 0, False),
+        (some, 12, 0, False),
+        (some, 5, 0, False),
+        (some, 13, 0, True),
+        (some, 12, 1, True),
+    ):
+        keys = [f"model.init={start}", "distill.teachers=" + json.dumps([start])]
+        capsys.readouterr()
+        more = [f"data.val_split={held_out}", f"seed={seed}", "run.overwrite=true"]
+        assert runs(*keys, *more, "train.max_steps=1") == 0
+        lines = capsys.readouterr().out.splitlines()
+        for key in ("model.init", "distill.teachers"):
+            line = "was trained on images that are held out here, so figures on them flatter"
+            assert (f"{key}={start}: {line}" in lines) == told
+
+
+def test_what_a_net_raises_in_use_is_one_line(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "tests.helpers.nets:Plain"
+    assert runs(f"model.name={name}", "run.name=own", "train.max_steps=2") == 0
+    own = runs.path.with_name("own")
+    Image.new("RGB", (12, 12)).save(tmp_path / "image.png")
+
+    def forward(self: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        raise ValueError("no luck\nwith this")
+
+    monkeypatch.setattr(nets.Plain, "forward", forward)
+    raised = r"raised ValueError: no luck with this \(.*test_figures\.py:\d+\)$"
+    with pytest.raises(UserError, match=f"^model.name={name}: {raised}"):
+        evaluate_checkpoint(own, [])
+    with pytest.raises(UserError, match=f"^model={own}: {raised}"):
+        predict.main([str(own), str(tmp_path / "image.png")])
+    with pytest.raises(UserError, match=f"^distill.teachers={own}: {raised}"):
+        runs("train.step_mode=eager", "distill.teachers=" + json.dumps([str(own)]))

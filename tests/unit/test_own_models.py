@@ -16,6 +16,7 @@ from dist_resnet.config.plan import explain, make_plan
 from dist_resnet.config.schema import Config, ModelConfig
 from dist_resnet.models.build import build_model
 from dist_resnet.models.contract import Traits, checked_model
+from dist_resnet.step.mode import told_of_net
 from tests.helpers import nets
 from tests.helpers.training import (
     BATCH,
@@ -367,6 +368,14 @@ def test_the_momentum_of_batchnorm_is_set_in_any_net() -> None:
         assert norms
         assert all(norm.momentum == 0.25 for norm in norms)
     assert build_model(own_config("Averaging").model, 5).get_submodule("norm").momentum is None
+
+
+@pytest.mark.parametrize(("name", "there"), [("Plain", False), ("Averaging", True)])
+def test_the_momentum_of_no_batchnorm_is_told_to_do_nothing(name: str, there: bool) -> None:
+    config = own_config(name, "model.bn_momentum=0.25")
+    told = told_of_net(config.model, train_step(config, 1).state, 1)
+    line = "model.bn_momentum=0.25: does nothing with a net without BatchNorm"
+    assert (line in told) != there
 
 
 @pytest.mark.parametrize(
