@@ -55,7 +55,7 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
     """
     from dist_resnet.augment import Normalisation
     from dist_resnet.config.load import stored_config
-    from dist_resnet.distributed.group import start, stop
+    from dist_resnet.distributed.group import broadcast_object, start, stop
     from dist_resnet.models.matching import Start
     from dist_resnet.runs.weights import read_weights, trained_model
     from dist_resnet.training.session import open_session
@@ -74,6 +74,8 @@ def evaluate_checkpoint(path: Path, pairs: Sequence[str | dict[str, Any]]) -> di
     _check_split(own, config)
     world = start(config.parallel.device, config.parallel.timeout_seconds)
     try:
+        # A run that still trains may have saved another one between the ranks' reads.
+        file, saved = broadcast_object((file, saved))
         session = open_session(config, world)
         model = trained_model(saved, config).to(world.device)
         if tuple(session.dataset.classes) != tuple(saved.classes):
@@ -108,7 +110,7 @@ def _check_split(own: "Config", wanted: "Config") -> None:
 def _evaluate_file(weights: "Start", pairs: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
     """As `evaluate_checkpoint`, of weights alone: all that they do not tell is configured."""
     from dist_resnet.config.load import stored_config
-    from dist_resnet.distributed.group import on_every_rank, start, stop
+    from dist_resnet.distributed.group import broadcast_object, on_every_rank, start, stop
     from dist_resnet.training.session import open_session
     from dist_resnet.training.starting import normalisation_of, started_model
 
@@ -116,6 +118,7 @@ def _evaluate_file(weights: "Start", pairs: Sequence[str | dict[str, Any]]) -> d
     world = start(config.parallel.device, config.parallel.timeout_seconds)
     try:
         session = open_session(config, world)
+        weights = broadcast_object(weights)  # may have been replaced between the ranks' reads
         classes = len(session.dataset.classes)
         model = on_every_rank(lambda: started_model(config, classes, weights)).to(world.device)
         result = session.evaluator(normalisation_of(weights, model, session))(model)

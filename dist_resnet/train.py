@@ -8,7 +8,6 @@ same build of torch and the same parallel.threads. Another kind rounds otherwise
 there says so.
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,13 +66,12 @@ def train(*sources: Config | Mapping[str, Any] | str | Path, **settings: Any) ->
     config = load_config(arguments)
     ensure_home()
     from dist_resnet.base import signals  # torch takes a second or two to import
+    from dist_resnet.runs.folder import RunFolder
     from dist_resnet.training import run
 
     with threads_kept(), signals.borrowed():
         folder = run.run(config, named_keys(arguments))
-    file = folder / "summary.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    return found
+    return RunFolder(folder).summary()
 
 
 def _show(text: str) -> int:

@@ -166,4 +166,5 @@ class ChoiceDrawer:
 
 def dropout_factors(draws: Tensor, probability: float) -> Tensor:
     """0 with `probability`, else 1 / (1 - probability), for draws uniform in [0, 2^32)."""
-    return (draws >= round(probability * (1 << 32))).float() / (1 - probability)
+    # The quotient is rounded once, as the kernels take it.
+    return torch.where(draws >= round(probability * (1 << 32)), 1 / (1 - probability), 0.0)

@@ -5,7 +5,6 @@ and draws float32 (N, lanes) uniform in [0, 1); `lanes` is an attribute of the c
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,9 +47,7 @@ class Named:
             return function
 
         def guarded(images: Tensor, draws: Tensor) -> Tensor:
-            # While a graph is captured an error is the capture's, which has a way out.
-            captured = images.is_cuda and torch.cuda.is_current_stream_capturing()
-            with nullcontext() if captured else within_step(KEY, self.name), torch.no_grad():
+            with within_step(KEY, self.name), torch.no_grad():
                 return function(images, draws)
 
         return guarded

@@ -38,7 +38,7 @@ class DistResnetError(Exception):
 
     exit_code = 1
     of_one_rank = False
-    """Whether the other ranks need not have it too: each that has it says so."""
+    """Whether one rank alone may meet it; then each that does prints its line."""
 
 
 class UserError(DistResnetError):

@@ -24,6 +24,8 @@ from dist_resnet.training.session import Session, open_session, with_replicas
 from dist_resnet.training.starting import begin
 from dist_resnet.training.stopwatch import Stopwatch
 
+_KEPT = 8  # batches, where there is no loader
+
 
 def train(config: Config, world: World, gate: Gate, steps: int, from_memory: bool = False) -> None:
     """Train, `steps` steps a turn.
@@ -74,12 +76,12 @@ def make_step(session: Session, plan: Plan) -> TrainStep:
     return session.train_step(plan, state)
 
 
-def kept(batches: Generator[Batch, None, None], count: int = 8) -> list[Batch]:
+def kept(batches: Generator[Batch, None, None]) -> list[Batch]:
     """The first few batches, copied out of the loader's buffers, which is closed."""
     with closing(batches):
         return [
             Batch(batch.images.clone(), batch.labels.clone(), batch.samples.clone())
-            for batch in itertools.islice(batches, count)
+            for batch in itertools.islice(batches, _KEPT)
         ]
 
 

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_resnet.bench import our_loop
-from dist_resnet.bench.reference_loop import as_torch_makes_it, autocast, torch_sgd
+from dist_resnet.bench.reference_loop import as_torch_makes_it, torch_sgd
 from dist_resnet.bench.workers import Gate, in_turns
 from dist_resnet.config.schema import Config
 from dist_resnet.distributed.group import World
+from dist_resnet.step.precision import autocast
 
 SIDE = 4  # of the tiny model's images
 DENSE = "dist_resnet.bench.peer_loops:dense"

@@ -23,6 +23,7 @@ from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset as Prepared
 from dist_resnet.distributed.group import World
 from dist_resnet.models.build import build_model
+from dist_resnet.step.precision import autocast
 from dist_resnet.training.session import open_session
 
 
@@ -118,11 +119,6 @@ class ReferenceLoop:
         self.correct += int(logits.argmax(dim=1).eq(labels).sum().item())
         self.seen += len(labels)
         return value
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """To compute in `precision`; does nothing for float32."""
-    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 def as_torch_makes_it(

@@ -123,9 +123,14 @@ def calling(key: str, name: str) -> Iterator[None]:
 def within_step(key: str, name: str) -> Iterator[None]:
     """As `calling`, for calls in a step, which other ranks need not see fail.
 
+    While a CUDA graph is captured all pass: an error is the capture's then, which has a way out.
+
     Raises:
         StepError: in place of any other exception; a lack of memory and our own errors pass.
     """
+    if _capturing():
+        yield
+        return
     try:
         with calling(key, name):
             yield
@@ -136,6 +141,12 @@ def within_step(key: str, name: str) -> Iterator[None]:
         if error.of_one_rank:
             raise
         raise StepError(str(error)) from cause
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is; torch is not loaded to find out."""
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    return cuda is not None and cuda.is_initialized() and cuda.is_current_stream_capturing()
 
 
 def _imported(key: str, name: str, path: str) -> ModuleType:

@@ -158,7 +158,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class PrecisionConfig:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Type of activations under autocast; auto: bf16 where the hardware has it, else fp32."""
+    """Type of activations under autocast; auto: bf16, on GPUs without it fp16, else fp32."""
     channels_last: bool = True
     """NHWC memory layout."""
     deterministic: bool = False
@@ -190,7 +190,7 @@ class EvalConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_epochs: int = 1
-    """Save after so many epochs, at the end, and when the evaluation is the best so far; 0: not."""
+    """Save after so many epochs (0: never so), and always at the end and at a best evaluation."""
     every_steps: int = 0
     """Save also after so many steps; 0: not."""
     keep: int = 3

@@ -192,10 +192,11 @@ def backends() -> list[str]:
 
 @contextmanager
 def collective() -> Iterator[None]:
-    """Around an exchange with the other ranks: its RuntimeError is the loss of one of them.
+    """Around an exchange with the other ranks, which fails with a RuntimeError.
 
     Raises:
-        PeerLost, Preempted: if this process was asked to end too.
+        PeerLost: in its place.
+        Preempted: in its place, where this process has received a signal to end, too.
     """
     try:
         yield

@@ -21,6 +21,7 @@ SMALL, MODEL, LARGE = 4, 1_080_000, 16 << 20
 """Bytes: one number; the gradients of ResNet-20; what shows the network's bandwidth."""
 SLOW_SECONDS = 0.02
 SKEW_SECONDS = 5.0
+_ROUNDS = 8  # the clocks are compared so often
 _MISSING = "missing"
 _WIRES = "name the job's network with IFNAME=eth0 (launch/run.sh)"
 
@@ -98,11 +99,11 @@ def all_reduce_seconds(world: World, size: int) -> float:
     return float(slowest.max())
 
 
-def clock_offsets(world: World, rounds: int = 8) -> list[float]:
+def clock_offsets(world: World) -> list[float]:
     """Seconds by which each rank's clock is ahead of rank 0's, to within an all-reduce."""
     best: list[float] = []
     signal = torch.zeros(1, device=world.device)
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         all_reduce_sum(signal)
         signal.item()  # all leave the sum at about the same moment
         times = gather_rows(torch.tensor([time.time()], dtype=torch.float64, device=world.device))

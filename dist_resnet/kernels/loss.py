@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_CLASSES = 8192
 _TILE = 4096  # logits that a program holds at a time
 
 

@@ -24,6 +24,8 @@ class Start:
     sha256: str
     """Of the file."""
     tensors: dict[str, Tensor]
+    held_out_seen: bool = False
+    """Whether they may have been trained on images that the run holds out."""
 
     def normalisation(self, net: nn.Module) -> tuple[list[float], list[float]] | None:
         """Mean and standard deviation of a channel, of values from 0 to 255, in our own exports.

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -73,10 +74,7 @@ class RunOptimizer:
                 group["lr"] = rate
         if overflow is not None:  # as torch.amp.GradScaler hands it over
             optimizer.grad_scale, optimizer.found_inf = None, overflow
-        if self.plugin and not _capturing():
-            with within_step(KEY, self.name):
-                optimizer.step()
-        else:
+        with within_step(KEY, self.name) if self.plugin else nullcontext():
             optimizer.step()
         if overflow is not None:
             del optimizer.grad_scale, optimizer.found_inf
@@ -156,7 +154,3 @@ def takes_weight_decay(parameters: Mapping[str, inspect.Parameter]) -> bool:
 def _share(rate: float | Tensor, lr: float) -> float:
     """`rate` over `lr`; a tensor has rounded what it was made of."""
     return float(rate) / (float(torch.tensor(lr)) if isinstance(rate, Tensor) else lr)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -86,6 +86,8 @@ class OptimizerState:
             found = [(saved["parameters"].get(name), place) for name, place in parts]
             if any(kept is not None for kept, _ in found):
                 state[index] = _joined(parameters[index], found)
+            elif before.get(index):  # a fork trains what was frozen until here
+                state[index] = before[index]
         packed = optimizer.state_dict()
         groups = [_entries(group) for group in optimizer.param_groups]
         try:

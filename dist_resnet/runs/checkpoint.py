@@ -43,6 +43,8 @@ class Checkpoint:
     """As `code.code_of_run`; empty: unknown."""
     init: dict[str, str] | None = None
     """What weights the run began with, as `Start.identity`; None: random ones."""
+    held_out_seen: bool = False
+    """Whether these, or a teacher, may have been trained on images that the run holds out."""
     machine: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     """As `environment.machine` and `environment.versions`; empty: unknown."""

@@ -12,7 +12,9 @@ from dist_resnet.models.matching import Start, natural
 from dist_resnet.runs.checkpoint import Checkpoint, checkpoint_of
 
 _KEY = "dist_resnet"  # of the metadata in a file's header
-_KEPT = ("classes", "mean", "std", "image_size", "fingerprint", "reading", "code")
+_KEPT = (
+    "classes", "mean", "std", "image_size", "fingerprint", "reading", "code", "held_out_seen",
+)  # fmt: skip
 # Written and read: no folders and projects, as files are published; no names of code.
 _CONFIG = {
     "model": ("name", "widths", "shortcut", "dropout", "bn_momentum"),

@@ -68,7 +68,7 @@ class RunFolder:
                 )
             os.truncate(self._lock, 0)
             os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-            for pattern in (".tmp.*", "checkpoints/.tmp.*", ".metrics.jsonl.rewind-*"):
+            for pattern in (".tmp.*", "checkpoints/.tmp.*"):
                 for left in self.path.glob(pattern):  # unfinished files of dead processes
                     with contextlib.suppress(OSError):
                         left.unlink()

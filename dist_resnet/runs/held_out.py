@@ -1,45 +1,30 @@
-"""Whether images that a run holds out were trained on by what it begins with or learns from."""
+"""Whether images that a run holds out were trained on before, by what it begins with."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from dist_resnet.base.paths import user_path
 from dist_resnet.config.schema import Config
 from dist_resnet.runs.checkpoint import Checkpoint
-from dist_resnet.runs.weights import read_weights
 
 
 def trained_on(before: Mapping[str, Any], config: Config) -> bool:
-    """Whether a training by `before`, on the same data, has seen images that `config` holds out.
+    """Whether a training by `before`, on the same data, may have seen images `config` holds out.
 
     Those of fewer, by the same seed, are among those of more (`data.order.split_indices`).
 
     Args:
-        before: a checkpoint's configuration; one that does not tell its seed may have.
+        before: a checkpoint's configuration; an exported file's does not tell its seed.
     """
     held, wanted = before["data"]["val_split"], config.data.val_split
     return wanted > held or (wanted > 0 and before.get("seed") != config.seed)
 
 
-def told_of_held_out(config: Config, fingerprint: str) -> list[str]:
-    """A line for each of model.init and distill.teachers that has seen images held out here.
+def has_seen(saved: Checkpoint, config: Config, fingerprint: str) -> bool:
+    """As `trained_on`, of a checkpoint and of all that it began with or learnt from.
 
-    Weights alone do not say what they were trained on.
-
-    Raises:
-        UserError: one cannot be read.
+    Args:
+        fingerprint: of the data set that `config` trains on.
     """
-    named = [("distill.teachers", name) for name in config.distill.teachers]
-    if config.model.init is not None:
-        named.append(("model.init", config.model.init))
-    lines = []
-    for key, name in named if config.data.val_split else ():
-        saved = read_weights(user_path(name))[1]
-        if not isinstance(saved, Checkpoint) or saved.fingerprint != fingerprint:
-            continue
-        if trained_on(saved.config, config):
-            lines.append(
-                f"{key}={name}: was trained on images that are held out here, so figures on them "
-                "flatter"
-            )
-    return lines
+    if saved.fingerprint != fingerprint or not config.data.val_split:
+        return False
+    return saved.held_out_seen or trained_on(saved.config, config)

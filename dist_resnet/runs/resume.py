@@ -8,7 +8,6 @@ from dist_resnet.base.errors import EXIT_DIVERGED, Diverged, UserError
 from dist_resnet.base.launcher import job_id, restart_count
 from dist_resnet.base.paths import user_path
 from dist_resnet.config.load import (
-    flatten,
     load_config,
     to_dict,
     trajectory_differences,
@@ -191,13 +190,14 @@ def check_same_configuration(ours: dict[str, Any], theirs: dict[str, Any]) -> No
     """Refuse to train with ranks that were given another configuration than rank 0.
 
     Raises:
-        UserError: with every differing key; where files lie, and how rank 0 opens them, may differ.
+        UserError: with every differing key, rank 0's value first; where files lie, and how rank 0
+            opens them, may differ.
     """
-    own, main = dict(flatten(ours)), dict(flatten(theirs))
-    differing = [
-        key
-        for key in own
-        if own[key] != main[key] and key != "data.root" and not key.startswith("run.")
-    ]
-    if differing:
-        raise UserError(f"the processes were given different values of {', '.join(differing)}")
+    found = trajectory_differences(
+        theirs, ours, lambda key: key != "data.root" and not key.startswith("run.")
+    )
+    if found:
+        raise UserError(
+            f"the processes differ in {'; '.join(found)}: give all of them the same command, and "
+            "name what is auto"
+        )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dist_resnet.base.errors import is_of_gpu_memory
+from dist_resnet.base.errors import first_line, is_of_gpu_memory
 from dist_resnet.data.stream import Batch
 from dist_resnet.distributed.group import gather_objects
 from dist_resnet.step.cuda_graph import capture, free, warm_up
@@ -172,7 +172,7 @@ class CapturedStep:
         try:
             self._graph = capture(self._launch)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
         reasons = [text for text in gather_objects(reason) if text]
         if not reasons:
             return True

@@ -6,7 +6,6 @@ Shapes: N images, K classes.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +14,11 @@ from torch.nn import functional as F
 
 from dist_resnet.augment import Normalisation
 from dist_resnet.config.plugins import within_step
-from dist_resnet.step.cuda_graph import capturing
 from dist_resnet.step.replica_pass import Objective
 
 
 class Teacher:
-    """A trained net, and what takes images as the student sees them to those that it knows.
+    """A trained net, which takes images from the student's normalisation to its own first.
 
     Args:
         name: what a line about it calls it.
@@ -48,9 +46,7 @@ class Teacher:
             StepError: its net raised.
         """
         images = (images * self.factor + self.offset).contiguous(memory_format=self.layout)
-        # While a graph is captured an error is the capture's, which has a way out.
-        told = not capturing(images.device)
-        with within_step("distill.teachers", self.name) if told else nullcontext():
+        with within_step("distill.teachers", self.name):
             logits: Tensor = self.model(images)
         return logits.float()
 

@@ -52,6 +52,11 @@ def _cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """To compute in `precision`; does nothing for float32."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
 def make_deterministic() -> None:
     """Forbid CUDA kernels whose results vary from call to call; before CUDA and NCCL start."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

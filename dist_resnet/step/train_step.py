@@ -22,6 +22,7 @@ from dist_resnet.optim.sgd import ema_weight
 from dist_resnet.step.cuda_graph import capturing
 from dist_resnet.step.distill import Distillation
 from dist_resnet.step.mode import choose_step_mode, forward_function, replicas_at_once
+from dist_resnet.step.precision import autocast
 from dist_resnet.step.replica_pass import pass_kind
 from dist_resnet.step.shadow import Shadow
 from dist_resnet.step.state import TrainState
@@ -82,9 +83,7 @@ class TrainStep:
         if config.augment.flip == "alternating":
             self.turns = turn_keys(config.seed, len(rates), steps_per_epoch, self.device)
         self.stop = torch.zeros((), device=self.device)
-        self.autocast = torch.autocast(
-            self.device.type, precision, enabled=precision != torch.float32
-        )
+        self.autocast = autocast(self.device, precision)
         self.dropouts = dropouts(flat.model)
         dropped = probability_of(self.dropouts), num_features(self.dropouts)
         draw = ChoiceDrawer(config.augment, image_size, *dropped, self.device)
@@ -209,10 +208,8 @@ class TrainStep:
         if self.own:
             inputs = inputs.float()  # our kernels' are of the lower type already
         set_factors(self.dropouts, choices.keep)
-        # While a graph is captured an error is the capture's, which has a way out.
-        told = self.own and not capturing(self.device)
         name = self.config.model.name
-        with within_step("model.name", name) if told else nullcontext(), self.autocast:
+        with within_step("model.name", name) if self.own else nullcontext(), self.autocast:
             logits = self.forward(inputs)
         scale = None if scaling is None else scaling.scale
         objective = self.replica_pass.objective(logits, labels, choices, scale)

@@ -12,7 +12,7 @@ from dist_resnet.tracking.tracker import Row, Say, Tracker, say_on_stderr
 
 
 class MetricsFile(Tracker):
-    """Appends rows to a file; a killed process leaves at most one torn last line.
+    """Appends rows to a file; a killed process leaves at most one torn last line, for `rewind`.
 
     A number that is not finite is written as null: JSON has no NaN, and a reader that meets one
     (jq, a browser, pandas) refuses the whole file. Each line is one write() without a buffer in
@@ -26,7 +26,6 @@ class MetricsFile(Tracker):
         self.path = path
         self._say = say
         self._waiting: list[bytes] = []
-        _cut_torn_line(self.path)
         self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def log(self, row: Row) -> None:
@@ -90,13 +89,3 @@ def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, float | int | No
 def _step_of(row: dict[str, float | int | None]) -> float:
     step = row.get("step")
     return math.inf if step is None else step  # a row that belongs to no step cannot be kept safely
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Remove an unfinished last line; the next append would glue a good row to it and lose both."""
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole != len(data):
-        os.truncate(path, whole)

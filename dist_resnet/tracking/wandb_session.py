@@ -17,6 +17,8 @@ from dist_resnet.tracking import wandb_media
 from dist_resnet.tracking.tracker import Artifact, Media, Row, Say
 from dist_resnet.tracking.wandb_reach import why_unreachable
 
+_STAGED = set[str]()
+"""WANDB_DATA_DIR as runs of this process have set it."""
 GLOBS = ("train/*", "val/*", "gap/*", "perf/*")
 
 
@@ -51,8 +53,7 @@ class WandbSession:
         if not os.access(self._folder, os.W_OK):
             raise PermissionError(f"cannot write to {self._folder}")
         self._continues = any(self._folder.glob(f"*run-*-{self.run_id}*"))
-        # Where it stages tables and artifacts: beside the run, not in the user's home folder.
-        os.environ.setdefault("WANDB_DATA_DIR", str(self._folder))
+        stage_in(self._folder)
         os.environ.pop("WANDB_SERVICE", None)  # an inherited service could not be killed when hung
         import wandb
 
@@ -217,3 +218,13 @@ def why_no_credentials(base_url: str) -> str | None:
         return None if found else "there is no API key (wandb login)"
     except Exception as error:  # a malformed key: wandb says what is wrong with it
         return one_line(error)
+
+
+def stage_in(folder: Path) -> None:
+    """Have wandb stage tables and artifacts beside the run, not in the user's home folder.
+
+    Where the user has set WANDB_DATA_DIR that stays; what an earlier run here has set does not.
+    """
+    if os.environ.get("WANDB_DATA_DIR") in (None, *_STAGED):
+        os.environ["WANDB_DATA_DIR"] = str(folder)
+        _STAGED.add(str(folder))

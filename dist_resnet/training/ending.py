@@ -35,9 +35,9 @@ def ending(error: BaseException) -> tuple[str, str, int]:
 
 
 def tell_ending(error: BaseException, folder: RunFolder) -> None:
-    """Of a command that was refused or stopped before its run began, the run's status says nothing.
+    """Write it to status.json; if the run had not begun, to .refused, if it was refused.
 
-    A run that is new has no other place.
+    An existing run's status stays as it was then.
     """
     status, reason, code = ending(error)
     if folder.begun:

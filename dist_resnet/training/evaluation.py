@@ -19,7 +19,7 @@ from dist_resnet.config.schema import ModelConfig
 from dist_resnet.data.order import eval_batches
 from dist_resnet.data.stream import Loader
 from dist_resnet.distributed.group import World, all_reduce_sum
-from dist_resnet.step.precision import repeatable_convolutions
+from dist_resnet.step.precision import autocast, repeatable_convolutions
 
 BATCH_SIZE = 500
 _TOP = 5
@@ -188,11 +188,8 @@ class Evaluator:
             inputs = normalise(images, self.statistics)
             if not self.channels_last:
                 inputs = inputs.contiguous()
-            autocast = torch.autocast(
-                inputs.device.type, self.precision, enabled=self.precision != torch.float32
-            )
             own = within_step("model.name", self.name) if is_plugin(self.name) else nullcontext()
-            with own, autocast, repeatable_convolutions():
+            with own, autocast(inputs.device, self.precision), repeatable_convolutions():
                 logits = model(inputs).float()
                 mirrored = model(inputs.flip(3)).float() if self.flip_tta else None
             yield rank + turn * size, labels, logits, mirrored

@@ -2,13 +2,16 @@
 
 from typing import Any
 
+from dist_resnet.base.errors import UserError
 from dist_resnet.config.code import plugins_of
 from dist_resnet.config.plan import Plan, explain
 from dist_resnet.config.schema import Config
 from dist_resnet.machine.environment import git_commit, hardware, versions
 from dist_resnet.runs.folder import RunFolder
+from dist_resnet.runs.summary import last_evaluation, summarise
 from dist_resnet.step.mode import choose_step_mode, told_of_net
 from dist_resnet.step.state import TrainState, weights_sha256
+from dist_resnet.tracking.jsonl import read_rows
 from dist_resnet.training.loop import Trainer
 from dist_resnet.training.session import Session
 
@@ -52,7 +55,7 @@ def conclusion(summary: dict[str, Any], session: Session, folder: RunFolder) -> 
     ]
 
 
-def facts(trainer: Trainer, session: Session) -> dict[str, Any]:
+def _facts(trainer: Trainer, session: Session) -> dict[str, Any]:
     """What a summary holds beside figures: speed, plan, dataset, versions, hardware."""
     plan, world = trainer.plan, session.world
     return {
@@ -70,3 +73,25 @@ def facts(trainer: Trainer, session: Session) -> dict[str, Any]:
         "git_commit": git_commit(),
         "hardware": hardware(world.device, session.threads),
     }
+
+
+def write_summary(
+    trainer: Trainer, session: Session, folder: RunFolder, sources: dict[str, str]
+) -> dict[str, Any]:
+    """The content of summary.json, written.
+
+    Args:
+        sources: `Checkpoint.code`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        rows = read_rows(folder.metrics)
+        last = trainer.last_evaluation or last_evaluation(rows)
+        known = _facts(trainer, session) | {"code": {n: c[:16] for n, c in sources.items()}}
+        summary = summarise(rows, last, trainer.state.best, known)
+        folder.write_json("summary.json", summary)
+    except OSError as error:
+        raise UserError(f"{folder.path}: no summary.json: {error.strerror}") from None
+    return summary

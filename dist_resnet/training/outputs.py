@@ -22,6 +22,7 @@ from dist_resnet.tracking.jsonl import MetricsFile, rewind
 from dist_resnet.tracking.tracker import Artifact, Tracker, Trackers
 from dist_resnet.tracking.wandb_notices import Notices
 from dist_resnet.tracking.wandb_writer import WandbTracker, start_wandb
+from dist_resnet.training.ending import ending
 from dist_resnet.training.session import Session
 
 
@@ -84,6 +85,11 @@ class Outputs:
         told = {"reason": reason} if code == EXIT_DIVERGED else {}
         self.tracker.close(code, summary | told)
 
+    def fail(self, error: BaseException, step: int) -> None:
+        """Close with what ended the training."""
+        status, reason, code = ending(error)
+        self.close(code, status, step, reason, {})
+
 
 def open_outputs(
     config: Config,
@@ -97,7 +103,7 @@ def open_outputs(
     """Bring the run folder's files to `step` and open everything that records, on rank 0 only.
 
     Args:
-        origin: `Checkpoint.code` and `Checkpoint.init`.
+        origin: `Checkpoint.code`, `.init` and `.held_out_seen`.
 
     Raises:
         UserError: the folder cannot be written.

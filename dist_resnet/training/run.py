@@ -27,7 +27,6 @@ from dist_resnet.runs.checkpoint import Checkpoint
 from dist_resnet.runs.diagnosis import Row
 from dist_resnet.runs.folder import RunFolder
 from dist_resnet.runs.fork import begins_here, forks_told, starting_point, with_code
-from dist_resnet.runs.held_out import told_of_held_out
 from dist_resnet.runs.resume import (
     check_folder,
     check_same_configuration,
@@ -38,28 +37,21 @@ from dist_resnet.runs.resume import (
     run_name,
     take_over,
 )
-from dist_resnet.runs.summary import last_evaluation, summarise
 from dist_resnet.step.captured import as_configured
 from dist_resnet.step.distill import Distillation
 from dist_resnet.step.precision import make_deterministic
 from dist_resnet.step.state import TrainState
 from dist_resnet.tracking.jsonl import read_rows
-from dist_resnet.training.ending import (
-    at_exit,
-    ending,
-    of_all_ranks,
-    raise_told,
-    tell_ending,
-)
+from dist_resnet.training.ending import at_exit, of_all_ranks, raise_told, tell_ending
 from dist_resnet.training.evaluation import Evaluator
 from dist_resnet.training.gallery import Gallery
-from dist_resnet.training.introduction import conclusion, facts, introduction
+from dist_resnet.training.introduction import conclusion, introduction, write_summary
 from dist_resnet.training.loop import Trainer
 from dist_resnet.training.outputs import Outputs, open_outputs
 from dist_resnet.training.session import Session, open_session, resolve_auto
-from dist_resnet.training.starting import all_machines, begin, check_own_code
+from dist_resnet.training.starting import all_machines, begin, check_own_code, origin_of
 from dist_resnet.training.stopwatch import Stopwatch
-from dist_resnet.training.teachers import build_distillation, find_teachers
+from dist_resnet.training.teachers import build_distillation, find_teachers, who_saw_held_out
 
 
 def run(config: Config, named: Collection[str] = ()) -> Path:
@@ -138,22 +130,28 @@ def _run_in(wanted: Config, named: Collection[str], world: World, folder: RunFol
     code = on_every_rank(lambda: code_of_run(config, nets)) | {t.name: t.sha256 for t in teachers}
     before, everywhere = saved.code if saved is not None else {}, broadcast_object(code)
     saved = on_every_rank(lambda: with_code(saved, code, everywhere, config.run.allow_code_change))
-    state, init = begin(config, session, saved)
+    state, begun = begin(config, session, saved)
+    seen = who_saw_held_out(teachers, begun, session)
     normalisation = session.normalisation()
     distillation = on_every_rank(lambda: build_distillation(teachers, session, normalisation))
     if world.is_main:
         told = [*forks_told(saved), *told_of_code(before, code), mixed]
-        told += told_of_held_out(config, session.dataset.fingerprint)
+        told += [f"{name}: may have been trained on images that are held out here" for name in seen]
         if saved is not None:
             told.append(other_rounding(saved, kinds[0], config.train.step_mode))
         for line in (*introduction(wanted, session, plan, state, folder), *filter(None, told)):
             say(line)
     on_rank_zero(lambda: take_over(config, folder, step))
-    origin = {"code": code, "init": init}
+    origin = {"code": code} | origin_of(begun, seen, saved)
     outputs = on_every_rank(
         lambda: open_outputs(config, session, plan, state.step, folder, saved, origin)
     )
-    trainer = _trainer(config, session, plan, state, outputs, saved, distillation, folder.metrics)
+    try:
+        parts = plan, state, outputs, saved, distillation
+        trainer = _trainer(config, session, *parts, folder.metrics)
+    except BaseException as error:
+        outputs.fail(error, state.step)
+        raise
     _fit_and_close(trainer, session, folder, outputs, code)
 
 
@@ -211,8 +209,7 @@ def _fit_and_close(
         label = f"rank {world.rank} of {world.size}"
         watchdog.call_as(label, trainer.fit)
     except BaseException as error:
-        status, reason, code = ending(error)
-        close = partial(outputs.close, code, status, state.step, reason, {})
+        close = partial(outputs.fail, error, state.step)
         if isinstance(error, Preempted):
             # All ranks are here. Those that left before rank 0 has closed would end it early.
             on_rank_zero(close)
@@ -226,13 +223,10 @@ def _fit_and_close(
 
     def finish() -> None:
         try:
-            rows = read_rows(folder.metrics)
-            last = trainer.last_evaluation or last_evaluation(rows)
-            known = facts(trainer, session) | {"code": {n: c[:16] for n, c in sources.items()}}
-            summary = summarise(rows, last, state.best, known)
-            folder.write_json("summary.json", summary)
-        except OSError as error:
-            raise UserError(f"{folder.path}: no summary.json: {error.strerror}") from None
+            summary = write_summary(trainer, session, folder, sources)
+        except BaseException as error:
+            outputs.fail(error, state.step)
+            raise
         outputs.close(EXIT_DONE, "done", state.step, "", summary)
         for line in conclusion(summary, session, folder):
             say(line)

@@ -103,7 +103,7 @@ class Session:
         return (len(labels) / (len(counts) * counts)).tolist()
 
     def batches(self, plan: Plan, step: int = 0) -> Generator[Batch, None, None]:
-        """This rank's share of the batch of each step, from `step` on, without an end."""
+        """This rank's share of the batch of each step, from `step` to the last one."""
         size = plan.batch_size_per_replica * plan.replicas_per_rank
         device, config = self.world.device, self.config
         loader = open_loader(config.data.loader, self.dataset.train_path, size, device)

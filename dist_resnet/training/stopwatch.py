@@ -91,7 +91,7 @@ class Stopwatch:
     def end_window(self, images_per_step: int) -> dict[str, float]:
         """The perf/ metrics since `start_window`, which is called anew; the device has finished.
 
-        None where no step was made.
+        Empty where no step was made.
         """
         if not self._steps:
             return {}

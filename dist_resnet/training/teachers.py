@@ -1,6 +1,7 @@
 """The trained nets that distill.teachers names."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -12,6 +13,7 @@ from dist_resnet.config.load import stored_config
 from dist_resnet.config.schema import Config
 from dist_resnet.models.matching import Start
 from dist_resnet.runs.checkpoint import Checkpoint
+from dist_resnet.runs.held_out import has_seen
 from dist_resnet.runs.weights import read_weights, trained_model
 from dist_resnet.step.distill import Distillation, Teacher
 from dist_resnet.training.session import Session
@@ -44,6 +46,24 @@ def find_teachers(config: Config) -> list[FoundTeacher]:
             raise UserError(f"distill.teachers: {error}") from None
         found.append(FoundTeacher(name, saved, digest))
     return found
+
+
+def who_saw_held_out(
+    teachers: Sequence[FoundTeacher], begun: Start | None, session: Session
+) -> list[str]:
+    """Which of the teachers and starting weights may have been trained on images held out here.
+
+    Weights alone do not say what they were trained on.
+    """
+    config, fingerprint = session.config, session.dataset.fingerprint
+    seen = [
+        f"distill.teachers={teacher.name}"
+        for teacher in teachers
+        if isinstance(teacher.saved, Checkpoint) and has_seen(teacher.saved, config, fingerprint)
+    ]
+    if begun is not None and begun.held_out_seen:
+        seen.append(f"model.init={config.model.init}")
+    return seen
 
 
 def _of_file(name: str, start: Start, config: Config, classes: int) -> nn.Module:

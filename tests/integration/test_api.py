@@ -15,6 +15,7 @@ import dist_resnet
 from dist_resnet.base import signals
 from dist_resnet.base.errors import UserError
 from dist_resnet.config.load import load_config
+from dist_resnet.data.beton import read_back
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.training.loop import Trainer
 
@@ -36,7 +37,7 @@ def settings(tiny: Dataset, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_train_evaluate_load(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_train_evaluate_load(settings: dict[str, Any], tiny: Dataset, tmp_path: Path) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
     summary = dist_resnet.train(**settings)
@@ -45,9 +46,16 @@ def test_train_evaluate_load(settings: dict[str, Any], tmp_path: Path) -> None:
     assert dist_resnet.train(load_config([settings])) == summary  # complete: not trained again
     figures = dist_resnet.evaluate(tmp_path / "job")
     assert figures["val/top1"] == summary["val/top1"]
-    assert dist_resnet.evaluate(tmp_path / "job", "eval.flip_tta=true")["val/top1_tta"] >= 0
-    assert "val/top1_tta" in dist_resnet.evaluate(tmp_path / "job", eval={"flip_tta": True})
-    assert len(dist_resnet.load(tmp_path / "job").classes) == 5
+    mirrored = dist_resnet.evaluate(tmp_path / "job", "eval.flip_tta=true", "precision.dtype=fp32")
+    again = {"eval": {"flip_tta": True}, "precision": {"dtype": "fp32"}}
+    assert mirrored == dist_resnet.evaluate(tmp_path / "job", **again)
+    model, test = dist_resnet.load(tmp_path / "job"), read_back(tiny.test_path)
+    assert len(model.classes) == 5
+    images = torch.from_numpy(test.images[:]).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        guesses = (model(images) + model(images.flip(3))).argmax(1).numpy()
+    correct = int((guesses == test.labels[:]).sum())
+    assert mirrored["val/top1_tta"] == pytest.approx(correct / len(guesses))
     assert {number: signal.getsignal(number) for number in handlers} == handlers
     assert torch.get_num_threads() == threads
 

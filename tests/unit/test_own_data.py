@@ -115,6 +115,17 @@ def test_labels_that_are_text_are_numbered_by_name(tmp_path: Path) -> None:
     assert found.train.images[2].flat[0] == 3
 
 
+def test_labels_of_two_kinds_are_refused(tmp_path: Path) -> None:
+    """A number among text would be a place in the sorted names: "10" comes before "2"."""
+    images = list(_grey(*range(12)))
+    texts = [(image, str(number)) for number, image in enumerate(images)]
+    with pytest.raises(UserError, match=r"test: its labels are numbers and .* are text"):
+        _collect(tmp_path, texts, [(images[0], 2)])
+    numbers = [(image, number) for number, image in enumerate(images)]
+    found = _collect(tmp_path, numbers, [(images[0], "2"), (images[0], "10")])
+    assert [found.classes[label] for label in found.test.labels] == ["2", "10"]
+
+
 def test_numbers_may_have_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (a,) = _grey(1)
     found = _collect(tmp_path, [(a, np.int64(1)), (a, 0)], [(a, 1)], classes=["owl", "wren"])

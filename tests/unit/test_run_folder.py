@@ -122,7 +122,7 @@ def test_a_dead_process_holds_nothing(
     assert owner.startswith(f"process {os.getpid()} on ")
 
 
-UNFINISHED = (".tmp.7.status.json", "checkpoints/.tmp.7.x", ".metrics.jsonl.rewind-7")
+UNFINISHED = (".tmp.7.status.json", "checkpoints/.tmp.7.x")
 
 
 def test_only_the_holder_clears_away_unfinished_files(

@@ -11,7 +11,7 @@ from torch import Tensor
 import dist_resnet
 from dist_resnet.base.errors import UserError
 from dist_resnet.config.load import load_config
-from dist_resnet.config.schema import ModelConfig
+from dist_resnet.config.schema import Config, ModelConfig
 from dist_resnet.data.dataset import Dataset
 from dist_resnet.models.matching import Start, matched, natural, start_from
 from dist_resnet.models.resnet import resnet
@@ -144,7 +144,7 @@ def checkpoint(folder: Path, ema: bool) -> Path:
 @pytest.mark.parametrize("of_run", [False, True])
 def test_from_a_run_or_a_checkpoint(tmp_path: Path, ema: bool, of_run: bool) -> None:
     file = checkpoint(tmp_path, ema)
-    start = read_start(ModelConfig(init=str(tmp_path if of_run else file)))
+    start = read_start(Config(model=ModelConfig(init=str(tmp_path if of_run else file))), "")
     assert start is not None
     assert start.identity() == {
         "file": str(file),
@@ -166,7 +166,7 @@ def test_from_a_safetensors_file(tmp_path: Path) -> None:
     save = pytest.importorskip("safetensors.torch").save
     file = tmp_path / "w.safetensors"
     file.write_bytes(save(weights(seed=2)))
-    start = read_start(ModelConfig(init=str(file)))
+    start = read_start(Config(model=ModelConfig(init=str(file))), "")
     assert start is not None
     assert start.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
     assert_whole(start.tensors, weights(seed=2))
@@ -189,7 +189,7 @@ def test_files_that_hold_no_weights(
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"^model.init={tmp_path / name}: {told}") as caught:
-        read_start(ModelConfig(init=str(tmp_path / name)))
+        read_start(Config(model=ModelConfig(init=str(tmp_path / name))), "")
     assert "\n" not in str(caught.value)
 
 
@@ -223,7 +223,7 @@ def test_the_embedded_weights_of_somebody_else_fit_by_order_and_by_prefixes() ->
     if PEER is None:
         pytest.skip("there are no such weights here")
     config = ModelConfig(init=str(PEER), init_map="order")
-    start = read_start(config)
+    start = read_start(Config(model=config), "")
     assert start is not None
     own = resnet(config, 10).state_dict()
     found, new = matched(own, start.tensors, "order", 10)
@@ -256,7 +256,7 @@ def test_a_file_is_evaluated_with_all_its_classes_only(tmp_path: Path) -> None:
     file = tmp_path / "w.safetensors"
     file.write_bytes(save({f"network.{n}": t for n, t in weights(5, seed=2).items()}))
     config = load_config(["model.widths=[4,4,8]", f"model.init={file}"])
-    start = read_start(config.model)
+    start = read_start(config, "")
     assert start is not None
     model = started_model(config, 5, start)
     assert not model.training

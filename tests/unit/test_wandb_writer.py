@@ -1,5 +1,6 @@
 """What stands between W&B and training, against everything that misbehaves. No wandb here."""
 
+import os
 import socket
 import subprocess
 import threading
@@ -13,7 +14,7 @@ from dist_resnet.config.schema import WandbConfig
 from dist_resnet.tracking import wandb_writer
 from dist_resnet.tracking.tracker import Artifact, Media, Row
 from dist_resnet.tracking.wandb_reach import wanted_mode, why_unreachable
-from dist_resnet.tracking.wandb_session import WandbSession
+from dist_resnet.tracking.wandb_session import WandbSession, stage_in
 from dist_resnet.tracking.wandb_writer import WandbTracker
 from tests.helpers.wandb_stub import WandbStub
 
@@ -332,3 +333,16 @@ def test_the_command_that_sends_the_record_can_be_copied(tmp_path: Path, mode: s
     )
     shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert shown.stdout.splitlines() == [str(record)]
+
+
+def test_every_run_stages_in_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", "x")  # so that it is put back
+    monkeypatch.delenv("WANDB_DATA_DIR")
+    for name in ("one", "two"):
+        stage_in(tmp_path / name)
+        assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / name)
+    monkeypatch.setenv("WANDB_DATA_DIR", "chosen")
+    stage_in(tmp_path / "three")
+    assert os.environ["WANDB_DATA_DIR"] == "chosen"

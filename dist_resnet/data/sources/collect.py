@@ -68,6 +68,11 @@ def collect(
     test = _Part(feed, "test", decoder, scratch, train.size, classes, limit)
     tolerance.judge({f"{feed.key}={feed.name}, {p.name}": p.damaged for p in (train, test)})
     assert classes is not None
+    if train.texts and test.labels and not test.texts:
+        raise UserError(
+            f"{feed.key}={feed.name}, test: its labels are numbers and the training images' are "
+            "text; give both as one of them"
+        )
     names = tuple(map(printable, classes))
     if len(set(names)) < len(names) or "" in names:
         raise UserError(f"{feed.key}={feed.name}: two classes read alike, or one has no name")
