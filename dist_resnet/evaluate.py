@@ -21,7 +21,7 @@ from dist_resnet.base.home import ensure_home
 from dist_resnet.base.launcher import environment_rank
 from dist_resnet.base.paths import user_path
 from dist_resnet.base.tables import columns
-from dist_resnet.training.api import callable_module, threads_kept
+from dist_resnet.training.api import as_in_a_new_process, callable_module
 
 if TYPE_CHECKING:
     from dist_resnet.config.schema import Config
@@ -157,7 +157,7 @@ def evaluate(path: str | Path, *pairs: str, **settings: Any) -> dict[str, Any]:
         UserError: no valid checkpoint, or a data set that does not fit it.
     """
     ensure_home()
-    with threads_kept():
+    with as_in_a_new_process():
         return evaluate_checkpoint(user_path(str(path)), [*pairs, settings])
 
 

@@ -21,7 +21,7 @@ from dist_resnet.base.terminal import forgive
 from dist_resnet.config.keys import describe_keys
 from dist_resnet.config.load import load_config, named_keys, to_yaml
 from dist_resnet.config.schema import Config
-from dist_resnet.training.api import as_argument, callable_module, threads_kept
+from dist_resnet.training.api import as_argument, as_in_a_new_process, callable_module
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -69,7 +69,7 @@ def train(*sources: Config | Mapping[str, Any] | str | Path, **settings: Any) ->
     from dist_resnet.runs.folder import RunFolder
     from dist_resnet.training import run
 
-    with threads_kept(), signals.borrowed():
+    with as_in_a_new_process(), signals.borrowed():
         folder = run.run(config, named_keys(arguments))
     return RunFolder(folder).summary()
 

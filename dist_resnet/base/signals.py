@@ -87,7 +87,7 @@ def defer() -> None:
 def request() -> None:
     """Ask this process to stop, as a signal would; once, as a second one would mean "at once"."""
     if not _received:
-        os.kill(os.getpid(), signal.SIGTERM)
+        _on_signal(signal.SIGTERM, None)  # sent it would end a process whose main thread is another
 
 
 def received() -> int:

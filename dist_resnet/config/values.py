@@ -99,6 +99,7 @@ def plain(tree: Tree) -> Any:
 
 def as_tree(value: Any) -> Tree:
     """A value that was read before, as it would be written."""
+    value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's
     if value is None or isinstance(value, Bare):
         return value
     if isinstance(value, dict):

@@ -42,7 +42,7 @@ def starting_point(
             f"the checkpoint belongs to another run: {listed}; "
             f"set these back, choose another run.name, or run.overwrite=true{hint}"
         )
-    silent = [line for line in differences if not _is_named(line, (*named, _LENGTH))]
+    silent = [line for line in differences if not _is_named(line, named)]
     if other_data or silent:
         what = "; ".join(silent) or "the dataset's content (fingerprint)"
         raise UserError(

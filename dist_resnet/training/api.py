@@ -7,13 +7,17 @@ model = dist_resnet.load("runs/NAME")
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from types import ModuleType
 from typing import Any
 
+from dist_resnet.base.errors import UserError
 from dist_resnet.config.schema import Config
+
+_ALONE = threading.Lock()
 
 
 def as_argument(source: Any) -> str | Mapping[str, Any]:
@@ -35,12 +39,32 @@ def callable_module(name: str, function: Callable[..., Any]) -> None:
 
 
 @contextmanager
-def threads_kept() -> Iterator[None]:
-    """Training sets torch's threads to what a rank may use; the caller's own come back."""
+def as_in_a_new_process() -> Iterator[None]:
+    """While open, torch is set as it is when a process starts; then the caller's settings are back.
+
+    Raises:
+        UserError: it is open already, in another thread: both would set torch's generators.
+    """
     import torch
 
-    threads = torch.get_num_threads()
+    if not _ALONE.acquire(blocking=False):
+        raise UserError("another training runs in this process: wait for it, or start a process")
+    threads, kind = torch.get_num_threads(), torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    card = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        yield
+        with ExitStack() as settings:
+            settings.enter_context(torch.inference_mode(False))
+            settings.enter_context(torch.enable_grad())
+            for device in ("cpu", *["cuda"] * torch.cuda.is_available()):
+                settings.enter_context(torch.autocast(device, enabled=False))
+            if torch.get_default_device().type != "cpu":  # else it would cost every call its time
+                settings.enter_context(torch.device("cpu"))
+            settings.enter_context(torch.random.fork_rng(card))
+            torch.set_default_dtype(torch.float32)
+            yield
     finally:
+        torch.set_default_dtype(kind)
+        torch.use_deterministic_algorithms(deterministic)
         torch.set_num_threads(threads)
+        _ALONE.release()

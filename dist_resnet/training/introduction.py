@@ -59,7 +59,7 @@ def _facts(trainer: Trainer, session: Session) -> dict[str, Any]:
     """What a summary holds beside figures: speed, plan, dataset, versions, hardware."""
     plan, world = trainer.plan, session.world
     return {
-        "stopped_early": not plan.finished(trainer.state.step),
+        "stopped_early": trainer.state.stopped_early and trainer.config.train.early_stop,
         "weights_sha256": weights_sha256(trainer.state.flat.model.state_dict()),
         "eval_set": session.eval_set,
         "images_per_second": trainer.watch.images_per_second(plan.global_batch_size),

@@ -112,12 +112,15 @@ class Trainer:
 
     def _end_early(self, done: int) -> bool:
         """Whether train.early_stop ends the run here; then what is due at its end is logged."""
-        row = self.last_evaluation
-        if row is None or row["step"] != done or self.plan.finished(done):
+        row, due = self.last_evaluation, self.config.eval.every_epochs
+        # A run that train.max_steps pauses here decides as one that goes on; not between epochs.
+        if row is None or row["step"] != done or not self.plan.ends_epoch(done, due):
             return False
         if not (self._declines(row) and self.config.train.early_stop):
             return False
-        self.state.stopped_early = True
+        self.state.stopped_early = done < len(self.train_step.rates)
+        if self.plan.finished(done):
+            return False
         self.tracker.message(
             f"train.early_stop: val/top1 has fallen clearly, from {self.state.best_at_low_rate:.4f}"
             f" at a low learning rate; ends at step {done:,} of {self.plan.total_steps:,}"

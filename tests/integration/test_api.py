@@ -129,3 +129,50 @@ def test_the_functions_are_there_whoever_imported_the_commands_before() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_the_caller_has_set_of_torch_changes_nothing_and_comes_back(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings["precision"] = {"dtype": "fp32"}
+    torch.manual_seed(1)
+    wanted = torch.rand(2)
+
+    def weights(name: str) -> Any:
+        found = dist_resnet.train(settings, run={"dir": str(tmp_path), "name": name})
+        assert dist_resnet.evaluate(tmp_path / name)["val/top1"] == found["val/top1"]
+        return found["weights_sha256"]
+
+    plain = weights("plain")
+    for name, state in (
+        ("autocast", torch.autocast("cpu", torch.bfloat16)),
+        ("inference", torch.inference_mode()),
+        ("no_grad", torch.no_grad()),
+        ("meta", torch.device("meta")),
+    ):
+        with state:
+            assert weights(name) == plain
+    torch.manual_seed(1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert weights("double") == plain
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.rand(2), wanted)
+    own = {"run": {"dir": str(tmp_path), "name": "repeatable"}}
+    dist_resnet.train(settings, **own, precision={"dtype": "fp32", "deterministic": True})
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_two_trainings_at_once_are_refused() -> None:
+    from dist_resnet.training.api import as_in_a_new_process
+
+    with (
+        as_in_a_new_process(),
+        pytest.raises(UserError, match="another training runs in this process"),
+        as_in_a_new_process(),
+    ):
+        pass
+    with as_in_a_new_process():
+        pass

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from dist_resnet.runs.weights import read_weights
 from dist_resnet.step.train_step import TrainStep
 from dist_resnet.tracking.tracker import Trackers
 from dist_resnet.training import run
-from dist_resnet.training.evaluation import Evaluator
+from dist_resnet.training.evaluation import Evaluation, Evaluator
+from dist_resnet.training.loop import Trainer
 from dist_resnet.training.outputs import RunWriter
 from tests.helpers import nets
 from tests.helpers.jobs import metric_rows
@@ -383,3 +385,28 @@ def test_what_a_net_raises_in_use_is_one_line(
         predict.main([str(own), str(tmp_path / "image.png")])
     with pytest.raises(UserError, match=f"^distill.teachers={own}: {raised}"):
         runs("train.step_mode=eager", "distill.teachers=" + json.dumps([str(own)]))
+
+
+@pytest.mark.parametrize("pause", [15, 18, 21, 24])
+def test_a_pause_changes_nothing_of_an_early_end(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, pause: int
+) -> None:
+    """At an epoch's end at a low rate, within one, and where the run ends early."""
+    plain = Trainer._evaluate
+
+    def falling(self: Trainer, done: int, at_end: bool) -> Evaluation:
+        found = plain(self, done, at_end)
+        return replace(found, correct=found.images if done <= 18 else 0)
+
+    monkeypatch.setattr(Trainer, "_evaluate", falling)
+    keys = ["train.early_stop=true", "train.epochs=6", "train.step_mode=eager"]
+    keys += ["schedule.name=step", "schedule.milestones=[1,2]"]
+    ends = []
+    for name, limit in (("whole", []), ("job", [f"train.max_steps={pause}"])):
+        if limit:
+            assert runs(*keys, f"run.name={name}", *limit) == 0
+        assert runs(*keys, f"run.name={name}") == 0
+        summary = json.loads((runs.path.with_name(name) / "summary.json").read_text())
+        ends.append((summary["step"], summary["weights_sha256"], summary["stopped_early"]))
+    assert ends[0] == ends[1]
+    assert ends[0][::2] == (24, True)

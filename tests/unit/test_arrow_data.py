@@ -120,6 +120,20 @@ def test_plain_parquet_files(tmp_path: Path, arrow: Any, rng: np.random.Generato
     assert "--label-column species" in named.source or named == dataset
 
 
+def test_splits_of_partitioned_folders_do_not_meet(
+    tmp_path: Path, arrow: Any, rng: np.random.Generator
+) -> None:
+    for split in ("train", "test"):
+        images = [_png(image) for image in _images(rng, 3)]
+        columns = {"image": images, "label": [0, 1, 0]}
+        _write(arrow, tmp_path / "set" / f"split={split}" / "0.parquet", columns)
+        _write(arrow, tmp_path / "other" / f"{split}ed.parquet", columns)
+    assert _prepared(tmp_path, str(tmp_path / "set")).num_train == 3
+    other = tmp_path / "other"
+    with pytest.raises(UserError, match=r"--test .*tested\.parquet is among the training images"):
+        from_arrow._splits(str(other), str(other / "tested.parquet"))
+
+
 def test_what_a_file_system_leaves_is_no_parquet_file(tmp_path: Path) -> None:
     names = ("train/0.parquet", "train/._0.parquet", "train/@eaDir/0.parquet", ".cache/1.parquet")
     for name in names:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -113,10 +114,14 @@ def test_a_later_second_signal_ends_at_once() -> None:
     assert process.wait(50) == 75
 
 
-def test_a_repeated_request_sends_one_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[int] = []
-    monkeypatch.setattr(os, "kill", lambda _, number: sent.append(number))
-    signals.request()
-    monkeypatch.setattr(signals, "_received", signal.SIGTERM)
-    signals.request()
-    assert sent == [signal.SIGTERM]
+def test_a_request_in_a_thread_asks_once_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_received", 0)
+    monkeypatch.setattr(signals, "_received_at", 0.0)
+    monkeypatch.setattr(signals, "_deferred", True)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("a second one means at once"))
+    for _ in range(2):
+        thread = threading.Thread(target=signals.request)
+        thread.start()
+        thread.join()
+        assert signals.received() == signal.SIGTERM
+        monkeypatch.setattr(signals, "_received_at", -100.0)

@@ -17,7 +17,7 @@ from dist_resnet.data.sources.members import is_litter
 
 Files = dict[str, list[Path]]  # by split
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev")
-_SPLIT = re.compile(rf"(?:^|[-_./])({'|'.join(_SPLITS)})(?=[-_./])")
+_SPLIT = re.compile(rf"(?:^|[-_./=])({'|'.join(_SPLITS)})(?=[-_./])")
 _ROWS = 256  # images that are in memory at a time
 
 
@@ -68,10 +68,15 @@ def _splits(path: str, test: str | None) -> Files:
     found = _files(path)
     train = found.get("train") or (found[""] if set(found) == {""} else None)
     if train is None:
-        raise UserError(f"{path}: has no split train, only {', '.join(sorted(found))}")
+        raise UserError(
+            f"{path}: has no split train, only {', '.join(sorted(filter(None, found)))}"
+        )
     if test is not None:
         other = _files(test)
         name = next((name for name in ("test", "", *_SPLITS) if name in other), "")
+        both = {file.resolve() for file in train} & {file.resolve() for file in other[name]}
+        if both:
+            raise UserError(f"--test {test}: {min(both)} is among the training images, too")
         return {"train": train, "test": other[name]}
     named = [name for name in _SPLITS[1:] if name in found]
     if not named:
