@@ -56,8 +56,11 @@ def as_in_a_new_process() -> Iterator[None]:
         with ExitStack() as settings:
             settings.enter_context(torch.inference_mode(False))
             settings.enter_context(torch.enable_grad())
-            for device in ("cpu", *["cuda"] * torch.cuda.is_available()):
-                settings.enter_context(torch.autocast(device, enabled=False))
+            if _within_autocast():
+                # Weights that it has cast are forgotten where the outermost ends: the caller's.
+                for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
+                    off = torch.autocast(device, enabled=False, cache_enabled=False)
+                    settings.enter_context(off)
             if torch.get_default_device().type != "cpu":  # else it would cost every call its time
                 settings.enter_context(torch.device("cpu"))
             settings.enter_context(torch.random.fork_rng(card))
@@ -68,3 +71,12 @@ def as_in_a_new_process() -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
         torch.set_num_threads(threads)
         _ALONE.release()
+
+
+def _within_autocast() -> bool:
+    """Whether the caller is, be it switched off there."""
+    import torch
+
+    level = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return level > 1

@@ -131,10 +131,13 @@ def test_the_functions_are_there_whoever_imported_the_commands_before() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_the_caller_has_set_of_torch_changes_nothing_and_comes_back(
-    settings: dict[str, Any], tmp_path: Path
+    dtype: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    settings["precision"] = {"dtype": "fp32"}
+    # Of the built-in nets only `eager` takes autocast's own casts.
+    settings["train"] = {"epochs": 1, "step_mode": "eager"}
+    settings["precision"] = {"dtype": dtype}
     torch.manual_seed(1)
     wanted = torch.rand(2)
 
@@ -144,8 +147,14 @@ def test_what_the_caller_has_set_of_torch_changes_nothing_and_comes_back(
         return found["weights_sha256"]
 
     plain = weights("plain")
+    command = [sys.executable, "-m", "dist_resnet.train", *_as_words(settings, tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    assert (
+        json.loads((tmp_path / "command" / "summary.json").read_text())["weights_sha256"] == plain
+    )
     for name, state in (
         ("autocast", torch.autocast("cpu", torch.bfloat16)),
+        ("no_autocast", torch.autocast("cpu", enabled=False)),
         ("inference", torch.inference_mode()),
         ("no_grad", torch.no_grad()),
         ("meta", torch.device("meta")),
@@ -161,7 +170,7 @@ def test_what_the_caller_has_set_of_torch_changes_nothing_and_comes_back(
         torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.rand(2), wanted)
     own = {"run": {"dir": str(tmp_path), "name": "repeatable"}}
-    dist_resnet.train(settings, **own, precision={"dtype": "fp32", "deterministic": True})
+    dist_resnet.train(settings, **own, precision={"dtype": dtype, "deterministic": True})
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -176,3 +185,13 @@ def test_two_trainings_at_once_are_refused() -> None:
         pass
     with as_in_a_new_process():
         pass
+
+
+def _as_words(settings: dict[str, Any], folder: Path) -> list[str]:
+    """The same training as a command, in the folder `command`."""
+    keys = settings | {"run": {"dir": str(folder), "name": "command"}}
+    return [
+        f"{section}.{name}={str(value).replace(' ', '')}"
+        for section, values in keys.items()
+        for name, value in values.items()
+    ]
