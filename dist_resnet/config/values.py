@@ -12,8 +12,6 @@ from typing import Any
 
 import yaml
 
-from dist_resnet.base.paths import printable
-
 Tree = Any
 """A text, None (nothing was written), a list or a dict of these."""
 
@@ -117,8 +115,13 @@ def shown(given: Tree) -> str:
         text = f"[{', '.join(map(str, given[:50]))}]"
     else:
         text = "null" if given is None else given[:200]
-    line = printable(text)
+    line = _printable(text)
     return line if len(line) <= 80 else f"{line[:77]}..."
+
+
+def _printable(text: str) -> str:
+    # More is escaped than in `paths.printable`, which shows names that a file has.
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _single(kind: str, text: str) -> Any:
@@ -188,4 +191,4 @@ def _tree(node: yaml.Node, count: Iterator[int]) -> Tree:
 
 def _reason(error: BaseException) -> str:
     """YAML's, with its place, in one line."""
-    return printable(" ".join(str(error).split())[:160]) or type(error).__name__
+    return _printable(" ".join(str(error).split())[:160]) or type(error).__name__

@@ -195,8 +195,10 @@ def test_a_bad_table_is_one_line(
     message: str,
 ) -> None:
     path = str(tmp_path / "a.parquet")
-    _write(arrow, tmp_path / "a.parquet", columns)
-    words = ["huggingface", path, "--test", path, "--output", str(tmp_path), *arguments]
+    for name in "ab":
+        _write(arrow, tmp_path / f"{name}.parquet", columns)
+    other = str(tmp_path / "b.parquet")
+    words = ["huggingface", path, "--test", other, "--output", str(tmp_path), *arguments]
     assert main(words) == 2
     captured = capsys.readouterr()
     assert message in captured.err.strip().splitlines()[-1]
@@ -220,7 +222,7 @@ def test_bad_paths_are_one_line(
         assert main(["huggingface", str(tmp_path / path), *place]) == 2
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
     bad = str(tmp_path / "bad.parquet")
-    assert main(["huggingface", bad, "--test", bad, *place]) == 2
+    assert main(["huggingface", bad, "--test", str(one), *place]) == 2
     assert "bad.parquet: raised ArrowInvalid" in capsys.readouterr().err.strip().splitlines()[-1]
 
 

@@ -74,7 +74,7 @@ def test_the_graph_is_given_up_before_the_process_group(
     )  # fmt: skip
     world = World(0, 1, 0, 1, CPU)
     session = SimpleNamespace(world=world)
-    outputs = SimpleNamespace(close=lambda *a: None)
+    outputs = SimpleNamespace(close=lambda *a: None, fail=lambda *a: None)
 
     def run_in(config: Any, named: Any, world: World, folder: Any) -> None:
         run._fit_and_close(trainer, session, folder, outputs, {})  # type: ignore[arg-type]
@@ -86,8 +86,7 @@ def test_the_graph_is_given_up_before_the_process_group(
             write_json=lambda *a: None, begun=True, close=lambda: None,
         ),
         "run_name": lambda config: "run", "open_folder": lambda *a: None, "_run_in": run_in,
-        "read_rows": lambda path: [], "facts": lambda *a: {}, "conclusion": lambda *a: [],
-        "summarise": lambda *a: {},
+        "read_rows": lambda path: [], "write_summary": lambda *a: {}, "conclusion": lambda *a: [],
     }  # fmt: skip
     for name, stub in stubs.items():
         monkeypatch.setattr(run, name, stub)

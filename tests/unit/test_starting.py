@@ -272,8 +272,9 @@ def test_a_run_that_goes_on_cannot_begin_with_other_weights() -> None:
     other = ["model.init=b", "train.epochs=200"]
     with pytest.raises(UserError, match=r"belongs to another run: model.init: a -> b"):
         starting_point(saved, load_config(other), "f", ["model.init"])
+    extended = load_config([*other, "run.extend=true"])
     with pytest.raises(UserError, match="these weights were read before the first step"):
-        starting_point(saved, load_config([*other, "run.extend=true"]), "f", ["model.init"])
+        starting_point(saved, extended, "f", ["model.init", "train.epochs"])
 
 
 def test_a_table_of_another_length_is_no_last_layer() -> None:
